@@ -1,0 +1,7 @@
+"""Per-example gradient inner products for JAX, exact and at close to the cost of a plain step."""
+
+from ghostjax import linen as linen
+from ghostjax import testing as testing
+from ghostjax._dots import aggregate as aggregate
+from ghostjax._types import EngineResult as EngineResult
+from ghostjax.linen import GradDotProdEngine as GradDotProdEngine

@@ -1,0 +1,62 @@
+"""Checks of arguments, from static facts alone: they run while a function is traced."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghostjax._errors import BatchError, ParameterError
+
+
+def check_val_batch_size(val_batch_size: Any, num_rows: int | None = None) -> int:
+    """The number V of validation rows, which must leave at least one of N rows for training."""
+    try:
+        val_rows = operator.index(val_batch_size)
+    except TypeError:
+        raise TypeError(
+            f"val_batch_size must be a Python int (it is a static shape), got {val_batch_size!r} "
+            f"of type {type(val_batch_size).__name__}."
+        ) from None
+    if val_rows <= 0:
+        raise BatchError(
+            f"val_batch_size must be at least 1: the last val_batch_size rows of the batch are the "
+            f"validation rows. Got {val_rows}."
+        )
+    if num_rows is not None and val_rows >= num_rows:
+        raise BatchError(
+            f"val_batch_size must be smaller than the number of rows, so that at least one training "
+            f"row is left. Got val_batch_size={val_rows} for a batch of {num_rows} rows."
+        )
+    return val_rows
+
+
+def batch_rows(batch: Any) -> int:
+    """The leading size N that all leaves of ``batch`` share."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise BatchError("batch has no arrays: expected a tree of arrays with leading axis N.")
+    shapes = {jax.tree_util.keystr(path) or "batch": jnp.shape(leaf) for path, leaf in leaves}
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) > 1 or () in sizes:
+        listing = "\n".join(f"  {name}: {shape}" for name, shape in shapes.items())
+        raise BatchError(
+            "the leaves of batch must share their leading size, the number of rows. Found\n"
+            f"{listing}\nPass what has no row axis (random keys, scalars) as further arguments."
+        )
+    return sizes.pop()[0]
+
+
+def check_parameters(params: Any) -> None:
+    """Every leaf must be a real floating-point array."""
+    faults = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            faults.append(f"  {jax.tree_util.keystr(path) or 'params'}: {dtype}")
+    if faults:
+        raise ParameterError(
+            "parameters must be real floating-point arrays. Found\n"
+            + "\n".join(faults)
+            + "\nPass other state to the loss function as a further argument, or close over it."
+        )

@@ -1,0 +1,157 @@
+"""Where a traced loss uses its parameters, and how often its frames run.
+
+The walk follows each parameter through the jaxpr of the loss, into every inner jaxpr, to the
+operations that consume it, and reads the enclosing frames from their name stacks. Operations whose
+results are never used are passed over: flax traces the body of a scan twice and drops the first.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+from jax.extend import core
+
+from ghostjax.linen._frames import MARKER, SCOPE, Trace
+
+_FRAME = re.compile(rf"{SCOPE}(\d+)")
+_MARKER = re.compile(rf"{MARKER}(\d+)_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that consumes a parameter."""
+
+    frames: tuple[int, ...]  # enclosing frames, outermost first
+    operation: str  # its name and, where known, the user's source line
+
+
+@dataclasses.dataclass
+class Uses:
+    """What the walk finds."""
+
+    of_parameter: dict[str, list[Use]]
+    executions: dict[int, int]  # frame -> how many times it runs in one pass
+    custom_rules: set[int]  # frames inside a custom_jvp or custom_vjp function
+
+
+def find_uses(trace: Trace) -> Uses:
+    walk = _Walk(trace)
+    aliases = dict(zip(trace.jaxpr.invars, trace.paths))
+    live = [isinstance(var, core.Var) for var in trace.jaxpr.outvars]
+    walk.jaxpr(trace.jaxpr, aliases, live, frames=(), repeats=1, custom=False)
+    executions = collections.Counter()
+    for (frame, _), count in walk.marked.items():
+        executions[frame] = max(executions[frame], count)
+    return Uses(walk.uses, dict(executions), walk.custom_rules)
+
+
+def inner_jaxprs(eqn: Any) -> list[tuple[core.Jaxpr, int | None]]:
+    """The jaxprs an equation runs, each with the operand its first input is.
+
+    None where inputs and operands do not correspond one to one.
+    """
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = item.jaxpr if isinstance(item, core.ClosedJaxpr) else item
+            if not isinstance(jaxpr, core.Jaxpr):
+                continue
+            offset = 1 if eqn.primitive.name == "cond" else 0
+            matches = len(jaxpr.invars) == len(eqn.invars) - offset
+            found.append((jaxpr, offset if matches else None))
+    return found
+
+
+class _Walk:
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.uses: dict[str, list[Use]] = {path: [] for path in trace.paths}
+        self.marked: collections.Counter[tuple[int, int]] = collections.Counter()
+        self.custom_rules: set[int] = set()
+
+    def jaxpr(self, jaxpr, aliases, live_outputs, frames, repeats, custom) -> dict[Any, str]:
+        """Walks one jaxpr; returns its aliases: variables that are a parameter, unchanged."""
+        live = {
+            var for var, is_live in zip(jaxpr.outvars, live_outputs) if is_live and _is_var(var)
+        }
+        needed = []
+        for eqn in reversed(jaxpr.eqns):
+            if eqn.effects or any(var in live for var in eqn.outvars):
+                needed.append(eqn)
+                live.update(var for var in eqn.invars if _is_var(var))
+        for eqn in reversed(needed):
+            self.equation(eqn, aliases, live, frames, repeats, custom)
+        return aliases
+
+    def equation(self, eqn, aliases, live, frames, repeats, custom):
+        frames = frames + tuple(map(int, _FRAME.findall(str(eqn.source_info.name_stack))))
+        primitive = eqn.primitive.name
+        if primitive == "name":
+            self.mark(eqn, frames, repeats, custom)
+            if _is_var(eqn.invars[0]) and eqn.invars[0] in aliases:
+                aliases[eqn.outvars[0]] = aliases[eqn.invars[0]]
+            return
+        followed = set()
+        inner = inner_jaxprs(eqn)
+        for jaxpr, offset in inner:
+            operands = {}
+            if offset is not None:
+                for position, var in enumerate(eqn.invars[offset:]):
+                    if _is_var(var) and var in aliases:
+                        operands[jaxpr.invars[position]] = aliases[var]
+                        followed.add(position + offset)
+            one_to_one = primitive in _CALLS and len(jaxpr.outvars) == len(eqn.outvars)
+            live_outputs = [not one_to_one or var in live for var in eqn.outvars]
+            if not one_to_one:
+                live_outputs = [True] * len(jaxpr.outvars)
+            found = self.jaxpr(
+                jaxpr,
+                operands,
+                live_outputs,
+                frames,
+                repeats * (eqn.params["length"] if primitive == "scan" else 1),
+                custom or primitive.startswith("custom_"),
+            )
+            for position, var in enumerate(jaxpr.outvars):
+                if _is_var(var) and var in found:
+                    if one_to_one:
+                        aliases[eqn.outvars[position]] = found[var]
+                    else:
+                        self.use(found[var], eqn, frames)
+        for position, var in enumerate(eqn.invars):
+            if _is_var(var) and var in aliases and position not in followed:
+                self.use(aliases[var], eqn, frames)
+
+    def use(self, path, eqn, frames):
+        self.uses[path].append(Use(frames, describe_operation(eqn)))
+
+    def mark(self, eqn, frames, repeats, custom):
+        match = _MARKER.fullmatch(eqn.params["name"])
+        if not match:
+            return
+        frame, output = map(int, match.groups())
+        seen = math.prod(self.trace.frames[frame].outputs[output].shape)
+        mapped = math.prod(eqn.invars[0].aval.shape)
+        self.marked[frame, output] += repeats * (mapped // seen if seen else 1)
+        if custom:
+            self.custom_rules.add(frame)
+
+
+# Calls whose outputs are those of the jaxpr they hold.
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call"}
+
+
+def _is_var(atom: Any) -> bool:
+    return isinstance(atom, core.Var)
+
+
+def describe_operation(eqn: Any) -> str:
+    """The operation and the innermost source line outside the libraries."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        path = frame.file_name.replace("\\", "/")
+        if not any(part in path for part in ("/jax/", "/flax/", "/ghostjax/", "<frozen")):
+            return f"{eqn.primitive.name} at {frame.file_name}:{frame.line_num}"
+    return eqn.primitive.name
