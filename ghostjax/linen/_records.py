@@ -26,9 +26,20 @@ def accumulation_dtype(*arrays: Any) -> jnp.dtype:
 
 def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
     """Products in the operands' common dtype, sums in float32 or wider."""
-    dtype = jnp.result_type(*operands)
-    operands = tuple(operand.astype(dtype) for operand in operands)
-    return jnp.einsum(spec, *operands, preferred_element_type=accumulation_dtype(dtype))
+    narrow = jnp.result_type(*operands)
+    wide = accumulation_dtype(narrow)
+
+    def native(*operands):
+        operands = [operand.astype(narrow) for operand in operands]
+        return jnp.einsum(spec, *operands, preferred_element_type=wide)
+
+    def widened(*operands):
+        return jnp.einsum(spec, *(operand.astype(wide) for operand in operands))
+
+    if narrow == wide:
+        return native(*operands)
+    # XLA's CPU backend lacks some products of 16-bit operands with a 32-bit result.
+    return jax.lax.platform_dependent(*operands, cpu=widened, default=native)
 
 
 class Record:

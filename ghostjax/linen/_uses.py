@@ -72,7 +72,7 @@ class _Walk:
         self.custom_rules: set[int] = set()
 
     def jaxpr(self, jaxpr, aliases, live_outputs, frames, repeats, custom) -> dict[Any, str]:
-        """Walks one jaxpr; returns its aliases: variables that are a parameter, unchanged."""
+        """Walks one jaxpr; returns its aliases: variables that are a parameter, as it is."""
         live = {
             var for var, is_live in zip(jaxpr.outvars, live_outputs) if is_live and _is_var(var)
         }
@@ -88,8 +88,10 @@ class _Walk:
     def equation(self, eqn, aliases, live, frames, repeats, custom):
         frames = frames + tuple(map(int, _FRAME.findall(str(eqn.source_info.name_stack))))
         primitive = eqn.primitive.name
-        if primitive == "name":
-            self.mark(eqn, frames, repeats, custom)
+        if primitive in ("name", "transpose"):
+            # Flax transposes parameters that it scans along another axis than the first.
+            if primitive == "name":
+                self.mark(eqn, frames, repeats, custom)
             if _is_var(eqn.invars[0]) and eqn.invars[0] in aliases:
                 aliases[eqn.outvars[0]] = aliases[eqn.invars[0]]
             return
@@ -103,9 +105,9 @@ class _Walk:
                         operands[jaxpr.invars[position]] = aliases[var]
                         followed.add(position + offset)
             one_to_one = primitive in _CALLS and len(jaxpr.outvars) == len(eqn.outvars)
-            live_outputs = [not one_to_one or var in live for var in eqn.outvars]
-            if not one_to_one:
-                live_outputs = [True] * len(jaxpr.outvars)
+            live_outputs = (
+                [var in live for var in eqn.outvars] if one_to_one else [True] * len(jaxpr.outvars)
+            )
             found = self.jaxpr(
                 jaxpr,
                 operands,
