@@ -2,6 +2,6 @@
 
 from ghostjax import linen as linen
 from ghostjax import testing as testing
-from ghostjax._dots import aggregate as aggregate
+from ghostjax._aggregate import aggregate as aggregate
 from ghostjax._types import EngineResult as EngineResult
 from ghostjax.linen import GradDotProdEngine as GradDotProdEngine

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from ghostjax._dots import aggregate
+from ghostjax._aggregate import aggregate
 
 
 @jax.tree_util.register_dataclass

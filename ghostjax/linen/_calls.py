@@ -52,7 +52,9 @@ class Call:
     def __call__(self, operands: Operands) -> list[jax.Array]:
         treedef, paths = self.variables
         others = iter(operands.others)
-        leaves = [operands.params[path] if path in operands.params else next(others) for path in paths]
+        leaves = [
+            operands.params[path] if path in operands.params else next(others) for path in paths
+        ]
         variables = jax.tree.unflatten(treedef, leaves)
         treedef, static = self.arguments
         inputs = iter(operands.inputs)
@@ -125,6 +127,7 @@ class Call:
         operands, cotangents = self.restrict(operands, cotangents, 0, num_train)
         dots = {}
         for path, tangent in direction.items():
+            # Tangents of parameters that a rule has dealt with are dead code, dropped by XLA.
 
             def run(value, path=path):
                 params = {**operands.params, path: value}
@@ -179,8 +182,12 @@ def make_call(module, method, unit: Unit, num_rows, num_train, args, kwargs):
     """Takes a bound module's call apart into its static side and its operands."""
     unbound, variables = module.unbind()
     leaves, variables_tree = jax.tree.flatten(variables, is_leaf=is_box)
-    paths = tuple(leaf.path if is_box(leaf) and leaf.path in unit.paths else None for leaf in leaves)
-    params = {leaf.path: leaf.array() for leaf in leaves if is_box(leaf) and leaf.path in unit.paths}
+    paths = tuple(
+        leaf.path if is_box(leaf) and leaf.path in unit.paths else None for leaf in leaves
+    )
+    params = {
+        leaf.path: leaf.array() for leaf in leaves if is_box(leaf) and leaf.path in unit.paths
+    }
     others = [
         leaf.array() if is_box(leaf) else leaf for leaf, path in zip(leaves, paths) if path is None
     ]
@@ -194,9 +201,7 @@ def make_call(module, method, unit: Unit, num_rows, num_train, args, kwargs):
         num_rows=num_rows,
         variables=(variables_tree, paths),
         arguments=(arguments_tree, static),
-        input_axes=tuple(
-            axis for axis, leaf in zip(unit.input_axes, arguments) if is_array(leaf)
-        ),
+        input_axes=tuple(axis for axis, leaf in zip(unit.input_axes, arguments) if is_array(leaf)),
     )
     operands = Operands(params, others, inputs, {})
     if call_is_sliceable(call, operands, num_train):

@@ -103,19 +103,22 @@ def _backward(call: Call, tasks: dict[str, Task], num_train: int, operands: Oper
 
 def _sources(call: Call, num_train: int, operands: Operands, cotangents):
     unit = call.unit
+    records = {}
     if unit.rule is not None:
         records = unit.rule(
             operands.inputs[0], cotangents[0], unit.input_axes[0], unit.output_axes[0]
         )
-        return {
-            path: _RecordSource(records[unit.frame.names[path]], num_train) for path in unit.paths
-        }
-    shared = _Differentiated(call, num_train, operands, cotangents)
-    return {path: _CallSource(path, shared) for path in unit.paths}
+    differentiated = _Differentiated(call, num_train, operands, cotangents)
+    return {
+        path: _RecordSource(records[name], num_train)
+        if (name := unit.frame.names.get(path)) in records
+        else _CallSource(path, differentiated)
+        for path in unit.paths
+    }
 
 
 class _RecordSource:
-    """A parameter of a module that has a rule."""
+    """A parameter that the module's rule has a record of."""
 
     def __init__(self, record, num_train):
         self._record = record
@@ -132,7 +135,7 @@ class _RecordSource:
 
 
 class _Differentiated:
-    """A module without a rule, differentiated for all its parameters at once, when asked."""
+    """A module differentiated for the parameters its rule leaves out, when asked."""
 
     def __init__(self, call, num_train, operands, cotangents):
         self._args = (operands, cotangents)
@@ -149,7 +152,7 @@ class _Differentiated:
 
 
 class _CallSource:
-    """One parameter of a module without a rule."""
+    """One parameter of a differentiated module."""
 
     def __init__(self, path, shared: _Differentiated):
         self._path = path

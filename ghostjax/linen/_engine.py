@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
-from ghostjax._dots import aggregate
+from ghostjax._aggregate import aggregate
 from ghostjax._types import EngineResult
 from ghostjax.linen._boxes import is_leaf
 from ghostjax.linen._capture import Capture
@@ -103,9 +103,7 @@ class GradDotProdEngine:
         def run(carried):
             capture = Capture(plan, tasks, rows, num_train)
             with nn.intercept_methods(capture):
-                return self.loss_fn(
-                    box_parameters(params, carried, token), batch, *args, **kwargs
-                )
+                return self.loss_fn(box_parameters(params, carried, token), batch, *args, **kwargs)
 
         carried = {
             path: {"gradient": values[path], "taps": task.taps()} for path, task in tasks.items()
@@ -116,16 +114,18 @@ class GradDotProdEngine:
         (carried,) = pull_back(weights)
 
         # The cotangents carry the scale of the training loss; the loss of a row has scale 1.
-        dots = [task.dots(carried[path]["taps"]) / scale for path, task in tasks.items()]
-        grads = [
-            meta.replace_boxed(value, carried[path]["gradient"]) for path, value in boxed.items()
-        ]
-        chex.assert_shape(dots, (num_train,))
+        dots = {path: task.dots(carried[path]["taps"]) / scale for path, task in tasks.items()}
+        chex.assert_shape(list(dots.values()), (num_train,))
+        grads = {path: carried[path]["gradient"] for path in tasks}
+
+        def like_params(arrays):
+            leaves = [meta.replace_boxed(value, arrays[path]) for path, value in boxed.items()]
+            return jax.tree.unflatten(treedef, leaves)
+
         train, val = losses[:num_train], losses[num_train:]
         return EngineResult(
             value=jnp.mean(train) if self.loss_reduction == "mean" else jnp.sum(train),
             val_value=jnp.mean(val),
-            grads=jax.tree.unflatten(treedef, grads),
-            dots=jax.tree.unflatten(treedef, dots),
+            grads=like_params(grads),
+            dots=like_params(dots),
         )
-

@@ -169,7 +169,9 @@ def trace_at_two_sizes(loss_fn, params, batch, args, kwargs) -> tuple[Trace, Tra
 
     def shapes(factor):
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * factor, *leaf.shape[1:]), leaf.dtype),
+            lambda leaf: jax.ShapeDtypeStruct(
+                (leaf.shape[0] * factor, *leaf.shape[1:]), leaf.dtype
+            ),
             batch,
         )
 

@@ -1,9 +1,9 @@
 """LayerNorm and its kin: y = scale * normalized + bias.
 
-    val_total_scale[f] = sum over V rows and positions of cotangents * normalized        [F]
-    val_total_bias[f]  = sum over V rows and positions of cotangents                     [F]
-    dots_scale[b] = einsum("bf,f->b", sum over positions of cotangents * normalized, val_total_scale)
-    dots_bias[b]  = einsum("bf,f->b", sum over positions of cotangents,              val_total_bias)
+val_total_scale[f] = sum over V rows and positions of cotangents * normalized        [F]
+val_total_bias[f]  = sum over V rows and positions of cotangents                     [F]
+dots_scale[b] = einsum("bf,f->b", sum over positions of cotangents * normalized, val_total_scale)
+dots_bias[b]  = einsum("bf,f->b", sum over positions of cotangents,              val_total_bias)
 """
 
 import dataclasses

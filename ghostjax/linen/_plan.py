@@ -17,6 +17,7 @@ from ghostjax.linen._frames import LOST, Frame, Trace, is_array, row_axis, trace
 from ghostjax.linen._rules import Rule, find_rule
 from ghostjax.linen._uses import Use, Uses, find_uses
 
+
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """One call, with the row axes of its inputs and (inexact) outputs and its parameters."""
@@ -92,7 +93,9 @@ def _frame_axes(frame: Frame, twin: Frame, rows: int):
 
 def _carries_rows(axes) -> bool:
     inputs, outputs = axes
-    return bool(outputs) and all(axis not in (None, LOST) for axis in outputs) and LOST not in inputs
+    return (
+        bool(outputs) and all(axis not in (None, LOST) for axis in outputs) and LOST not in inputs
+    )
 
 
 def _runs_per_slice(uses: Uses, frame: Frame, path: str) -> int:

@@ -24,7 +24,8 @@ from ghostjax.linen._records import (
     flatten_positions,
 )
 
-# (input, cotangents, input row axis, output row axis) -> a record for each parameter's name
+# (input, cotangents, input row axis, output row axis) -> records, by the parameters' names.
+# A parameter without a record is differentiated.
 Rule = Callable[[jax.Array, jax.Array, int, int], Mapping[str, Record]]
 
 # Ids travel as float32 where records come out of the backward pass: integers are exact up to here.
@@ -56,6 +57,8 @@ def find_rule(frame: Frame, row_axis: int | None) -> Rule | None:
         return _product_rule(ndim, axes, row_axis)
     if kind is nn.Einsum and method == "__call__" and module.preferred_element_type is None:
         return _einsum_rule(module, ndim, row_axis)
+    if kind in (nn.Conv, nn.ConvTranspose) and method == "__call__":
+        return _convolution_bias_rule
     if kind is nn.Embed and 1 < module.num_embeddings < _MAX_TABLE:
         return _lookup_rule(module) if method == "__call__" else _attend_rule(method)
     return None
@@ -132,6 +135,13 @@ def _einsum_rule(module: nn.Einsum, ndim: int, row_axis: int) -> Rule | None:
         return {"kernel": factors, "bias": _bias(factors.cotangents, bias_shape)}
 
     return rule
+
+
+def _convolution_bias_rule(inputs, cotangents, input_axis, output_axis):
+    """A convolution's kernel is differentiated; its bias is a bias like any other."""
+    del inputs, input_axis
+    cotangents = jnp.moveaxis(cotangents, output_axis, 0)
+    return {"bias": _bias(flatten_positions(cotangents, 1), cotangents.shape[-1:])}
 
 
 def _lookup_rule(module: nn.Embed) -> Rule:

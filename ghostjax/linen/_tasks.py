@@ -16,7 +16,14 @@ import jax.numpy as jnp
 
 from ghostjax.linen._boxes import insert_lifted, lifted_to_front, remove_lifted
 from ghostjax.linen._plan import Plan, Unit
-from ghostjax.linen._records import Lookup, Record, RowGradients, accumulation_dtype, contract
+from ghostjax.linen._records import (
+    Factors,
+    Lookup,
+    Record,
+    RowGradients,
+    accumulation_dtype,
+    contract,
+)
 
 
 class Source(Protocol):
@@ -130,16 +137,20 @@ def _make_task(plan: Plan, path: str, value: jax.Array, num_rows: int, num_train
     if not plan.repeated[path] and len(lifted) == 1:
         if len(units) == 1:
             return Contracted(*base, indices[0], lifted.pop())
-        if all(unit.rule for unit in units):
-            records = {unit.frame.index: _record_shapes(unit, path) for unit in units}
-            if not any(isinstance(record, RowGradients) for record in records.values()):
-                return Factored(*base, records, lifted.pop())
+        records = {unit.frame.index: _record_shapes(unit, path) for unit in units}
+        if all(isinstance(record, (Factors, Lookup)) for record in records.values()):
+            return Factored(*base, records, lifted.pop())
     return PerRow(*base, indices, num_rows)
 
 
-def _record_shapes(unit: Unit, path: str) -> Record:
+def _record_shapes(unit: Unit, path: str) -> Record | None:
+    """The record of one call in shapes, None where the rule has none."""
+    if unit.rule is None:
+        return None
+
     def record(inputs, cotangents):
         records = unit.rule(inputs, cotangents, unit.input_axes[0], unit.output_axes[0])
-        return _as_cotangent(records[unit.frame.names[path]])
+        found = records.get(unit.frame.names.get(path))
+        return None if found is None else _as_cotangent(found)
 
     return jax.eval_shape(record, unit.frame.args[0], unit.frame.outputs[0])

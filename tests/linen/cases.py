@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 FEATURES = 8
@@ -23,11 +24,11 @@ def case(function: Callable) -> Callable:
 
 
 def ids(rows, positions, salt=0):
-    return jax.random.randint(jax.random.key(100 + salt), (rows, positions), 0, VOCAB)
+    return np.random.default_rng(100 + salt).integers(0, VOCAB, (rows, positions), np.int32)
 
 
 def activations(*shape):
-    return jax.random.normal(jax.random.key(200), shape)
+    return np.random.default_rng(200).normal(size=shape).astype(np.float32)
 
 
 def row_means(values):
@@ -39,16 +40,17 @@ def squared(outputs):
     return row_means(jnp.square(outputs.astype(jnp.float32) - 0.3))
 
 
-def perturbed(model, *inputs, **kwargs):
-    """Initial parameters moved off their zeros and ones, so that no term hides."""
-    params = model.init(jax.random.key(0), *inputs, **kwargs)["params"]
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for leaf, key in zip(leaves, keys)
-    ]
-    return jax.tree.unflatten(treedef, noisy)
+def perturbed(model, inputs, **kwargs):
+    """Random parameters of a sensible scale, none of them zero or one, so that no term hides."""
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **kwargs), inputs)["params"]
+    generator = np.random.default_rng(300)
+
+    def draw(path, leaf):
+        scale = 0.2 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
+        centre = 1.0 if path[-1] == jax.tree_util.DictKey("scale") else 0.0
+        return jnp.asarray(centre + scale * generator.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def regression(model, inputs, **kwargs):
@@ -66,9 +68,7 @@ def language(model, rows, positions):
 
     def loss_fn(params, batch):
         logits = model.apply({"params": params}, batch["ids"]).astype(jnp.float32)
-        return row_means(
-            optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        )
+        return row_means(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
 
     return loss_fn, perturbed(model, batch["ids"]), batch
 
@@ -267,7 +267,7 @@ recurrent_case("gru", nn.GRUCell)
 @case
 def bidirectional(rows, positions, dtype):
     model = nn.Bidirectional(
-        nn.RNN(nn.SimpleCell(5, dtype=dtype)), nn.RNN(nn.OptimizedLSTMCell(4, dtype=dtype))
+        nn.RNN(nn.GRUCell(5, dtype=dtype)), nn.RNN(nn.OptimizedLSTMCell(4, dtype=dtype))
     )
     return regression(model, activations(rows, positions, FEATURES))
 
@@ -466,7 +466,7 @@ def own_module(rows, positions, dtype):
             self.dropout = nn.Dropout(0.5, deterministic=True)
 
         def scaled(self, x):
-            return x * self.gain.astype(x.dtype)
+            return x * self.gain.astype(x.dtype)[None, None]
 
         def __call__(self, x):
             x = self.dropout(self.scaled(x))
@@ -515,10 +515,10 @@ def batchnorm_in_evaluation(rows, positions, dtype):
             return nn.BatchNorm(use_running_average=True, dtype=dtype)(x)
 
     inputs = activations(rows, positions, FEATURES)
-    variables = Net().init(jax.random.key(0), inputs)
+    statistics = {"mean": jnp.linspace(-1, 1, FEATURES), "var": jnp.linspace(0.5, 2, FEATURES)}
 
     def loss_fn(params, batch):
-        state = {"params": params, "batch_stats": variables["batch_stats"]}
+        state = {"params": params, "batch_stats": {"BatchNorm_0": statistics}}
         return squared(Net().apply(state, batch))
 
     return loss_fn, perturbed(Net(), inputs), inputs
@@ -529,7 +529,7 @@ def two_models(rows, positions, dtype):
     """Module paths collide; parameter paths do not."""
     encoder, decoder = nn.Dense(FEATURES, dtype=dtype), nn.Dense(FEATURES, dtype=dtype)
     inputs = activations(rows, positions, FEATURES)
-    params = {"encoder": perturbed(encoder, inputs), "decoder": perturbed(decoder, inputs[..., ::-1])}
+    params = {"encoder": perturbed(encoder, inputs), "decoder": perturbed(decoder, inputs)}
 
     def loss_fn(params, batch):
         hidden = nn.gelu(encoder.apply({"params": params["encoder"]}, batch))

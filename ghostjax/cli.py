@@ -1,0 +1,69 @@
+"""The command line: parses, calls, and turns errors into one line and an exit code.
+
+0  done      1  the run failed      2  options or data cannot be used      130  interrupted
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+_DESCRIPTION = """Which training examples help and which hurt, while training runs.
+
+'ghostjax train --help' lists a command's options; 'ghostjax --version' prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command in ``argv`` (default: ``sys.argv[1:]``) and returns the exit code.
+
+    Raises:
+      SystemExit: after ``--help`` (code 0), or for arguments that do not parse (code 2).
+
+    >>> main(["--version"])  # doctest: +ELLIPSIS
+    ghostjax ...
+    0
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--version"]:
+        print(f"ghostjax {metadata.version('ghostjax')}")
+        return 0
+    try:
+        import pyarrow  # noqa: F401
+        import rich  # noqa: F401
+        import tyro
+    except ModuleNotFoundError as error:
+        return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
+
+    from ghostjax.runs.config import TrainConfig, UsageError
+    from ghostjax.runs.job import run
+    from ghostjax.runs.training import DivergedError
+
+    commands = {"train": (TrainConfig, run)}
+    try:
+        config = tyro.extras.subcommand_cli_from_dict(
+            {name: options for name, (options, _) in commands.items()},
+            prog="ghostjax",
+            description=_DESCRIPTION,
+            args=argv,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        call = next(call for options, call in commands.values() if isinstance(config, options))
+        call(config)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        # The reader has gone. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DivergedError, OSError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted, no results written", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on stderr, whatever characters a file name in it may have."""
+    line = "".join(c if c.isprintable() else "?" for c in message)
+    print(f"ghostjax: error: {line}", file=sys.stderr)
+    return code

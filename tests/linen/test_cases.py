@@ -1,0 +1,93 @@
+"""Every model of the table against per-row autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghostjax import GradDotProdEngine, testing
+from tests.linen.cases import CASES
+
+
+def cases(names):
+    """Parametrized by name, with the tests of one case on one worker, which keeps its oracle."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    )
+
+
+@functools.cache
+def oracle(name, dtype):
+    return testing.per_example_dots(*CASES[name](7, 7, dtype), 3)
+
+
+def run(name, rows, val_rows, positions, dtype, reduction="mean"):
+    loss_fn, params, batch = CASES[name](rows, positions, dtype)
+    engine = GradDotProdEngine(loss_fn, val_batch_size=val_rows, loss_reduction=reduction)
+    return loss_fn, params, batch, engine(params, batch)
+
+
+def assert_gradient(result, loss_fn, params, batch, num_train, reduce):
+    """The gradient is that of the training rows alone."""
+    train = jax.tree.map(lambda leaf: leaf[:num_train], batch)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: reduce(loss_fn(p, train))))(params)
+    np.testing.assert_allclose(result.value, value, rtol=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
+    assert jax.tree.structure(result.grads) == jax.tree.structure(grads)
+    jax.tree.map(
+        lambda found, want: np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-6 * largest),
+        result.grads,
+        grads,
+    )
+
+
+@cases(CASES)
+def test_float32(name, standard_promotion):
+    loss_fn, params, batch, result = run(name, 7, 3, 7, jnp.float32)
+    testing.assert_dots_close(result.dots, oracle(name, jnp.float32), rtol=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}
+    assert_gradient(result, loss_fn, params, batch, 4, jnp.mean)
+    np.testing.assert_allclose(result.val_value, loss_fn(params, batch)[4:].mean(), rtol=1e-5)
+
+
+@cases(CASES)
+def test_float32_one_position_sum_of_losses(name, standard_promotion):
+    loss_fn, params, batch, result = run(name, 5, 2, 1, jnp.float32, "sum")
+    expected = testing.per_example_dots(loss_fn, params, batch, 2)
+    testing.assert_dots_close(result.dots, expected, rtol=1e-5)
+    np.testing.assert_allclose(result.value, loss_fn(params, batch)[:3].sum(), rtol=1e-5)
+
+
+@cases(CASES)
+def test_bfloat16(name, standard_promotion):
+    """Within 1e-2 of per-row autodiff of the same model, beyond what that itself rounds off.
+
+    Per-row autodiff sums bfloat16 cotangents to bfloat16 gradients, which alone can be off by some
+    percent. Its distance from float32 autodiff says by how much.
+    """
+    result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}
+    errors = testing.relative_errors(result.dots, oracle(name, jnp.bfloat16))
+    rounding = testing.relative_errors(oracle(name, jnp.bfloat16), oracle(name, jnp.float32))
+    excess = {path: errors[path] - rounding[path] for path in errors}
+    assert max(excess.values()) <= 1e-2, excess
+
+
+NORMS = [name for name in CASES if "norm" in name and not name.startswith("batchnorm")]
+
+
+@cases(NORMS)
+def test_norms_in_bfloat16(name, standard_promotion):
+    """Scales and biases are within 1e-2 of per-row autodiff, of the bfloat16 or float32 model."""
+    result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
+    in_bfloat16, in_float32 = (
+        testing.relative_errors(result.dots, oracle(name, dtype))
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    norms = {
+        path: min(in_bfloat16[path], in_float32[path]) for path in in_float32 if "Norm" in path
+    }
+    assert norms
+    assert max(norms.values()) <= 1e-2, norms

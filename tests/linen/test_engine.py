@@ -1,0 +1,343 @@
+"""What the engine promises beyond the numbers of one batch."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ghostjax import GradDotProdEngine, aggregate, testing
+from tests.linen.cases import CASES, VOCAB, Block, TiedHead, activations, perturbed, squared
+
+B, V = 4, 3
+
+
+def tied(rows=B + V):
+    loss_fn, params, batch = CASES["tied_head"](rows, 7, jnp.float32)
+    return loss_fn, params, batch, GradDotProdEngine(loss_fn, val_batch_size=V)
+
+
+@pytest.fixture(scope="module")
+def tied_result():
+    loss_fn, params, batch, engine = tied()
+    return params, batch, engine, engine(params, batch)
+
+
+def test_permuting_training_rows_permutes_dots(tied_result):
+    params, batch, engine, result = tied_result
+    order = np.array([2, 0, 3, 1, 4, 5, 6])
+    permuted = engine(params, jax.tree.map(lambda leaf: leaf[order], batch))
+    expected = jax.tree.map(lambda leaf: leaf[order[:B]], result.dots)
+    testing.assert_dots_close(permuted.dots, expected, rtol=1e-5)
+
+
+def test_permuting_validation_rows_changes_nothing(tied_result):
+    params, batch, engine, result = tied_result
+    order = np.array([0, 1, 2, 3, 6, 4, 5])
+    permuted = engine(params, jax.tree.map(lambda leaf: leaf[order], batch))
+    testing.assert_dots_close(permuted.dots, result.dots, rtol=1e-5)
+
+
+def test_splitting_the_training_rows_changes_nothing(tied_result):
+    params, batch, engine, result = tied_result
+    halves = [
+        engine(params, jax.tree.map(lambda leaf, rows=rows: leaf[np.array(rows)], batch))
+        for rows in ([0, 1, 4, 5, 6], [2, 3, 4, 5, 6])
+    ]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(half.dots for half in halves))
+    testing.assert_dots_close(joined, result.dots, rtol=1e-5)
+
+
+def test_dots_sum_to_the_inner_product_of_the_gradients(tied_result):
+    """mean_i dots[i] = < grads, gradient of the validation loss >, per parameter."""
+    params, batch, _, result = tied_result
+    loss_fn = tied()[0]
+    val = jax.tree.map(lambda leaf: leaf[B:], batch)
+    val_grads = jax.grad(lambda p: loss_fn(p, val).mean())(params)
+    jax.tree.map(
+        lambda dots, grad, val_grad: np.testing.assert_allclose(
+            dots.mean(), jnp.vdot(grad, val_grad), rtol=1e-4, atol=1e-6
+        ),
+        result.dots,
+        result.grads,
+        val_grads,
+    )
+
+
+def test_training_is_not_changed():
+    """Ten steps of AdamW with and without the engine give equal parameters."""
+    loss_fn, start, batch, engine = tied(rows=11)
+    train = jax.tree.map(lambda leaf: leaf[:8], batch)
+    optimizer = optax.adamw(1e-2)
+
+    @jax.jit
+    def plain(params, state):
+        grads = jax.grad(lambda p: loss_fn(p, train).mean())(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def with_engine(params, state):
+        updates, state = optimizer.update(engine(params, batch).grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    results = []
+    for step in (plain, with_engine):
+        params, state = start, optimizer.init(start)
+        for _ in range(10):
+            params, state = step(params, state)
+        results.append(params)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), results[0], start)
+    assert min(jax.tree.leaves(moved)) > 1e-2
+
+
+def test_one_trace_for_equal_shapes():
+    loss_fn, params, batch, _ = tied()
+    calls = []
+
+    def counted(params, batch):
+        calls.append(None)
+        return loss_fn(params, batch)
+
+    engine = GradDotProdEngine(counted, val_batch_size=V)
+    engine(params, batch)
+    first = len(calls)
+    for _ in range(3):
+        engine(params, batch)
+    assert len(calls) == first == 3  # at N rows, at 2N rows, and the pass that is differentiated
+
+
+def test_inside_a_larger_jitted_step_with_donation(tied_result):
+    _, batch, engine, result = tied_result
+    params = tied()[1]  # donated below
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, batch):
+        result = engine(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, result.grads), result.total()
+
+    step = jax.jit(step, donate_argnums=0)
+    params, total = step(params, batch)
+    np.testing.assert_allclose(total, result.total(), rtol=1e-5)
+    step(params, batch)
+
+
+def test_further_arguments_reach_the_loss():
+    """Dropout: the same key gives the same masks in the engine and in the oracle."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5, deterministic=False)(nn.Dense(16)(x))
+            return nn.Dropout(0.3, deterministic=False)(nn.LayerNorm()(x))
+
+    def loss_fn(params, batch, key, *, target):
+        outputs = Net().apply({"params": params}, batch, rngs={"dropout": key})
+        return jnp.mean(jnp.square(outputs - target), axis=1)
+
+    batch = activations(7, 8)
+    params = {
+        "Dense_0": perturbed(nn.Dense(16), batch),
+        "LayerNorm_0": perturbed(nn.LayerNorm(), np.ones((7, 16), np.float32)),
+    }
+    key = jax.random.key(5)
+    result = GradDotProdEngine(loss_fn, val_batch_size=2)(params, batch, key, target=1.0)
+    expected = testing.per_example_dots(loss_fn, params, batch, 2, key, target=1.0)
+    testing.assert_dots_close(result.dots, expected)
+
+
+class Noisy(nn.Module):
+    """A layer that owns a parameter and draws random numbers in the same call."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(1.0), (x.shape[-1], 5))
+        noise = jax.random.normal(self.make_rng("noise"), x.shape)
+        return jnp.sin((x + noise) @ kernel)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_layer_that_draws_random_numbers(calls):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            noisy, out = Noisy(), nn.Dense(3)
+            return sum(out(noisy(x * (call + 1))) for call in range(calls))
+
+    def loss_fn(params, batch, key):
+        return squared(Net().apply({"params": params}, batch, rngs={"noise": key}))
+
+    batch, key = activations(7, 8), jax.random.key(3)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(np.random.default_rng(0).normal(size=leaf.shape), leaf.dtype),
+        jax.eval_shape(lambda: Net().init({"params": key, "noise": key}, batch))["params"],
+    )
+    result = GradDotProdEngine(loss_fn, val_batch_size=3)(params, batch, key)
+    if calls == 1:  # a second call draws from a counter that differs from the plain model's
+        expected = testing.per_example_dots(loss_fn, params, batch, 3, key)
+        testing.assert_dots_close(result.dots, expected)
+        np.testing.assert_allclose(result.value, loss_fn(params, batch, key)[:4].mean(), rtol=1e-5)
+    total = jax.tree.map(lambda dots: dots.mean(), result.dots)
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(total))
+
+
+def test_a_module_that_holds_an_array_with_a_row_axis():
+    class Gated(nn.Module):
+        gate: jax.Array
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.normal(1.0), (x.shape[-1], 5))
+            return jnp.sin(x @ kernel) * self.gate
+
+    def loss_fn(params, batch):
+        return squared(Gated(batch["gate"]).apply({"params": params}, batch["x"]))
+
+    batch = {"x": activations(7, 8), "gate": activations(7, 1)}
+    params = {"kernel": jnp.asarray(activations(8, 5))}
+    result = GradDotProdEngine(loss_fn, val_batch_size=3)(params, batch)
+    testing.assert_dots_close(result.dots, testing.per_example_dots(loss_fn, params, batch, 3))
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        loss_fn, params, batch = CASES["layernorm_rank_3"](7, 5, jnp.float64)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        batch = batch.astype(np.float64)
+
+        def precise(params, batch):
+            outputs = jnp.sum(jnp.square(batch - 0.1), axis=(1, 2))
+            return outputs + loss_fn(params, batch).astype(jnp.float64)
+
+        result = GradDotProdEngine(precise, val_batch_size=2)(params, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float64)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(result.grads)} == {jnp.dtype(jnp.float64)}
+
+
+@pytest.mark.parametrize("name", ["layernorm_rank_3", "convolutions", "lstm", "shared_three_times"])
+def test_a_nan_reaches_its_own_row_only(name):
+    loss_fn, params, batch = CASES[name](7, 3, jnp.float32)
+    engine = GradDotProdEngine(loss_fn, val_batch_size=3)
+    clean = engine(params, batch).total()
+    batch = np.array(batch)
+    batch[1] = np.nan
+    dots = engine(params, batch).total()
+    assert np.isnan(dots[1])
+    rest = np.array([0, 2, 3])
+    np.testing.assert_allclose(dots[rest], clean[rest], rtol=1e-5)
+
+
+def test_rows_sharded_over_devices_give_dots_sharded_alike():
+    loss_fn, params, batch, _ = tied(rows=24)
+    engine = GradDotProdEngine(loss_fn, val_batch_size=8)
+    expected = engine(params, batch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(
+        lambda params, batch: engine(params, batch).dots,
+        in_shardings=(everywhere, rows),
+        out_shardings=rows,
+    )
+    dots = step(params, batch)
+    testing.assert_dots_close(dots, jax.device_get(expected.dots))
+    assert all(leaf.sharding.is_equivalent_to(rows, 1) for leaf in jax.tree.leaves(dots))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_lowers_for_accelerators(dtype, standard_promotion):
+    loss_fn, params, batch = CASES["tied_head"](7, 7, dtype)
+    engine = GradDotProdEngine(loss_fn, val_batch_size=3)
+    exported = jax.export.export(jax.jit(engine), platforms=["cpu", "tpu", "cuda"])(params, batch)
+    assert exported.platforms == ("cpu", "tpu", "cuda")
+
+
+def test_cost_is_one_forward_shaped_product_more():
+    """Against a plain step of all N rows: one more product on the B rows for each kernel."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(3):
+                x = x + nn.Dense(64)(nn.relu(x))
+            return x
+
+    batch = activations(32, 64, 64)
+    params = perturbed(Net(), batch)
+
+    def loss_fn(params, batch):
+        return squared(Net().apply({"params": params}, batch))
+
+    def flops(function):
+        return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"]
+
+    plain = flops(jax.value_and_grad(lambda params, batch: loss_fn(params, batch).mean()))
+    engine = flops(GradDotProdEngine(loss_fn, val_batch_size=8))
+    product = 3 * 2 * 24 * 64 * 64 * 64
+    assert engine <= 1.02 * (plain + product)
+
+
+def test_coverage_names_the_calls_of_every_parameter():
+    _, params, batch, engine = tied()
+    coverage = engine.coverage(params, batch)
+    assert coverage["['Embed_0']['embedding']"] == [
+        "Embed.__call__ (Embed_0)",
+        "Embed.attend (Embed_0)",
+    ]
+    assert len(coverage) == len(jax.tree.leaves(params))
+
+
+def test_scanned_layers_carry_no_records():
+    """Memory of a scanned stack grows with its length by dots and gradients only, not activations."""
+
+    class Net(nn.Module):
+        length: int
+
+        @nn.compact
+        def __call__(self, x):
+            stack = nn.scan(
+                nn.remat(Block),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.length,
+            )
+            return stack(jnp.float32)(x, None)[0]
+
+    def temporary(length, wrap):
+        model, batch = Net(length), activations(32, 64, 8)
+
+        def loss_fn(params, batch):
+            return squared(model.apply({"params": params}, batch))
+
+        params = perturbed(model, batch)
+        compiled = jax.jit(wrap(loss_fn)).lower(params, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def growth(wrap):
+        return temporary(12, wrap) - temporary(4, wrap)
+
+    plain = growth(lambda loss_fn: jax.grad(lambda p, b: loss_fn(p, b).mean()))
+    engine = growth(lambda loss_fn: GradDotProdEngine(loss_fn, val_batch_size=8))
+    assert engine <= 1.25 * plain + 2**16
+
+
+def test_aggregate_checks_every_leaf():
+    with pytest.raises(AssertionError, match="rank"):
+        aggregate({"scale": jnp.ones((4, 8)), "bias": jnp.ones(4)})
+    with pytest.raises(AssertionError, match="shape"):
+        aggregate({"scale": jnp.ones(4), "bias": jnp.ones(7)})
+    with pytest.raises(AssertionError, match="type"):
+        aggregate({"scale": jnp.ones(4, int)})
+    with pytest.raises(ValueError, match="no leaves"):
+        aggregate({})
+
+
+def test_vocabulary_of_the_table_is_small():
+    """The tied case scatters several positions into one row of the table."""
+    assert VOCAB < 7 * 7
+    assert TiedHead(jnp.float32).dtype == jnp.float32

@@ -1,0 +1,90 @@
+"""Imports point from higher rank to lower, files stay short, and private JAX stays out."""
+
+import ast
+import pathlib
+
+import pytest
+
+import ghostjax
+
+ROOT = pathlib.Path(ghostjax.__file__).parent
+RANKS = {
+    "_aggregate": 0,
+    "_errors": 0,
+    "_checks": 1,
+    "_channel": 1,
+    "_types": 1,
+    "testing": 1,
+    "linen": 3,
+    "runs": 5,
+    "cli": 6,
+    "__main__": 7,
+    "": 7,  # the package itself re-exports
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def component(module: str) -> str:
+    """ghostjax.linen._engine -> linen"""
+    return (module.split(".") + [""])[1]
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported_modules(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or ".")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def breaches(module: str, source: str) -> list[str]:
+    """Imports of ``module`` that its rank does not allow."""
+    own = component(module)
+    found = []
+    for name in imported_modules(source):
+        package = name.split(".")[0]
+        if package == "ghostjax":
+            target = component(name)
+            if target in RANKS and target != own and RANKS[target] >= RANKS[own]:
+                found.append(name)
+        if package == "flax" and own not in ("linen", "runs"):
+            found.append(name)
+        if name.startswith("jax._src"):
+            found.append(name)
+        if package in ("pyarrow", "tyro", "rich") and own not in ("runs", "cli"):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    assert component(module_name(path)) in RANKS, "a new module needs a rank"
+    assert breaches(module_name(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ghostjax._checks", "from ghostjax.linen import GradDotProdEngine"),
+        ("ghostjax.linen._plan", "import ghostjax.runs.training"),
+        ("ghostjax._channel", "import flax.linen as nn"),
+        ("ghostjax.linen._plan", "from jax._src import core"),
+        ("ghostjax.linen._plan", "import pyarrow"),
+        ("ghostjax.testing", "from ghostjax._types import EngineResult"),
+    ],
+)
+def test_a_breach_is_found(module, source):
+    assert breaches(module, source)
