@@ -33,5 +33,6 @@ def aggregate(dots: Any) -> jax.Array:
     chex.assert_rank(leaves, 1)
     chex.assert_equal_shape(leaves)
     chex.assert_type(leaves, float)
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    dtype = jnp.float64 if wide else jnp.float32
     return jnp.sum(jnp.stack([jnp.asarray(leaf, dtype) for leaf in leaves]), axis=0)

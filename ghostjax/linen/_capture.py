@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ghostjax._channel import channel
 from ghostjax._errors import UnsupportedModuleError
@@ -60,7 +59,8 @@ class Capture:
             )
         before = _mutable_leaves(module)
         outputs, rebuild = split_outputs(next_fun(*args, **kwargs))
-        if any(new is not old for new, old in zip(_mutable_leaves(module), before, strict=True)):
+        after = _mutable_leaves(module)
+        if len(after) != len(before) or any(new is not old for new, old in zip(after, before)):
             raise UnsupportedModuleError(
                 f"{unit.frame.name} owns parameters and writes variables in the same call, and "
                 "what it writes would carry gradient past the engine. Split it into a module that "

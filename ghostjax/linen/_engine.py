@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
 from ghostjax._aggregate import aggregate
+from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
 from ghostjax._types import EngineResult
 from ghostjax.linen._boxes import is_leaf
 from ghostjax.linen._capture import Capture

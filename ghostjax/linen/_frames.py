@@ -98,6 +98,7 @@ class _FrameRecorder:
             names={box.path: name for name, box in own.items() if is_box(box)},
         )
         self.frames.append(frame)
+        _refuse_changed_weights(frame)
         self._open.append(frame.index)
         try:
             with jax.named_scope(f"{SCOPE}{frame.index}"):
@@ -112,6 +113,15 @@ class _FrameRecorder:
                 leaves[position] = checkpoint_name(leaf, marker)
                 frame.outputs.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
         return jax.tree.unflatten(treedef, leaves)
+
+
+def _refuse_changed_weights(frame: Frame) -> None:
+    if isinstance(frame.module, (nn.WeightNorm, nn.SpectralNorm)):
+        raise UnsupportedModuleError(
+            f"{frame.name} changes the parameters of another module before that module uses them, "
+            "so that their per-row gradients cannot be captured there. Normalize the weights inside "
+            "the module that owns them."
+        )
 
 
 def _refuse_mixing_modules(frame: Frame, args, kwargs) -> None:

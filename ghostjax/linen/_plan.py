@@ -98,6 +98,11 @@ def _carries_rows(axes) -> bool:
     )
 
 
+def _has_no_rows(axes) -> bool:
+    """A call that returns weights, or something else that no row changes."""
+    return all(axis is None for axis in axes[1])
+
+
 def _runs_per_slice(uses: Uses, frame: Frame, path: str) -> int:
     slices = math.prod(length for _, length in frame.boxes[path])
     return -(-uses.executions.get(frame.index, 0) // max(slices, 1))
@@ -110,8 +115,10 @@ def _assign(trace: Trace, uses: Uses, axes):
     for path, found in uses.of_parameter.items():
         for use in found:
             index = use.frames[-1] if use.frames else None
-            while index is not None and not _carries_rows(axes[index]):
+            while index is not None and _has_no_rows(axes[index]):
                 index = trace.frames[index].parent
+            if index is not None and not _carries_rows(axes[index]):
+                index = None
             if index is None:
                 uncovered[path] = _reason(trace, use)
             elif path not in trace.frames[index].boxes:

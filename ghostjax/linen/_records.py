@@ -21,22 +21,23 @@ import jax.numpy as jnp
 
 def accumulation_dtype(*arrays: Any) -> jnp.dtype:
     """float32 for everything narrower, float64 for float64."""
-    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+    wide = any(jnp.result_type(array) == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """Products in the operands' common dtype, sums in float32 or wider."""
-    narrow = jnp.result_type(*operands)
-    wide = accumulation_dtype(narrow)
+    """Products in the operands' dtype, if they have one in common; sums in float32 or wider."""
+    wide = accumulation_dtype(*operands)
 
     def native(*operands):
-        operands = [operand.astype(narrow) for operand in operands]
         return jnp.einsum(spec, *operands, preferred_element_type=wide)
 
     def widened(*operands):
         return jnp.einsum(spec, *(operand.astype(wide) for operand in operands))
 
-    if narrow == wide:
+    if len({operand.dtype for operand in operands}) > 1:
+        return widened(*operands)
+    if operands[0].dtype == wide:
         return native(*operands)
     # XLA's CPU backend lacks some products of 16-bit operands with a 32-bit result.
     return jax.lax.platform_dependent(*operands, cpu=widened, default=native)

@@ -103,7 +103,7 @@ class PerRow(Task):
     def taps(self):
         # The rows come last, so that an axis counted from the front is the parameter's own.
         zeros = jnp.zeros((*self.shape, self.num_rows), self.dtype)
-        return {frame: zeros for frame in self.frames}
+        return dict.fromkeys(self.frames, zeros)
 
     def cotangent(self, source):
         return jnp.moveaxis(source.per_row(), 0, -1)

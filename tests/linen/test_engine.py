@@ -67,7 +67,7 @@ def test_dots_sum_to_the_inner_product_of_the_gradients(tied_result):
     )
 
 
-def test_training_is_not_changed():
+def test_training_is_not_changed(standard_promotion):
     """Ten steps of AdamW with and without the engine give equal parameters."""
     loss_fn, start, batch, engine = tied(rows=11)
     train = jax.tree.map(lambda leaf: leaf[:8], batch)
@@ -205,18 +205,24 @@ def test_a_module_that_holds_an_array_with_a_row_axis():
 
 
 def test_float64_stays_float64():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (2,), param_dtype=jnp.float64)(x)
+            x = nn.LayerNorm(param_dtype=jnp.float64)(x)
+            return nn.Dense(2, param_dtype=jnp.float64)(x)
+
+    def loss_fn(params, batch):
+        outputs = Net().apply({"params": params}, batch)
+        return jnp.mean(jnp.square(outputs), axis=(1, 2))
+
     with jax.enable_x64(True):
-        loss_fn, params, batch = CASES["layernorm_rank_3"](7, 5, jnp.float64)
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-        batch = batch.astype(np.float64)
-
-        def precise(params, batch):
-            outputs = jnp.sum(jnp.square(batch - 0.1), axis=(1, 2))
-            return outputs + loss_fn(params, batch).astype(jnp.float64)
-
-        result = GradDotProdEngine(precise, val_batch_size=2)(params, batch)
-        assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float64)}
-        assert {leaf.dtype for leaf in jax.tree.leaves(result.grads)} == {jnp.dtype(jnp.float64)}
+        batch = activations(7, 5, 3).astype(np.float64)
+        params = perturbed(Net(), batch)
+        result = GradDotProdEngine(loss_fn, val_batch_size=2)(params, batch)
+        expected = testing.per_example_dots(loss_fn, params, batch, 2)
+        testing.assert_dots_close(result.dots, expected, rtol=1e-12)
+        assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.float64)}
 
 
 @pytest.mark.parametrize("name", ["layernorm_rank_3", "convolutions", "lstm", "shared_three_times"])
