@@ -25,8 +25,8 @@ def check_val_batch_size(val_batch_size: Any, num_rows: int | None = None) -> in
         )
     if num_rows is not None and val_rows >= num_rows:
         raise BatchError(
-            f"val_batch_size must be smaller than the number of rows, so that at least one training "
-            f"row is left. Got val_batch_size={val_rows} for a batch of {num_rows} rows."
+            "val_batch_size must be smaller than the number of rows, so that at least one "
+            f"training row is left. Got val_batch_size={val_rows} for a batch of {num_rows} rows."
         )
     return val_rows
 

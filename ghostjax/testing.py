@@ -40,8 +40,9 @@ def per_example_dots(
 ) -> Any:
     """What ``GradDotProdEngine`` should return as ``dots``, from per-row gradients.
 
-    ``dots[p][i] = < g[i][p] , (1/V) sum_v g[v][p] >`` for the B = N - V training rows i, with v over
-    the last V = ``val_batch_size`` rows. Computed by NumPy in float64 from ``per_example_grads``.
+    ``dots[p][i] = < g[i][p] , (1/V) sum_v g[v][p] >`` for the B = N - V training rows i, with v
+    over the last V = ``val_batch_size`` rows. Computed by NumPy in float64 from
+    ``per_example_grads``.
 
     Returns:
       A tree like ``params`` of NumPy arrays [B], float64.
@@ -62,8 +63,8 @@ def per_example_dots(
 def relative_errors(dots: Any, expected: Any) -> dict[str, float]:
     """Per parameter, the largest error over the rows, relative to the largest expected value.
 
-    Parameters whose dots are below a thousandth of the largest in the tree are measured against that
-    thousandth: a gradient that is zero but for rounding has no meaningful relative error.
+    Parameters whose dots are below a thousandth of the largest in the tree are measured against
+    that thousandth: a gradient that is zero but for rounding has no meaningful relative error.
     """
     found, found_tree = jax.tree_util.tree_flatten_with_path(dots)
     wanted, wanted_tree = jax.tree_util.tree_flatten_with_path(expected)
@@ -86,17 +87,17 @@ def relative_errors(dots: Any, expected: Any) -> dict[str, float]:
 
 
 def assert_dots_close(dots: Any, expected: Any, *, rtol: float = 1e-5) -> None:
-    """Asserts that two trees of dots agree: ``max_i |dots[p][i] - expected[p][i]| <= rtol * scale``.
+    """Asserts that two trees of dots agree.
 
-    ``scale`` is ``max_i |expected[p][i]|``, but at least a thousandth of the largest expected value
-    in the tree.
+    ``max_i |dots[p][i] - expected[p][i]| <= rtol * scale`` for every parameter p, with ``scale``
+    the largest ``|expected[p][i]|``, but at least a thousandth of the largest in the tree.
 
     Args:
       rtol: 1e-5 suits float32 models, 1e-2 bfloat16 ones.
 
     Raises:
-      AssertionError: trees or shapes differ, values differ (every parameter that does is listed), or
-        something is not a number.
+      AssertionError: trees or shapes differ, values differ (every parameter that does is listed),
+        or something is not a number.
 
     >>> import jax.numpy as jnp
     >>> assert_dots_close({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0, 2.000001])})

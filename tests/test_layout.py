@@ -26,7 +26,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 def component(module: str) -> str:
     """ghostjax.linen._engine -> linen"""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -73,8 +73,8 @@ class ParameterBox(meta.AxisMetadata):
     def _outside(self):
         return _UsedOutsideModule(
             f"parameter {self.path} is used outside the module that owns it (read from the "
-            "parameter tree, or changed by nn.map_variables), where its per-row gradient cannot be captured. Use it through its module: for a tied "
-            "output head, Embed.attend."
+            "parameter tree, or changed by nn.map_variables), where its per-row gradient cannot be "
+            "captured. Use it through its module: for a tied output head, Embed.attend."
         )
 
     def __jax_array__(self):

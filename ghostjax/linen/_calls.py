@@ -94,7 +94,7 @@ class Call:
         return dataclasses.replace(operands, inputs=inputs), cotangents
 
     def total(self, operands, cotangents, start, size) -> dict[str, jax.Array]:
-        """The gradient summed over ``size`` rows from ``start``, a dict like ``operands.params``."""
+        """The gradient summed over ``size`` rows from ``start``, per parameter."""
         operands, cotangents = self.restrict(operands, cotangents, start, size)
 
         def run(params):

@@ -29,19 +29,19 @@ class GradDotProdEngine:
     for every parameter p and training row i. Row i's loss must depend on row i alone.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, *args, **kwargs) -> losses [N]``, calling Flax linen modules.
+      loss_fn: ``loss_fn(params, batch, *args, **kwargs) -> losses [N]``, calling linen modules.
       val_batch_size: V, the number of validation rows at the end of every batch.
       loss_reduction: "mean": ``value`` is the mean of the training rows' losses; "sum": their sum.
         ``grads`` is its gradient. The dots do not depend on it.
 
-    Calling the engine, ``engine(params, batch, *args, **kwargs)``, returns an ``EngineResult``. It is
-    a pure function, compiled on first use for each shape, and works under ``jax.jit``:
+    Calling the engine, ``engine(params, batch, *args, **kwargs)``, returns an ``EngineResult``. It
+    is a pure function, compiled on first use for each shape, and works under ``jax.jit``:
 
     - ``batch``: tree of arrays with leading size N = B + V; ``args`` and ``kwargs`` are passed on
       as they are (random keys, constants).
-    - ``grads`` is what ``jax.grad`` of the training loss gives: training does not change. Dropout is
-      drawn for N rows at once, so the training rows get other masks than in a batch of B rows, and
-      the validation rows get masks too.
+    - ``grads`` is what ``jax.grad`` of the training loss gives: training does not change. Dropout
+      is drawn for N rows at once, so the training rows get other masks than in a batch of B rows,
+      and the validation rows get masks too.
     - dots are float32 whatever the model's dtype (float64 for float64 parameters).
 
     Raises:
@@ -78,7 +78,7 @@ class GradDotProdEngine:
         return self._jitted(params, batch, args, kwargs)
 
     def aggregate(self, dots: Any) -> jax.Array:
-        """Sums a tree of [B] dots over its parameters, after checking every leaf; see ``aggregate``."""
+        """Sums a tree of [B] dots over its parameters, every leaf checked; see ``aggregate``."""
         return aggregate(dots)
 
     def coverage(self, params: Any, batch: Any, *args: Any, **kwargs: Any) -> dict[str, list[str]]:

@@ -119,8 +119,8 @@ def _refuse_changed_weights(frame: Frame) -> None:
     if isinstance(frame.module, (nn.WeightNorm, nn.SpectralNorm)):
         raise UnsupportedModuleError(
             f"{frame.name} changes the parameters of another module before that module uses them, "
-            "so that their per-row gradients cannot be captured there. Normalize the weights inside "
-            "the module that owns them."
+            "so that their per-row gradients cannot be captured there. Normalize the weights "
+            "inside the module that owns them."
         )
 
 

@@ -85,17 +85,26 @@ def _sum_to_features(values, feature_axes, row_axis):
     return summed.reshape(values.shape[row_axis], *sizes)
 
 
-def norm_rule(frame: Frame, ndim: int, row_axis: int):
-    """The rule of a normalisation layer on one argument of rank ``ndim``."""
+def refuse_norm_over_rows(frame: Frame, row_axis: int | None) -> None:
+    """``row_axis`` is that of the call's first argument."""
     module = frame.module
-    feature_axes = tuple(axis % ndim for axis in as_tuple(getattr(module, "feature_axes", -1)))
+    if not isinstance(module, NORMS) or frame.method != "__call__" or row_axis is None:
+        return
+    ndim = len(frame.args[0].shape)
     reduced = _reduction_axes(module, ndim)
-    if row_axis in (*feature_axes, *reduced):
+    features = _feature_axes(module, ndim)
+    if row_axis in (*features, *reduced):
         raise UnsupportedModuleError(
-            f"{frame.name} normalizes over axes {sorted(reduced)} with features {feature_axes} of "
+            f"{frame.name} normalizes over axes {sorted(reduced)} with features {features} of "
             f"an input of shape {frame.args[0].shape}, whose axis {row_axis} indexes the rows: it "
             "mixes rows, so that no row has a gradient of its own. Normalize over the other axes."
         )
+
+
+def norm_rule(frame: Frame, ndim: int):
+    """The rule of a normalisation layer on one argument of rank ``ndim``."""
+    module = frame.module
+    feature_axes = _feature_axes(module, ndim)
 
     def rule(inputs, cotangents, input_axis, output_axis):
         del output_axis
@@ -107,6 +116,10 @@ def norm_rule(frame: Frame, ndim: int, row_axis: int):
         return _records(normalized, cotangents, feature_axes, input_axis)
 
     return rule
+
+
+def _feature_axes(module: Any, ndim: int) -> tuple[int, ...]:
+    return tuple(axis % ndim for axis in as_tuple(getattr(module, "feature_axes", -1)))
 
 
 def _reduction_axes(module: Any, ndim: int) -> set[int]:

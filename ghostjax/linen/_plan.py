@@ -14,6 +14,7 @@ import jax
 
 from ghostjax._errors import UncoveredParameterError, UnsupportedModuleError
 from ghostjax.linen._frames import LOST, Frame, Trace, is_array, row_axis, trace_at_two_sizes
+from ghostjax.linen._norms import refuse_norm_over_rows
 from ghostjax.linen._rules import Rule, find_rule
 from ghostjax.linen._uses import Use, Uses, find_uses
 
@@ -52,6 +53,8 @@ def make_plan(loss_fn: Callable, params: Any, batch: Any, args, kwargs) -> Plan:
         frame.index: _frame_axes(frame, twin, rows)
         for frame, twin in zip(trace.frames, doubled.frames)
     }
+    for frame in trace.frames:
+        refuse_norm_over_rows(frame, *axes[frame.index][0][:1] or (None,))
     unit_of, uncovered = _assign(trace, uses, axes)
     _refuse_nested(trace, unit_of, uncovered)
     if uncovered:
@@ -150,7 +153,7 @@ def _refuse_nested(trace: Trace, unit_of, uncovered) -> None:
             if parent in indices:
                 outer_of[index] = parent
             parent = trace.frames[parent].parent
-    for path, found in unit_of.items():
+    for found in unit_of.values():
         for position, index in enumerate(found):
             outer = outer_of.get(index)
             if outer is None:

@@ -191,7 +191,7 @@ def contract(records: Sequence[Record], num_train: int) -> jax.Array:
 
 
 def flatten_positions(array: jax.Array, features: int) -> jax.Array:
-    """[R, ..., *features] -> [R, T, F]: the last ``features`` axes become one, the middle another."""
+    """[R, ..., *features] -> [R, T, F], where ``features`` is the number of feature axes."""
     shape = array.shape
     split = array.ndim - features
     return array.reshape(shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))

@@ -47,7 +47,7 @@ def find_rule(frame: Frame, row_axis: int | None) -> Rule | None:
         return None
     ndim = len(args[0].shape)
     if kind in NORMS and method == "__call__":
-        return norm_rule(frame, ndim, row_axis)
+        return norm_rule(frame, ndim)
     if kind is nn.Dense and method == "__call__" and _plain_product(module):
         return _product_rule(ndim, (ndim - 1,), row_axis)
     if kind is nn.DenseGeneral and method == "__call__" and _plain_product(module):

@@ -1,7 +1,7 @@
 """The table of models: every rule, every way a module is used, every transform, one row each.
 
-A case builds ``(loss_fn, params, batch)`` for N rows, T positions and a compute dtype. Losses are one
-number per row, averaged over positions.
+A case builds ``(loss_fn, params, batch)`` for N rows, T positions and a compute dtype. Losses are
+one number per row, averaged over positions.
 """
 
 import functools

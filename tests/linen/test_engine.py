@@ -22,7 +22,7 @@ def tied(rows=B + V):
 
 @pytest.fixture(scope="module")
 def tied_result():
-    loss_fn, params, batch, engine = tied()
+    _, params, batch, engine = tied()
     return params, batch, engine, engine(params, batch)
 
 
@@ -204,7 +204,7 @@ def test_a_module_that_holds_an_array_with_a_row_axis():
     testing.assert_dots_close(result.dots, testing.per_example_dots(loss_fn, params, batch, 3))
 
 
-def test_float64_stays_float64():
+def test_float64_stays_float64(standard_promotion):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -299,7 +299,7 @@ def test_coverage_names_the_calls_of_every_parameter():
 
 
 def test_scanned_layers_carry_no_records():
-    """Memory of a scanned stack grows with its length by dots and gradients only, not activations."""
+    """Memory of a scanned stack grows with its length as that of a plain step does."""
 
     class Net(nn.Module):
         length: int

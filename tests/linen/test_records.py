@@ -88,8 +88,7 @@ def test_different_kinds_of_use_are_summed_before_they_are_multiplied():
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "multiplied_out"])
 def test_the_cheaper_order_is_that_of_the_flops(gram):
     """XLA's own count decides whether the choice by static shapes is right."""
-    sizes = dict(b=8, v=2, t=2, i=64, o=64) if gram else dict(b=8, v=8, t=64, i=8, o=8)
-    b, v, t, i, o = sizes.values()
+    b, v, t, i, o = (8, 2, 2, 64, 64) if gram else (8, 8, 64, 8, 8)
     assert gram_is_cheaper(b, v, t, t, i, o) == gram
     inputs, cotangents = draw(b + v, t, i), draw(b + v, t, o)
 

@@ -160,6 +160,7 @@ def test_batchnorm_in_training_mode(by):
         nn.LayerNorm(reduction_axes=(0, -1)),
         nn.LayerNorm(reduction_axes=(0, 1), feature_axes=-1),
         nn.RMSNorm(reduction_axes=0),
+        nn.LayerNorm(reduction_axes=0, use_bias=False, use_scale=False),
     ],
 )
 def test_a_norm_over_rows(norm):
@@ -288,7 +289,7 @@ def test_val_batch_size_that_leaves_no_training_row(val_rows):
 
 
 def test_val_batch_size_of_another_type():
-    with pytest.raises(TypeError, match="must be a Python int.*2.5"):
+    with pytest.raises(TypeError, match=r"must be a Python int.*2\.5"):
         GradDotProdEngine(losses, val_batch_size=2.5)
 
 

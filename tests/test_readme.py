@@ -1,0 +1,33 @@
+"""Every Python snippet of the README runs, in order, as one program."""
+
+import pathlib
+import re
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_snippets(standard_promotion):
+    namespace = {}
+    found = snippets(README.read_text())
+    assert len(found) >= 3
+    for snippet in found:
+        exec(compile(snippet, str(README), "exec"), namespace)
+    assert namespace["scores"].shape == (16,)
+    assert namespace["dots"]["scale"].shape == (16,)
+
+
+def test_a_broken_snippet_would_be_run():
+    assert snippets("text\n```python\nraise SystemError\n```\n") == ["raise SystemError\n"]
+
+
+def test_both_commands_are_single_lines_that_ci_runs():
+    text = README.read_text()
+    for pattern in (r"^python3 -m venv .*ghostjax train --out", r"^python3 -m venv .*pytest -n"):
+        assert len(re.findall(pattern, text, flags=re.MULTILINE)) == 1
+    ci = (README.parent / ".ci" / "run").read_text()
+    assert "grep -m1 'ghostjax train --out' README.md" in ci
+    assert "grep -m1 'pytest -n' README.md" in ci
