@@ -14,7 +14,7 @@ from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
 from ghostjax._types import EngineResult
 from ghostjax.linen._boxes import is_leaf
 from ghostjax.linen._capture import Capture
-from ghostjax.linen._frames import box_parameters
+from ghostjax.linen._frames import box_parameters, is_array
 from ghostjax.linen._plan import make_plan
 from ghostjax.linen._tasks import make_tasks
 
@@ -38,7 +38,7 @@ class GradDotProdEngine:
     is a pure function, compiled on first use for each shape, and works under ``jax.jit``:
 
     - ``batch``: tree of arrays with leading size N = B + V; ``args`` and ``kwargs`` are passed on
-      as they are (random keys, constants).
+      as they are (random keys, constants; switches and names are static).
     - ``grads`` is what ``jax.grad`` of the training loss gives: training does not change. Dropout
       is drawn for N rows at once, so the training rows get other masks than in a batch of B rows,
       and the validation rows get masks too.
@@ -70,12 +70,15 @@ class GradDotProdEngine:
         self.loss_fn = loss_fn
         self.val_batch_size = check_val_batch_size(val_batch_size)
         self.loss_reduction = loss_reduction
-        self._jitted = jax.jit(self._compute)
+        self._jitted = jax.jit(self._compute, static_argnums=3)
 
     def __call__(self, params: Any, batch: Any, *args: Any, **kwargs: Any) -> EngineResult:
         check_parameters(params)
         check_val_batch_size(self.val_batch_size, batch_rows(batch))
-        return self._jitted(params, batch, args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        static = tuple(None if _is_traced(leaf) else leaf for leaf in leaves)
+        traced = [leaf for leaf in leaves if _is_traced(leaf)]
+        return self._jitted(params, batch, traced, (treedef, static))
 
     def aggregate(self, dots: Any) -> jax.Array:
         """Sums a tree of [B] dots over its parameters, every leaf checked; see ``aggregate``."""
@@ -90,7 +93,12 @@ class GradDotProdEngine:
             for path, sites in plan.sites.items()
         }
 
-    def _compute(self, params, batch, args, kwargs) -> EngineResult:
+    def _compute(self, params, batch, traced, static) -> EngineResult:
+        treedef, leaves = static
+        remaining = iter(traced)
+        args, kwargs = jax.tree.unflatten(
+            treedef, [next(remaining) if leaf is None else leaf for leaf in leaves]
+        )
         rows = batch_rows(batch)
         num_train = rows - self.val_batch_size
         paths_and_values, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
@@ -129,3 +137,10 @@ class GradDotProdEngine:
             grads=like_params(grads),
             dots=like_params(dots),
         )
+
+
+def _is_traced(leaf: Any) -> bool:
+    """Arrays and numbers; switches, names and functions are part of the program."""
+    return is_array(leaf) or (
+        isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
+    )

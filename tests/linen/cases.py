@@ -572,3 +572,62 @@ def unused_parameter(rows, positions, dtype):
             return nn.Dense(3, dtype=dtype)(x)
 
     return regression(Net(), activations(rows, positions, FEATURES))
+
+
+@case
+def nn_jit(rows, positions, dtype):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x, _ = nn.jit(Block)(dtype)(x)
+            return x
+
+    return regression(Net(), activations(rows, positions, FEATURES))
+
+
+@case
+def remat_scan(rows, positions, dtype):
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block(dtype)(x)[0]
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat_scan(Plain, lengths=(2, 2))()(x)
+
+    return regression(Net(), activations(rows, positions, FEATURES))
+
+
+@case
+def branches(rows, positions, dtype):
+    """One branch runs; the parameters of the other get zeros."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            left, right = nn.Dense(FEATURES, dtype=dtype), nn.Dense(FEATURES, dtype=dtype)
+            if self.is_initializing():
+                return left(x) + right(x)
+            x = nn.cond(x.sum() > -1e9, lambda m, x: left(x), lambda m, x: right(x), self, x)
+            return nn.cond(x.sum() > -1e9, lambda m, x: left(x), lambda m, x: right(x), self, x)
+
+    return regression(Net(), activations(rows, positions, FEATURES))
+
+
+@case
+def positions_in_a_module_of_their_own(rows, positions, dtype):
+    """A table looked up without rows, added to rows in a module that owns nothing else."""
+
+    class AddPositions(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            table = nn.Embed(16, FEATURES, dtype=dtype)(jnp.arange(x.shape[1]))
+            return x + table[None]
+
+    model = nn.Sequential(
+        [nn.Dense(FEATURES, dtype=dtype), AddPositions(), nn.Dense(3, dtype=dtype)]
+    )
+    return regression(model, activations(rows, positions, FEATURES))

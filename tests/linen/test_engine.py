@@ -151,6 +151,29 @@ def test_further_arguments_reach_the_loss():
     testing.assert_dots_close(result.dots, expected)
 
 
+def test_switches_are_static():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic):
+            return nn.Dropout(0.5)(nn.Dense(4)(x), deterministic=deterministic)
+
+    model = Net()
+
+    def loss_fn(params, batch, deterministic, name=None):
+        assert deterministic is True
+        assert name == "evaluation"
+        return squared(model.apply({"params": params}, batch, deterministic=deterministic))
+
+    def plain(params, batch):
+        return loss_fn(params, batch, True, name="evaluation")
+
+    batch = activations(7, 8)
+    params = perturbed(model, batch, deterministic=True)
+    engine = GradDotProdEngine(loss_fn, val_batch_size=2)
+    result = engine(params, batch, True, name="evaluation")
+    testing.assert_dots_close(result.dots, testing.per_example_dots(plain, params, batch, 2))
+
+
 class Noisy(nn.Module):
     """A layer that owns a parameter and draws random numbers in the same call."""
 
