@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DivergedError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted, no results written", 130)
+        return _fail("interrupted", 130)
     return 0
 
 

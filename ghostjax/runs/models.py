@@ -40,9 +40,9 @@ class GPT(nn.Module):
     are given per row, so that every look-up has a row axis.
 
     >>> import jax, jax.numpy as jnp
-    >>> tokens, positions = jnp.zeros((1, 2), jnp.int32), jnp.arange(2)[None]
-    >>> params = GPT(SIZES["micro"]).init(jax.random.key(0), tokens, positions)
-    >>> GPT(SIZES["micro"]).apply(params, tokens, positions).shape
+    >>> ids, model = jnp.zeros((1, 2), jnp.int32), GPT(SIZES["micro"])
+    >>> logits, params = jax.eval_shape(model.init_with_output, jax.random.key(0), ids, ids)
+    >>> logits.shape
     (1, 2, 256)
     """
 
