@@ -1,0 +1,73 @@
+"""One small run, shared: compiling is most of its time."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import pyarrow.parquet as pq
+import pytest
+
+from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.job import run
+
+STEPS, BATCH_SIZE, VAL_BATCH_SIZE, LENGTH = 6, 4, 3, 16
+
+
+@pytest.fixture(scope="session")
+def write_data(tmp_path_factory):
+    """Writes ``{name: content}`` and gives the paths, by name."""
+
+    def write(**contents):
+        folder = tmp_path_factory.mktemp("data")
+        paths = {}
+        for name, content in contents.items():
+            stem, suffix = name.rsplit("_", 1)
+            paths[name] = folder / f"{stem}.{suffix}"
+            if isinstance(content, bytes):
+                paths[name].write_bytes(content)
+            else:
+                paths[name].write_text(content)
+        return paths
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def micro_config(tmp_path_factory, write_data):
+    """A run on own data of two domains, five documents each, one longer than a window."""
+    lines = [json.dumps({"text": f"line {n} of the forum, " * (n + 1)}) for n in range(5)]
+    blocks = [f"block {n}\nof the wiki" for n in range(5)]
+    paths = write_data(
+        forum_jsonl="\n".join(lines),
+        wiki_txt="\n\n".join(blocks),
+        held_txt="\n\n".join(f"{n} of the forum and of the wiki" for n in range(4)),
+    )
+    return TrainConfig(
+        out=tmp_path_factory.mktemp("runs") / "micro",
+        model="micro",
+        train=(paths["forum_jsonl"], paths["wiki_txt"]),
+        val=(paths["held_txt"],),
+        steps=STEPS,
+        batch_size=BATCH_SIZE,
+        val_batch_size=VAL_BATCH_SIZE,
+        length=LENGTH,
+        quiet=True,
+    )
+
+
+def read_run(out):
+    """The tables and the summary of a run directory."""
+    tables = {name: pq.read_table(out / f"{name}.parquet") for name in _TABLES}
+    summary = json.loads((out / "summary.json").read_text())
+    return SimpleNamespace(out=out, summary=summary, **tables)
+
+
+_TABLES = ("documents", "steps", "scores")
+
+
+@pytest.fixture(scope="session")
+def micro_run(micro_config):
+    # optax.adamw raises a Python float to the power of an int32 count.
+    with jax.numpy_dtype_promotion("standard"):
+        run(micro_config)
+    return read_run(micro_config.out)

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghostjax.runs.models import GPT, SIZES
+
+MICRO = GPT(SIZES["micro"])
+
+
+@pytest.fixture(scope="module")
+def params():
+    ids = jnp.zeros((1, 4), jnp.int32)
+    return jax.jit(MICRO.init)(jax.random.key(0), ids, ids)["params"]
+
+
+@jax.jit
+def logits(params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return MICRO.apply({"params": params}, tokens, positions)
+
+
+def test_gpt2_is_gpt2_small_but_for_the_vocabulary():
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    model = GPT(SIZES["gpt2"])
+    params = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == 124_439_808 - (50_257 - 256) * 768
+
+
+def test_the_head_is_the_token_embedding(params):
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params) if 256 in leaf.shape]
+    assert shapes == [(256, 16)]
+
+
+def test_a_position_sees_no_later_token(params):
+    tokens = jnp.array([[1, 2, 3, 4]])
+    before, after = logits(params, tokens), logits(params, tokens.at[0, 2].set(9))
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert not np.allclose(before[:, 2:], after[:, 2:])
+
+
+def test_equal_tokens_at_other_positions_differ(params):
+    found = logits(params, jnp.array([[5, 5, 5, 5]]))
+    assert not np.allclose(found[:, 0], found[:, 1])

@@ -1,0 +1,213 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from ghostjax.cli import main
+from ghostjax.runs.config import TrainConfig
+from tests.runs.conftest import micro_config, micro_run, read_run, write_data
+
+__all__ = ["micro_config", "micro_run", "write_data"]  # fixtures
+
+
+# optax.adamw raises a Python float to the power of an int32 count.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def command(config: TrainConfig, **changes) -> list[str]:
+    """The command line of a configuration."""
+    argv = ["train"]
+    for name, value in dataclasses.asdict(dataclasses.replace(config, **changes)).items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            argv += [option] if value else []
+        elif isinstance(value, tuple):
+            argv += [option, *map(str, value)] if value else []
+        elif value is not None:
+            argv += [option, str(value)]
+    return argv
+
+
+def fails(argv, capsys) -> str:
+    """Runs a command that is to be refused; returns its one line."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert err.startswith("ghostjax: error: ")
+    return err
+
+
+BAD_OPTIONS = {
+    "no steps": ({"steps": 0}, "--steps must be at least 1, got 0"),
+    "negative steps": ({"steps": -3}, "--steps must be at least 1, got -3"),
+    "no batch": ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+    "no validation": ({"val_batch_size": 0}, "--val-batch-size must be at least 1, got 0"),
+    "no length": ({"length": 0}, "--length must be from 1 to 32"),
+    "length": ({"length": 33}, "--length must be from 1 to 32, the positions of model micro"),
+    "rate zero": ({"learning_rate": 0.0}, "--learning-rate must be positive, got 0"),
+    "rate nan": ({"learning_rate": float("nan")}, "--learning-rate must be positive, got nan"),
+    "seed": ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
+    "train alone": ({"val": ()}, "--train needs --val"),
+    "val alone": ({"train": ()}, "--val needs --train"),
+    "batch": ({"batch_size": 11}, "--batch-size 11 is more than the 10 training documents"),
+    "val batch": ({"val_batch_size": 5}, "--val-batch-size 5 is more than the 4 validation doc"),
+    "text field": ({"text_field": "body"}, "line 1: no field 'body' (set --text-field)"),
+    "file": ({"val": ("none.txt",)}, "none.txt: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_options_that_cannot_be_used(micro_config, tmp_path, capsys, changes, message):
+    out = tmp_path / "new" / "run"
+    assert message in fails(command(micro_config, out=out, **changes), capsys)
+    assert not out.parent.exists()
+
+
+BAD_DATA = {
+    "empty": ("a_txt", "", "no documents in it"),
+    "bad JSON": ("a_jsonl", '{"text": "one"}\n{', "line 2: not valid JSON"),
+    "short": ("a_txt", "x", "line 1: a document of 1 tokens"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_DATA.values(), ids=BAD_DATA)
+@pytest.mark.parametrize("option", ["train", "val"])
+def test_data_that_cannot_be_used(
+    micro_config, write_data, tmp_path, capsys, option, name, content, message
+):
+    path = write_data(**{name: content})[name]
+    argv = command(micro_config, out=tmp_path / "run", **{option: (path,)})
+    assert f"{path}" in fails(argv, capsys)
+    assert message in fails(argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_model_is_refused_with_the_choices(micro_config, tmp_path, capsys):
+    argv = command(micro_config, out=tmp_path / "run", model="huge")
+    with pytest.raises(SystemExit) as raised:
+        main(argv)
+    assert raised.value.code == 2
+    assert "'tiny'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_with_something_in_it_is_left_alone(micro_config, tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    message = fails(command(micro_config, out=tmp_path), capsys)
+    assert f"{tmp_path} is not empty: give a new directory" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_file_names_cannot_forge_output(micro_config, tmp_path, capsys):
+    message = fails(command(micro_config, out=tmp_path / "run", val=("a\x1b\nb.txt",)), capsys)
+    assert "a??b.txt" in message
+
+
+@pytest.mark.parametrize("module", ["tyro", "pyarrow", "rich"])
+def test_missing_extras_are_named_with_the_remedy(module, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = fails(["train", "--out", str(tmp_path / "run")], capsys)
+    assert message == f'ghostjax: error: needs {module}: pip install "ghostjax[train]"\n'
+
+
+def test_two_runs_of_one_seed_are_equal_and_plain_output_is_plain(
+    micro_config, micro_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "run").mkdir()  # empty, so it may be used
+    assert main(command(micro_config, out=tmp_path / "run", quiet=False)) == 0
+    out, err = capsys.readouterr()
+    for line in (out + err).split("\n"):
+        assert line.isprintable(), line
+    assert "step 6/6  loss " in err
+    assert "forum:0" in out
+    assert "Score by domain" in out
+
+    again = read_run(tmp_path / "run")
+    for name in ("documents", "steps", "scores"):
+        assert getattr(again, name).equals(getattr(micro_run, name), check_metadata=True)
+
+
+def test_one_quiet_step_is_a_run_that_prints_nothing(micro_config, tmp_path, capsys):
+    assert main(command(micro_config, out=tmp_path / "run", steps=1)) == 0
+    assert capsys.readouterr() == ("", "")
+    assert read_run(tmp_path / "run").documents["visits"].to_pylist().count(1) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "ghostjax: error: interrupted\n"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_a_run_that_stops_leaves_no_results(
+    micro_config, tmp_path, capsys, monkeypatch, error, code, message
+):
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr("ghostjax.runs.job.train", stop)
+    assert main(command(micro_config, out=tmp_path / "run")) == code
+    assert message in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ghostjax {metadata.version('ghostjax')}\n"
+    with pytest.raises(SystemExit) as raised:
+        main(["train", "--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert "ghostjax train --out run --train forum.jsonl" in text
+    for field in dataclasses.fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "\x1b" not in text
+
+
+def without_test_flags() -> dict[str, str]:
+    """The environment but for XLA_FLAGS, with which the tests make compiled code slow."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def test_importing_the_package_does_not_import_the_extras():
+    code = "import ghostjax, sys; print({'pyarrow', 'tyro', 'rich'} & set(sys.modules) or 'none')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pyarrow" not in done.stdout
+    assert "tyro" not in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ghostjax", "train", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+@pytest.mark.slow
+def test_the_default_job_puts_prose_above_code(tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "ghostjax", "train", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=without_test_flags(),
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["auc"] > 0.7
+    assert summary["val_loss"] < 2.6
+    assert summary["domains"]["prose"]["score"] > summary["domains"]["code"]["score"]
+    assert f"AUC of prose above code {summary['auc']:.3f}" in done.stdout
