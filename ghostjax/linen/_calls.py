@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import errors as flax_errors
 
 from ghostjax._errors import UnsupportedModuleError
+from ghostjax._jaxprs import inner_jaxprs
 from ghostjax.linen._boxes import is_box
 from ghostjax.linen._frames import is_array
 from ghostjax.linen._plan import Unit
 from ghostjax.linen._records import RowGradients, accumulation_dtype, contract
-from ghostjax.linen._uses import inner_jaxprs
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.extend import core
 
+from ghostjax._jaxprs import describe_operation, inner_jaxprs, is_var, live_equations
 from ghostjax.linen._frames import MARKER, SCOPE, Trace
 
 _FRAME = re.compile(rf"{SCOPE}(\d+)")
@@ -47,23 +48,6 @@ def find_uses(trace: Trace) -> Uses:
     return Uses(walk.uses, dict(executions), walk.custom_rules)
 
 
-def inner_jaxprs(eqn: Any) -> list[tuple[core.Jaxpr, int | None]]:
-    """The jaxprs an equation runs, each with the operand its first input is.
-
-    None where inputs and operands do not correspond one to one.
-    """
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = item.jaxpr if isinstance(item, core.ClosedJaxpr) else item
-            if not isinstance(jaxpr, core.Jaxpr):
-                continue
-            offset = 1 if eqn.primitive.name == "cond" else 0
-            matches = len(jaxpr.invars) == len(eqn.invars) - offset
-            found.append((jaxpr, offset if matches else None))
-    return found
-
-
 class _Walk:
     def __init__(self, trace: Trace):
         self.trace = trace
@@ -73,26 +57,21 @@ class _Walk:
 
     def jaxpr(self, jaxpr, aliases, live_outputs, frames, repeats, custom) -> dict[Any, str]:
         """Walks one jaxpr; returns its aliases: variables that are a parameter, as it is."""
-        live = {
-            var for var, is_live in zip(jaxpr.outvars, live_outputs) if is_live and _is_var(var)
-        }
-        needed = []
-        for eqn in reversed(jaxpr.eqns):
-            if eqn.effects or any(var in live for var in eqn.outvars):
-                needed.append(eqn)
-                live.update(var for var in eqn.invars if _is_var(var))
-        for eqn in reversed(needed):
+        equations, live = live_equations(jaxpr, live_outputs)
+        for eqn in equations:
             self.equation(eqn, aliases, live, frames, repeats, custom)
         return aliases
 
     def equation(self, eqn, aliases, live, frames, repeats, custom):
         frames = frames + tuple(map(int, _FRAME.findall(str(eqn.source_info.name_stack))))
         primitive = eqn.primitive.name
+        if primitive == "stop_gradient":
+            return
         if primitive in ("name", "transpose"):
             # Flax transposes parameters that it scans along another axis than the first.
             if primitive == "name":
                 self.mark(eqn, frames, repeats, custom)
-            if _is_var(eqn.invars[0]) and eqn.invars[0] in aliases:
+            if is_var(eqn.invars[0]) and eqn.invars[0] in aliases:
                 aliases[eqn.outvars[0]] = aliases[eqn.invars[0]]
             return
         followed = set()
@@ -101,7 +80,7 @@ class _Walk:
             operands = {}
             if offset is not None:
                 for position, var in enumerate(eqn.invars[offset:]):
-                    if _is_var(var) and var in aliases:
+                    if is_var(var) and var in aliases:
                         operands[jaxpr.invars[position]] = aliases[var]
                         followed.add(position + offset)
             one_to_one = primitive in _CALLS and len(jaxpr.outvars) == len(eqn.outvars)
@@ -117,13 +96,13 @@ class _Walk:
                 custom or primitive.startswith("custom_"),
             )
             for position, var in enumerate(jaxpr.outvars):
-                if _is_var(var) and var in found:
+                if is_var(var) and var in found:
                     if one_to_one:
                         aliases[eqn.outvars[position]] = found[var]
                     else:
                         self.use(found[var], eqn, frames)
         for position, var in enumerate(eqn.invars):
-            if _is_var(var) and var in aliases and position not in followed:
+            if is_var(var) and var in aliases and position not in followed:
                 self.use(aliases[var], eqn, frames)
 
     def use(self, path, eqn, frames):
@@ -143,17 +122,3 @@ class _Walk:
 
 # Calls whose outputs are those of the jaxpr they hold.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call"}
-
-
-def _is_var(atom: Any) -> bool:
-    return isinstance(atom, core.Var)
-
-
-def describe_operation(eqn: Any) -> str:
-    """The operation and the innermost source line outside the libraries."""
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        path = frame.file_name.replace("\\", "/")
-        if not any(part in path for part in ("/jax/", "/flax/", "/ghostjax/", "<frozen")):
-            return f"{eqn.primitive.name} at {frame.file_name}:{frame.line_num}"
-    return eqn.primitive.name

@@ -631,3 +631,16 @@ def positions_in_a_module_of_their_own(rows, positions, dtype):
         [nn.Dense(FEATURES, dtype=dtype), AddPositions(), nn.Dense(3, dtype=dtype)]
     )
     return regression(model, activations(rows, positions, FEATURES))
+
+
+@case
+def stopped_gradient(rows, positions, dtype):
+    """The same parameters once as they are and once as a constant target."""
+    model = NormNet(nn.LayerNorm, dtype)
+    inputs = activations(rows, positions, FEATURES)
+
+    def loss_fn(params, batch):
+        target = model.apply({"params": jax.lax.stop_gradient(params)}, -batch)
+        return squared(model.apply({"params": params}, batch) - target)
+
+    return loss_fn, perturbed(model, inputs), inputs

@@ -1,0 +1,47 @@
+"""Reading jaxprs, with public names alone."""
+
+from typing import Any
+
+from jax.extend import core
+
+
+def is_var(atom: Any) -> bool:
+    return isinstance(atom, core.Var)
+
+
+def inner_jaxprs(eqn: Any) -> list[tuple[core.Jaxpr, int | None]]:
+    """The jaxprs an equation runs, each with the operand its first input is.
+
+    None where inputs and operands do not correspond one to one.
+    """
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = item.jaxpr if isinstance(item, core.ClosedJaxpr) else item
+            if not isinstance(jaxpr, core.Jaxpr):
+                continue
+            offset = 1 if eqn.primitive.name == "cond" else 0
+            matches = len(jaxpr.invars) == len(eqn.invars) - offset
+            found.append((jaxpr, offset if matches else None))
+    return found
+
+
+def live_equations(jaxpr: core.Jaxpr, live_outputs: list[bool]) -> tuple[list[Any], set[core.Var]]:
+    """The equations that the outputs named by ``live_outputs`` need, and the variables they use."""
+    live = {var for var, is_live in zip(jaxpr.outvars, live_outputs) if is_live and is_var(var)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(var in live for var in eqn.outvars):
+            needed.append(eqn)
+            live.update(var for var in eqn.invars if is_var(var))
+    return needed[::-1], live
+
+
+def describe_operation(eqn: Any) -> str:
+    """The operation and the innermost source line outside the libraries."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        path = frame.file_name.replace("\\", "/")
+        if not any(part in path for part in ("/jax/", "/flax/", "/ghostjax/", "<frozen")):
+            return f"{eqn.primitive.name} at {frame.file_name}:{frame.line_num}"
+    return eqn.primitive.name
