@@ -1,0 +1,1 @@
+"""Per-row numbers of any loss, by a walk over its jaxpr."""

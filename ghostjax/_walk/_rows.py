@@ -1,0 +1,175 @@
+"""Which axis of every intermediate of a jaxpr indexes the rows of a batch."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from ghostjax._walk._row_rules import (
+    ELEMENTWISE,
+    PASSED,
+    RULES,
+    Mixed,
+    RowInfo,
+    Rows,
+    elementwise,
+    shape_of,
+)
+
+__all__ = ["Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
+
+# Primitives that run one jaxpr on their operands, and the parameter that holds it.
+_CALLS = {
+    "call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "composite": "jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+def join(a: RowInfo, b: RowInfo) -> RowInfo:
+    """What holds of a value that may be either: for carries and branches."""
+    if a is None or (isinstance(b, Mixed) and not isinstance(a, Mixed)):
+        return b
+    if b is None or isinstance(a, Mixed) or a == b:
+        return a
+    return Mixed(f"rows are at {a} or at {b}")
+
+
+def split_rows(array, rows: Rows, num_rows: int):
+    """`array` as [B, everything else]."""
+    before, after = array.shape[: rows.axis], array.shape[rows.axis + 1 :]
+    outer = math.prod(before) * rows.outer
+    inner = rows.inner * math.prod(after)
+    array = array.reshape(outer, num_rows, inner)
+    return jnp.swapaxes(array, 0, 1).reshape(num_rows, outer * inner)
+
+
+def infer(
+    jaxpr: core.Jaxpr | core.ClosedJaxpr, inputs: Sequence[RowInfo], num_rows: int
+) -> list[RowInfo]:
+    """Row info of a jaxpr's outputs; its constants are the same whatever the rows hold."""
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom) -> RowInfo:
+        return None if isinstance(atom, core.Literal) else known.get(atom)
+
+    for eqn in jaxpr.eqns:
+        outputs = propagate(eqn, [read(v) for v in eqn.invars], num_rows)
+        known.update(zip(eqn.outvars, outputs))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
+    """Row info of the outputs of one equation, control flow and calls included."""
+    name, operands = eqn.primitive.name, list(operands)
+    container = _CONTAINERS.get(name) or (_call if name in _CALLS else None)
+    stateful = any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
+    if stateful and container is None:
+        outputs = Mixed(f"{name} reads or writes a Ref, which is not followed")
+    elif all(o is None for o in operands) and not stateful:
+        outputs = None
+    elif container is not None:
+        outputs = container(eqn, operands, num_rows)
+    elif name in PASSED:
+        outputs = operands
+    elif name in ELEMENTWISE:
+        outputs = elementwise(eqn, operands)
+    elif mixed := [o for o in operands if isinstance(o, Mixed)]:
+        outputs = mixed[0]
+    elif name in RULES:
+        outputs = RULES[name](eqn, operands, num_rows)
+    else:
+        outputs = Mixed(f"primitive {name} is not known to keep rows in place")
+    if not isinstance(outputs, list):
+        outputs = [outputs] * len(eqn.outvars)
+    return [_fitting(eqn, v, o, num_rows) for v, o in zip(eqn.outvars, outputs, strict=True)]
+
+
+def _fitting(eqn, var, info: RowInfo, num_rows: int) -> RowInfo:
+    """A last guard: a place that the shape cannot have is not promised."""
+    if isinstance(info, Rows):
+        shape = shape_of(var)
+        size = info.outer * num_rows * info.inner
+        if info.axis >= len(shape) or shape[info.axis] != size:
+            return Mixed(f"{eqn.primitive.name} has no row axis in shape {shape}")
+    return info
+
+
+def _call(eqn, operands, num_rows):
+    return infer(eqn.params[_CALLS[eqn.primitive.name]], operands, num_rows)
+
+
+def _fixed_point(body, carry: list[RowInfo]) -> tuple[list[RowInfo], list[RowInfo]]:
+    """Infos that the body's first outputs do not change, and what it gives from them."""
+    while True:
+        outputs = body(carry)
+        joined = [join(c, o) for c, o in zip(carry, outputs)]
+        if joined == carry:
+            return carry, outputs
+        carry = joined
+
+
+def _scan(eqn, operands, num_rows):
+    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    fixed, carry = operands[:consts], operands[consts : consts + carried]
+    xs = [_step(o) for o in operands[consts + carried :]]
+    carry, outputs = _fixed_point(
+        lambda carry: infer(eqn.params["jaxpr"], [*fixed, *carry, *xs], num_rows), carry
+    )
+    ys = [o.at(o.axis + 1) if isinstance(o, Rows) else o for o in outputs[carried:]]
+    return [*carry, *ys]
+
+
+def _step(info: RowInfo) -> RowInfo:
+    if not isinstance(info, Rows):
+        return info
+    return info.at(info.axis - 1) if info.axis else Mixed("scan along the row axis")
+
+
+def _while(eqn, operands, num_rows):
+    tested, used = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    of_test, of_body = operands[:tested], operands[tested : tested + used]
+    carry, _ = _fixed_point(
+        lambda carry: infer(eqn.params["body_jaxpr"], [*of_body, *carry], num_rows),
+        operands[tested + used :],
+    )
+    [test] = infer(eqn.params["cond_jaxpr"], [*of_test, *carry], num_rows)
+    if test is not None:
+        return Mixed("while runs as long as rows say")
+    return carry
+
+
+def _cond(eqn, operands, num_rows):
+    if operands[0] is not None:
+        return Mixed("cond takes the branch that rows say")
+    branches = [infer(branch, operands[1:], num_rows) for branch in eqn.params["branches"]]
+    outputs = branches[0]
+    for branch in branches[1:]:
+        outputs = [join(a, b) for a, b in zip(outputs, branch)]
+    return outputs
+
+
+def _custom_linear_solve(eqn, operands, num_rows):
+    lengths = eqn.params["const_lengths"]
+    start = lengths.matvec + lengths.vecmat
+    right_sides = operands[sum(lengths) :]
+    inputs = [*operands[start : start + lengths.solve], *right_sides]
+    return infer(eqn.params["jaxprs"].solve, inputs, num_rows)
+
+
+_CONTAINERS = {
+    "cond": _cond,
+    "custom_linear_solve": _custom_linear_solve,
+    "scan": _scan,
+    "while": _while,
+}
