@@ -1,5 +1,6 @@
 """The engine: one forward and one backward pass of a concatenated batch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,11 +118,14 @@ class GradDotProdEngine:
             path: {"gradient": values[path], "taps": task.taps()} for path, task in tasks.items()
         }
         losses, pull_back = jax.vjp(run, carried)
-        scale = 1 / num_train if self.loss_reduction == "mean" else 1.0
-        weights = jnp.full(rows, 1 / self.val_batch_size, losses.dtype).at[:num_train].set(scale)
+        train_weight = 1 / num_train if self.loss_reduction == "mean" else 1.0
+        # A power of two near 1/V: scaling by it rounds nothing, in bfloat16 either.
+        val_weight = 2.0 ** -round(math.log2(self.val_batch_size))
+        weights = jnp.full(rows, val_weight, losses.dtype).at[:num_train].set(train_weight)
         (carried,) = pull_back(weights)
 
-        # The cotangents carry the scale of the training loss; the loss of a row has scale 1.
+        # In the dots, the loss of a training row has weight 1 and that of a validation row 1/V.
+        scale = train_weight * val_weight * self.val_batch_size
         dots = {path: task.dots(carried[path]["taps"]) / scale for path, task in tasks.items()}
         chex.assert_shape(list(dots.values()), (num_train,))
         grads = {path: carried[path]["gradient"] for path in tasks}

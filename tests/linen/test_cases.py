@@ -62,17 +62,22 @@ def test_float32_one_position_sum_of_losses(name, standard_promotion):
 
 @cases(CASES)
 def test_bfloat16(name, standard_promotion):
-    """Within 1e-2 of per-row autodiff of the same model, beyond what that itself rounds off.
+    """Within 1e-2 of per-row autodiff of the same model, or closer to float32 autodiff than that is.
 
-    Per-row autodiff sums bfloat16 cotangents to bfloat16 gradients, which alone can be off by some
-    percent. Its distance from float32 autodiff says by how much.
+    The second is for biases: their per-row gradients are sums over positions, which the engine makes
+    in float32 and bfloat16 autodiff rounds to bfloat16.
     """
     result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
     assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}
     errors = testing.relative_errors(result.dots, oracle(name, jnp.bfloat16))
+    remaining = testing.relative_errors(result.dots, oracle(name, jnp.float32))
     rounding = testing.relative_errors(oracle(name, jnp.bfloat16), oracle(name, jnp.float32))
-    excess = {path: errors[path] - rounding[path] for path in errors}
-    assert max(excess.values()) <= 1e-2, excess
+    faults = {
+        path: (errors[path], remaining[path], rounding[path])
+        for path in errors
+        if errors[path] > 1e-2 and (remaining[path] > rounding[path] or "bias" not in path)
+    }
+    assert not faults
 
 
 NORMS = [name for name in CASES if "norm" in name and not name.startswith("batchnorm")]
@@ -80,14 +85,9 @@ NORMS = [name for name in CASES if "norm" in name and not name.startswith("batch
 
 @cases(NORMS)
 def test_norms_in_bfloat16(name, standard_promotion):
-    """Scales and biases are within 1e-2 of per-row autodiff, of the bfloat16 or float32 model."""
+    """Scales and biases of norms are within 1e-2 of per-row autodiff without exception."""
     result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
-    in_bfloat16, in_float32 = (
-        testing.relative_errors(result.dots, oracle(name, dtype))
-        for dtype in (jnp.bfloat16, jnp.float32)
-    )
-    norms = {
-        path: min(in_bfloat16[path], in_float32[path]) for path in in_float32 if "Norm" in path
-    }
+    errors = testing.relative_errors(result.dots, oracle(name, jnp.bfloat16))
+    norms = {path: error for path, error in errors.items() if "Norm" in path}
     assert norms
     assert max(norms.values()) <= 1e-2, norms
