@@ -34,12 +34,13 @@ Rule = Callable[..., RowInfo | list[RowInfo]]
 # Ranks are equal, apart from scalars; axes of size 1 are repeated.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
-    clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf
-    erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
-    le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not or polygamma
-    population_count pow pvary real reduce_precision regularized_incomplete_beta rem reshard round
-    rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign
-    sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
+    clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc
+    exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
+    layout_constraint le le_to lgamma log log1p logistic lt lt_to max min mul mulhi name ne neg
+    nextafter not or polygamma population_count pow pvary real reduce_precision
+    regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
+    threefry2x32 xor zeta
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 # Output k is operand k.
@@ -142,6 +143,11 @@ def _reshape(eqn, operands, num_rows):
     )
 
 
+def _tile(eqn, operands, num_rows):
+    rows = operands[0]
+    return dataclasses.replace(rows, outer=rows.outer * eqn.params["reps"][rows.axis])
+
+
 def _transpose(eqn, operands, num_rows):
     return operands[0].at(tuple(eqn.params["permutation"]).index(operands[0].axis))
 
@@ -185,6 +191,13 @@ def _concatenate(eqn, operands, num_rows):
     if len(rows) == len(operands) and len({(o.axis, o.inner) for o in rows}) == 1:
         return dataclasses.replace(rows[0], outer=sum(o.outer for o in rows))
     return lost(eqn, "joins along the row axis")
+
+
+def _stack(eqn, operands, num_rows):
+    rows = agree(eqn, operands)
+    if not isinstance(rows, Rows):
+        return rows
+    return rows.at(rows.axis + (rows.axis >= eqn.params["axis"]))
 
 
 def _pad(eqn, operands, num_rows):
@@ -333,7 +346,10 @@ RULES: dict[str, Rule] = {
     "reshape": _reshape,
     "slice": _slice,
     "split": _split,
+    "stack": _stack,
+    "unstack": _along("axis", "takes rows apart", drops=True),
     "squeeze": _along("dimensions", "drops the row axis", drops=True),
+    "tile": _tile,
     "transpose": _transpose,
     "rev": _along("dimensions", "reverses the row axis"),
     "sort": _along("dimension", "along the row axis"),
@@ -360,5 +376,7 @@ RULES: dict[str, Rule] = {
         _leading(2),
     ),
     **_table("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter),
-    **_table("random_bits random_split random_fold_in random_wrap random_unwrap", _key_batch),
+    **_table(
+        "random_bits random_clone random_split random_fold_in random_wrap random_unwrap", _key_batch
+    ),
 }

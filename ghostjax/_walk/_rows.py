@@ -22,15 +22,12 @@ __all__ = ["Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows
 # Primitives that run one jaxpr on their operands, and the parameter that holds it.
 _CALLS = {
     "call": "call_jaxpr",
-    "checkpoint": "jaxpr",
     "closed_call": "call_jaxpr",
     "composite": "jaxpr",
-    "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
     "custom_vjp_call": "call_jaxpr",
     "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat": "jaxpr",
     "remat2": "jaxpr",
 }
 
