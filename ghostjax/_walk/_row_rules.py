@@ -121,9 +121,11 @@ def _broadcast_in_dim(eqn, operands, num_rows):
 
 
 def _reshape(eqn, operands, num_rows):
-    rows, old, new = operands[0], shape_of(eqn.invars[0]), eqn.params["new_sizes"]
-    if eqn.params.get("dimensions") is not None or 0 in old:
-        return lost(eqn, "is not row-major")
+    rows, old, new = operands[0], shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    if (order := eqn.params.get("dimensions")) is not None:  # transposed first
+        rows, old = rows.at(tuple(order).index(rows.axis)), tuple(old[d] for d in order)
+    if 0 in old:
+        return lost(eqn, "has no entries")
     # Row-major, entry (o, r, i) of [outer, B, inner] lies at (o * B + r) * inner + i. An axis of
     # the new shape holds all of r if what is before it divides outer and what is after it divides
     # inner; with more than one row no second axis can.
