@@ -3,5 +3,8 @@
 from ghostjax import linen as linen
 from ghostjax import testing as testing
 from ghostjax._aggregate import aggregate as aggregate
+from ghostjax._dots import GradDots as GradDots
+from ghostjax._dots import conservation_error as conservation_error
+from ghostjax._dots import value_grad_and_dots as value_grad_and_dots
 from ghostjax._types import EngineResult as EngineResult
 from ghostjax.linen import GradDotProdEngine as GradDotProdEngine

@@ -60,3 +60,25 @@ def check_parameters(params: Any) -> None:
             + "\n".join(faults)
             + "\nPass other state to the loss function as a further argument, or close over it."
         )
+
+
+def check_direction(params: Any, direction: Any) -> None:
+    """The direction must have the parameters' tree, shapes and dtypes."""
+    expected, found = jax.tree.structure(params), jax.tree.structure(direction)
+    if expected != found:
+        raise ValueError(
+            "direction must be a tree like the parameters.\n"
+            f"  expected {expected}\n  found    {found}"
+        )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(direction))
+    faults = [
+        f"  {jax.tree_util.keystr(path) or 'direction'}: expected "
+        f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}, found "
+        f"{jnp.result_type(vector)}{list(jnp.shape(vector))}"
+        for (path, leaf), vector in leaves
+        if (jnp.shape(leaf), jnp.result_type(leaf)) != (jnp.shape(vector), jnp.result_type(vector))
+    ]
+    if faults:
+        raise ValueError(
+            "direction must have the shapes and dtypes of the parameters:\n" + "\n".join(faults)
+        )

@@ -10,7 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import errors as flax_errors
+from jax.extend import core
 
 from ghostjax._errors import UnsupportedModuleError
 from ghostjax._jaxprs import inner_jaxprs
@@ -28,6 +30,7 @@ class Operands:
     params: dict[str, jax.Array]  # those of the unit, by path
     others: list[jax.Array]  # variables that are not among them
     inputs: list[jax.Array]  # array leaves of (args, kwargs)
+    attributes: dict[str, jax.Array]  # fields of the module that are arrays
     rngs: dict[str, Any]
 
 
@@ -36,8 +39,9 @@ class Call:
     """The static side of a call; ``call(operands)`` gives its inexact outputs as a list.
 
     ``sliceable`` calls can be made on any subset of the rows. The others (they draw random numbers,
-    or hold arrays with a row axis in their attributes) are always made on all N rows, and rows that
-    should not count are replaced by a copy of one that does and given zero cotangents.
+    use the number of rows, or hold arrays with a row axis in their attributes) are always made on
+    all N rows, and rows that should not count are replaced by a copy of one that does and given
+    zero cotangents.
     """
 
     module: nn.Module  # unbound
@@ -47,6 +51,7 @@ class Call:
     variables: tuple  # treedef and, per leaf, the box's path or None
     arguments: tuple  # treedef and, per leaf, the static value or None for an array
     input_axes: tuple[int | None, ...]  # of the array leaves
+    rng_counters: dict[str, int]  # how many keys the module has drawn before this call
     sliceable: bool = True
 
     def __call__(self, operands: Operands) -> list[jax.Array]:
@@ -61,9 +66,13 @@ class Call:
         args, kwargs = jax.tree.unflatten(
             treedef, [next(inputs) if leaf is _ARRAY else leaf for leaf in static]
         )
-        outputs = self.module.apply(
-            variables, *args, rngs=operands.rngs, method=self.method, **kwargs
-        )
+
+        def run(module, *args, **kwargs):
+            module.scope.rng_counters.update(self.rng_counters)
+            return getattr(module, self.method)(*args, **kwargs)
+
+        module = self.module.clone(**operands.attributes)
+        outputs = module.apply(variables, *args, rngs=operands.rngs, method=run, **kwargs)
         return split_outputs(outputs)[0]
 
     def restrict(self, operands, cotangents, start, size):
@@ -179,55 +188,91 @@ def _row_dots(cotangents, tangents, axis):
 
 
 def make_call(module, method, unit: Unit, num_rows, num_train, args, kwargs):
-    """Takes a bound module's call apart into its static side and its operands."""
+    """Takes a bound module's call apart into its static side and its operands.
+
+    To be called before the call itself, as that may draw random keys.
+    """
     unbound, variables = module.unbind()
     leaves, variables_tree = jax.tree.flatten(variables, is_leaf=is_box)
-    paths = tuple(
-        leaf.path if is_box(leaf) and leaf.path in unit.paths else None for leaf in leaves
-    )
-    params = {
-        leaf.path: leaf.array() for leaf in leaves if is_box(leaf) and leaf.path in unit.paths
-    }
-    others = [
-        leaf.array() if is_box(leaf) else leaf for leaf, path in zip(leaves, paths) if path is None
-    ]
+    inside = [is_box(leaf) and leaf.path in unit.paths for leaf in leaves]
     arguments, arguments_tree = jax.tree.flatten((args, kwargs))
-    static = tuple(_ARRAY if is_array(leaf) else leaf for leaf in arguments)
-    inputs = [leaf for leaf in arguments if is_array(leaf)]
+    fields = {field.name: getattr(unbound, field.name) for field in dataclasses.fields(unbound)}
     call = Call(
         module=unbound,
         method=method,
         unit=unit,
         num_rows=num_rows,
-        variables=(variables_tree, paths),
-        arguments=(arguments_tree, static),
+        variables=(
+            variables_tree,
+            tuple(leaf.path if own else None for leaf, own in zip(leaves, inside)),
+        ),
+        arguments=(
+            arguments_tree,
+            tuple(_ARRAY if is_array(leaf) else leaf for leaf in arguments),
+        ),
         input_axes=tuple(axis for axis, leaf in zip(unit.input_axes, arguments) if is_array(leaf)),
+        rng_counters=dict(module.scope.rng_counters),
     )
-    operands = Operands(params, others, inputs, {})
-    if call_is_sliceable(call, operands, num_train):
-        return call, operands
-    operands = dataclasses.replace(operands, rngs=dict(module.scope.rngs))
-    return dataclasses.replace(call, sliceable=False), operands
+    operands = Operands(
+        params={leaf.path: leaf.array() for leaf, own in zip(leaves, inside) if own},
+        others=[
+            leaf.array() if is_box(leaf) else leaf for leaf, own in zip(leaves, inside) if not own
+        ],
+        inputs=[leaf for leaf in arguments if is_array(leaf)],
+        attributes={name: value for name, value in fields.items() if is_array(value)},
+        rngs=dict(module.scope.rngs),
+    )
+    sizes = {1, num_train, num_rows - num_train}
+    # Modules with a rule are known to treat rows alike.
+    sliceable = unit.rule is not None or all(_same_at(call, operands, size) for size in sizes)
+    return dataclasses.replace(call, sliceable=sliceable), operands
 
 
-def call_is_sliceable(call: Call, operands: Operands, num_train: int) -> bool:
-    """Whether the call gives its rows alike when it is made on the training rows alone."""
-    rows = num_train
+def _same_at(call: Call, operands: Operands, size: int) -> bool:
+    """Whether the call treats ``size`` rows as it treats them among all N.
 
-    def run(operands):
-        cotangents = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in call.unit.frame.outputs]
-        return call(call.restrict(operands, cotangents, 0, rows)[0])
+    It does if it runs the same operations, up to the number of rows, and draws nothing at random.
+    """
+
+    def at(rows):
+        inputs = [
+            array if axis is None else jax.ShapeDtypeStruct(resized(array, axis, rows), array.dtype)
+            for array, axis in zip(operands.inputs, call.input_axes)
+        ]
+        return jax.make_jaxpr(call)(dataclasses.replace(operands, inputs=inputs))
+
+    def resized(array, axis, rows):
+        return (*array.shape[:axis], rows, *array.shape[axis + 1 :])
 
     try:
-        outputs = jax.eval_shape(run, operands)
+        whole, part = at(call.num_rows), at(size)
     except flax_errors.ModifyScopeVariableError as error:
         raise UnsupportedModuleError(
             f"{call.unit.frame.name} owns parameters and also writes variables in the same call. "
             f"Split it into a module that owns the parameters and one that writes. ({error})"
         ) from error
-    except Exception:  # whatever fails on fewer rows is run on all of them
+    except (TypeError, ValueError, IndexError):  # it cannot be called with fewer rows
         return False
-    expected = [list(leaf.shape) for leaf in call.unit.frame.outputs]
-    for shape, axis in zip(expected, call.unit.output_axes):
-        shape[axis] = rows
-    return [list(leaf.shape) for leaf in outputs] == expected
+    expected = [
+        resized(leaf, axis, size)
+        for leaf, axis in zip(call.unit.frame.outputs, call.unit.output_axes)
+    ]
+    return [aval.shape for aval in part.out_avals] == expected and (
+        list(_operations(whole.jaxpr)) == list(_operations(part.jaxpr))
+    )
+
+
+def _operations(jaxpr):
+    """What a jaxpr does, apart from shapes: names, literals, and counting along an axis."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if "random" in name or "threefry" in name:
+            yield object()  # equal to nothing: other rows would get other numbers
+        yield name
+        if name == "iota":
+            yield eqn.params["shape"][eqn.params["dimension"]]
+        yield from (
+            np.asarray(atom.val).item() for atom in eqn.invars if isinstance(atom, core.Literal)
+        )
+        for inner, _ in inner_jaxprs(eqn):
+            yield from _operations(inner)

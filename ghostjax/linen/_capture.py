@@ -35,20 +35,23 @@ class Capture:
     def __call__(self, next_fun, args, kwargs, context):
         if self._paused:
             return next_fun(*args, **kwargs)
-        index, self._met = self._met, self._met + 1
         module = context.module
+        boxes = module_boxes(module)
+        if not boxes:
+            return next_fun(*args, **kwargs)
+        index, self._met = self._met, self._met + 1
         key = (module.path, type(module).__name__, context.method_name)
         if self.plan.frame_keys[index : index + 1] != (key,):
             raise UnsupportedModuleError(
                 f"loss_fn called {type(module).__name__}.{context.method_name} "
                 f"({'/'.join(module.path)}) where an earlier trace with the same shapes called "
-                "another module. It must make the same calls every time it is traced."
+                "another module. It must make the same calls every time it is traced, and take no "
+                "gradient itself."
             )
         unit = self.plan.units.get(index)
         if unit is None:
             return next_fun(*args, **kwargs)
 
-        boxes = module_boxes(module)
         carried = {
             path: (boxes[path].carried["gradient"], boxes[path].carried["taps"][index])
             for path in unit.paths
@@ -62,9 +65,9 @@ class Capture:
         after = _mutable_leaves(module)
         if len(after) != len(before) or any(new is not old for new, old in zip(after, before)):
             raise UnsupportedModuleError(
-                f"{unit.frame.name} owns parameters and writes variables in the same call, and "
-                "what it writes would carry gradient past the engine. Split it into a module that "
-                "owns the parameters and one that writes, or apply the model with mutable=False."
+                f"{unit.frame.name} owns parameters and writes variables in the same call, which "
+                "cannot be made again for a part of the rows. Split it into a module that owns the "
+                "parameters and one that writes, or apply the model with mutable=False."
             )
         if not call.sliceable:
             # Random numbers must be the same in the forward and in the backward pass.
@@ -72,6 +75,14 @@ class Capture:
                 outputs = call(operands)
         backward = functools.partial(_backward, call, self.tasks, self.num_train)
         return rebuild(channel(backward, outputs, carried, operands))
+
+    def check_complete(self) -> None:
+        """After the run: every call of the plan has been met."""
+        if self._met != len(self.plan.frame_keys):
+            raise UnsupportedModuleError(
+                f"loss_fn made {self._met} calls of modules where an earlier trace with the same "
+                f"shapes made {len(self.plan.frame_keys)}. It must make the same calls every time."
+            )
 
     @contextlib.contextmanager
     def _pause(self):
@@ -83,11 +94,14 @@ class Capture:
 
 
 def _mutable_leaves(module) -> list[Any]:
-    """The arrays of the collections a module could write to, parameters apart."""
+    """The arrays of the collections a module could write to and read from, parameters apart.
+
+    Flax hands out the same array until another is written. What is sown is never read back.
+    """
     return [
         leaf
         for collection, variables in module.variables.items()
-        if module.is_mutable_collection(collection)
+        if collection != "intermediates" and module.is_mutable_collection(collection)
         for leaf in jax.tree.leaves(variables, is_leaf=is_box)
         if not is_box(leaf)
     ]

@@ -27,7 +27,8 @@ class GradDotProdEngine:
 
         dots[p][i] = < d l_i / d p , d val_value / d p >,    val_value = (1/V) sum_v l_v
 
-    for every parameter p and training row i. Row i's loss must depend on row i alone.
+    for every parameter p and training row i. Row i's loss must depend on row i alone, and row
+    i must stay at place i of every row axis on its way through the layers.
 
     Args:
       loss_fn: ``loss_fn(params, batch, *args, **kwargs) -> losses [N]``, calling linen modules.
@@ -103,16 +104,19 @@ class GradDotProdEngine:
         rows = batch_rows(batch)
         num_train = rows - self.val_batch_size
         paths_and_values, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-        boxed = {jax.tree_util.keystr(path): value for path, value in paths_and_values}
-        values = meta.unbox(boxed)
+        leaves = {jax.tree_util.keystr(path): value for path, value in paths_and_values}
+        values = meta.unbox(leaves)
         plan = make_plan(self.loss_fn, params, batch, args, kwargs)
         tasks = make_tasks(plan, values, rows, num_train)
         token = object()
 
         def run(carried):
             capture = Capture(plan, tasks, rows, num_train)
+            boxed = box_parameters(params, carried, token)
             with nn.intercept_methods(capture):
-                return self.loss_fn(box_parameters(params, carried, token), batch, *args, **kwargs)
+                losses = self.loss_fn(boxed, batch, *args, **kwargs)
+            capture.check_complete()
+            return losses
 
         carried = {
             path: {"gradient": values[path], "taps": task.taps()} for path, task in tasks.items()
@@ -131,8 +135,8 @@ class GradDotProdEngine:
         grads = {path: carried[path]["gradient"] for path in tasks}
 
         def like_params(arrays):
-            leaves = [meta.replace_boxed(value, arrays[path]) for path, value in boxed.items()]
-            return jax.tree.unflatten(treedef, leaves)
+            boxed = [meta.replace_boxed(value, arrays[path]) for path, value in leaves.items()]
+            return jax.tree.unflatten(treedef, boxed)
 
         train, val = losses[:num_train], losses[num_train:]
         return EngineResult(

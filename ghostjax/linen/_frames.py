@@ -5,6 +5,7 @@ indexes rows: nothing is inferred from an axis being in front or having a famili
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,9 @@ class Frame:
     method: str
     args: tuple  # arrays as ShapeDtypeStruct, everything else as it is
     kwargs: dict
-    boxes: dict[str, tuple]  # parameter path -> axes that transforms have taken off
+    boxes: dict[str, "BoxView"]  # by parameter path
     names: dict[str, str]  # path -> name, of the parameters the module itself owns
+    repeatable: bool  # whether the method can be called again by its name
     outputs: list[jax.ShapeDtypeStruct] = dataclasses.field(default_factory=list)
 
     @property
@@ -48,6 +50,14 @@ class Frame:
     def inputs(self) -> list[Any]:
         """The leaves of ``(args, kwargs)``."""
         return jax.tree.leaves((self.args, self.kwargs))
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxView:
+    """A parameter as one call sees it: the axes that transforms have taken off, and its shape."""
+
+    lifted: tuple
+    shape: tuple[int, ...]
 
 
 def is_array(leaf: Any) -> bool:
@@ -85,7 +95,20 @@ class _FrameRecorder:
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
+        boxes = module_boxes(module)
+        _refuse_mixing_modules(context, args, kwargs)
+        if not boxes:  # not ours: a jitted call of it may be cached, and not be met every time
+            return next_fun(*args, **kwargs)
+        if next_fun is not context.orig_method:
+            raise UnsupportedModuleError(
+                f"{type(module).__name__}.{context.method_name} ({'/'.join(module.path)}) runs "
+                "under an interceptor of the loss function's own (nn.intercept_methods), which may "
+                "change what the module computes. Make the change in the module instead."
+            )
         own = module.variables.get("params", {})
+        names = {box.path: name for name, box in own.items() if is_box(box)}
+        if len(names) < sum(map(is_box, own.values())):
+            names = {}  # one parameter under two names: no rule tells them apart
         frame = Frame(
             index=len(self.frames),
             parent=self._open[-1] if self._open else None,
@@ -94,8 +117,11 @@ class _FrameRecorder:
             method=context.method_name,
             args=_shapes(args),
             kwargs=_shapes(kwargs),
-            boxes={path: box.lifted for path, box in module_boxes(module).items()},
-            names={box.path: name for name, box in own.items() if is_box(box)},
+            boxes={
+                path: BoxView(box.lifted, jnp.shape(box.array())) for path, box in boxes.items()
+            },
+            names=names,
+            repeatable=_is_repeatable(context),
         )
         self.frames.append(frame)
         _refuse_changed_weights(frame)
@@ -105,7 +131,6 @@ class _FrameRecorder:
                 outputs = next_fun(*args, **kwargs)
         finally:
             self._open.pop()
-        _refuse_mixing_modules(frame, args, kwargs)
         leaves, treedef = jax.tree.flatten(outputs)
         for position, leaf in enumerate(leaves):
             if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -124,16 +149,23 @@ def _refuse_changed_weights(frame: Frame) -> None:
         )
 
 
-def _refuse_mixing_modules(frame: Frame, args, kwargs) -> None:
-    module = frame.module
-    if not isinstance(module, nn.BatchNorm) or frame.method != "__call__":
+def _is_repeatable(context) -> bool:
+    """Not so for ``super().__call__`` and for functions under a lifted transform."""
+    found = getattr(type(context.module), context.method_name, None)
+    running = context.orig_method.func
+    return found is not None and inspect.unwrap(found) is inspect.unwrap(running)
+
+
+def _refuse_mixing_modules(context, args, kwargs) -> None:
+    module = context.module
+    if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
         return
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     if not nn.merge_param("use_running_average", module.use_running_average, given):
         raise UnsupportedModuleError(
-            f"{frame.name} is a BatchNorm in training mode: it mixes the rows of a batch, so that "
-            "no row has a gradient of its own (and validation rows would leak into training). Use "
-            "LayerNorm or GroupNorm, or use_running_average=True."
+            f"BatchNorm.__call__ ({'/'.join(module.path)}) is in training mode: it mixes the rows "
+            "of a batch, so that no row has a gradient of its own (and validation rows would leak "
+            "into training). Use LayerNorm or GroupNorm, or use_running_average=True."
         )
 
 

@@ -85,18 +85,15 @@ def _sum_to_features(values, feature_axes, row_axis):
     return summed.reshape(values.shape[row_axis], *sizes)
 
 
-def refuse_norm_over_rows(frame: Frame, row_axis: int | None) -> None:
-    """``row_axis`` is that of the call's first argument."""
+def refuse_norm_over_rows(frame: Frame, ndim: int, row_axis: int) -> None:
+    """``ndim`` and ``row_axis`` are those of the call's input."""
     module = frame.module
-    if not isinstance(module, NORMS) or frame.method != "__call__" or row_axis is None:
-        return
-    ndim = len(frame.args[0].shape)
     reduced = _reduction_axes(module, ndim)
     features = _feature_axes(module, ndim)
     if row_axis in (*features, *reduced):
         raise UnsupportedModuleError(
             f"{frame.name} normalizes over axes {sorted(reduced)} with features {features} of "
-            f"an input of shape {frame.args[0].shape}, whose axis {row_axis} indexes the rows: it "
+            f"an input of rank {ndim}, whose axis {row_axis} indexes the rows: it "
             "mixes rows, so that no row has a gradient of its own. Normalize over the other axes."
         )
 

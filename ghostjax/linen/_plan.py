@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ghostjax._errors import UncoveredParameterError, UnsupportedModuleError
 from ghostjax.linen._frames import LOST, Frame, Trace, is_array, row_axis, trace_at_two_sizes
-from ghostjax.linen._norms import refuse_norm_over_rows
-from ghostjax.linen._rules import Rule, find_rule
+from ghostjax.linen._leaks import find_leaks
+from ghostjax.linen._rules import Rule, find_rule, refuse_mixing_rows
 from ghostjax.linen._uses import Use, Uses, find_uses
 
 
@@ -53,10 +54,15 @@ def make_plan(loss_fn: Callable, params: Any, batch: Any, args, kwargs) -> Plan:
         frame.index: _frame_axes(frame, twin, rows)
         for frame, twin in zip(trace.frames, doubled.frames)
     }
+    complex_calls = []
     for frame in trace.frames:
-        refuse_norm_over_rows(frame, *axes[frame.index][0][:1] or (None,))
+        inputs, _ = axes[frame.index]
+        refuse_mixing_rows(frame, inputs[0] if inputs else None)
+        if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in frame.outputs):
+            complex_calls.append(frame.index)
     unit_of, uncovered = _assign(trace, uses, axes)
-    _refuse_nested(trace, unit_of, uncovered)
+    _absorb_or_refuse_nested(trace, unit_of, uncovered)
+    uncovered |= find_leaks(trace, {index for found in unit_of.values() for index in found})
     if uncovered:
         raise UncoveredParameterError(_uncovered_message(uncovered))
 
@@ -70,6 +76,11 @@ def make_plan(loss_fn: Callable, params: Any, batch: Any, args, kwargs) -> Plan:
             raise UnsupportedModuleError(
                 f"{frame.name} owns parameters and is called inside a custom_jvp or custom_vjp "
                 "function, whose own rule decides its gradient. Move the call out of that function."
+            )
+        if index in complex_calls:
+            raise UnsupportedModuleError(
+                f"{frame.name} owns parameters and has complex outputs, which the engine does not "
+                "take apart. Return the real and the imaginary part."
             )
         paths = tuple(path for path in trace.paths if index in sites[path])
         inputs, outputs = axes[index]
@@ -107,7 +118,7 @@ def _has_no_rows(axes) -> bool:
 
 
 def _runs_per_slice(uses: Uses, frame: Frame, path: str) -> int:
-    slices = math.prod(length for _, length in frame.boxes[path])
+    slices = math.prod(length for _, length in frame.boxes[path].lifted)
     return -(-uses.executions.get(frame.index, 0) // max(slices, 1))
 
 
@@ -118,7 +129,9 @@ def _assign(trace: Trace, uses: Uses, axes):
     for path, found in uses.of_parameter.items():
         for use in found:
             index = use.frames[-1] if use.frames else None
-            while index is not None and _has_no_rows(axes[index]):
+            while index is not None and (
+                _has_no_rows(axes[index]) or not trace.frames[index].repeatable
+            ):
                 index = trace.frames[index].parent
             if index is not None and not _carries_rows(axes[index]):
                 index = None
@@ -138,12 +151,12 @@ def _reason(trace: Trace, use: Use) -> str:
     frame = trace.frames[use.frames[-1]]
     shapes = ", ".join(str(list(leaf.shape)) for leaf in frame.outputs) or "none"
     return (
-        f"used in {frame.name}, whose inputs and outputs have no row axis of their own (output "
-        f"shapes: {shapes}; {use.operation})"
+        f"used in {frame.name}, where not every array has a row axis of its own (output shapes: "
+        f"{shapes}; {use.operation})"
     )
 
 
-def _refuse_nested(trace: Trace, unit_of, uncovered) -> None:
+def _absorb_or_refuse_nested(trace: Trace, unit_of, uncovered) -> None:
     """A unit inside a unit: absorbed where both are calls of one module, otherwise uncovered."""
     indices = {index for found in unit_of.values() for index in found}
     outer_of = {}

@@ -70,7 +70,7 @@ class RowGradients(Record):
         return jnp.sum(self.gradients, axis=0, dtype=accumulation_dtype(self.gradients))
 
     def dots(self, direction):
-        rows = self.gradients.reshape(self.gradients.shape[0], -1)
+        rows = self.gradients.reshape(self.gradients.shape[0], direction.size)
         dtype = accumulation_dtype(rows)
         return _einsum("bf,f->b", rows.astype(dtype), direction.reshape(-1).astype(dtype))
 
@@ -99,7 +99,8 @@ class Factors(Record):
 
     def _matrix(self, parameter):
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return parameter.transpose(inverse).reshape(self.inputs.shape[-1], -1)
+        columns = self.cotangents.shape[-1]
+        return parameter.transpose(inverse).reshape(self.inputs.shape[-1], columns)
 
     def total(self):
         return self._parameter(_einsum("vsi,vso->io", self.inputs, self.cotangents))
@@ -167,6 +168,14 @@ def _merge(records: Sequence[Factors]) -> Factors:
     )
 
 
+def _are_one_layer(records: Sequence[Record]) -> bool:
+    """Whether all are products with one kernel, laid out in one way."""
+    layouts = {
+        (record.sizes, record.order) if isinstance(record, Factors) else None for record in records
+    }
+    return len(layouts) == 1 and None not in layouts
+
+
 def _gram_dots(train: Factors, val: Factors) -> jax.Array:
     inputs = _einsum("bti,vsi->btvs", train.inputs, val.inputs)
     cotangents = _einsum("bto,vso->btvs", train.cotangents, val.cotangents)
@@ -181,7 +190,7 @@ def contract(records: Sequence[Record], num_train: int) -> jax.Array:
     """
     train = [record.rows(None, num_train) for record in records]
     val = [record.rows(num_train, None) for record in records]
-    if all(isinstance(record, Factors) for record in records):
+    if _are_one_layer(records):
         merged, merged_val = _merge(train), _merge(val)
         (b, t, i), (v, s, o) = merged.inputs.shape, merged_val.cotangents.shape
         if gram_is_cheaper(b, v, t, s, i, o):

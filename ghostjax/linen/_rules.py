@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from ghostjax._errors import UnsupportedModuleError
 from ghostjax.linen._frames import Frame, is_array
-from ghostjax.linen._norms import NORMS, as_tuple, norm_rule
+from ghostjax.linen._norms import NORMS, as_tuple, norm_rule, refuse_norm_over_rows
 from ghostjax.linen._records import (
     Factors,
     Lookup,
@@ -45,6 +46,8 @@ def find_rule(frame: Frame, row_axis: int | None) -> Rule | None:
         return None  # a normalisation mask, or an equation that the call brings along
     if getattr(module, "promote_dtype", promote_dtype) is not promote_dtype:
         return None
+    if not frame.names:
+        return None
     ndim = len(args[0].shape)
     if kind in NORMS and method == "__call__":
         return norm_rule(frame, ndim)
@@ -62,6 +65,25 @@ def find_rule(frame: Frame, row_axis: int | None) -> Rule | None:
     if kind is nn.Embed and 1 < module.num_embeddings < _MAX_TABLE:
         return _lookup_rule(module) if method == "__call__" else _attend_rule(method)
     return None
+
+
+def refuse_mixing_rows(frame: Frame, row_axis: int | None) -> None:
+    """Refuses norms and convolutions over the row axis; ``row_axis`` is that of the first input."""
+    module = frame.module
+    if frame.method != "__call__" or row_axis is None or len(frame.inputs) != 1:
+        return
+    ndim = len(frame.inputs[0].shape)
+    if isinstance(module, NORMS):
+        refuse_norm_over_rows(frame, ndim, row_axis)
+    if isinstance(module, (nn.Conv, nn.ConvLocal, nn.ConvTranspose)):
+        sizes = as_tuple(module.kernel_size)
+        window = row_axis - (ndim - 1 - len(sizes))
+        if (0 <= window < len(sizes) and sizes[window] > 1) or row_axis == ndim - 1:
+            raise UnsupportedModuleError(
+                f"{frame.name} slides its window over axis {row_axis} of an input of rank {ndim}, "
+                "which indexes the rows: it mixes rows, so that no row has a gradient of its own. "
+                f"Give it an input [N, {'...' if len(sizes) > 1 else 'T'}, features]."
+            )
 
 
 def _plain_product(module: Any) -> bool:

@@ -133,8 +133,11 @@ def _make_task(plan: Plan, path: str, value: jax.Array, num_rows: int, num_train
     if not units:
         return Task(*base)
     indices = tuple(unit.frame.index for unit in units)
-    lifted = {unit.frame.boxes[path] for unit in units}
-    if not plan.repeated[path] and len(lifted) == 1:
+    views = {unit.frame.boxes[path] for unit in units}
+    lifted = {view.lifted for view in views}
+    # A user's own scan or vmap over stacked parameters takes axes off without saying so.
+    as_expected = all(remove_lifted(value.shape, view.lifted) == view.shape for view in views)
+    if not plan.repeated[path] and len(lifted) == 1 and as_expected:
         if len(units) == 1:
             return Contracted(*base, indices[0], lifted.pop())
         records = {unit.frame.index: _record_shapes(unit, path) for unit in units}

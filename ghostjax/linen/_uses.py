@@ -13,10 +13,12 @@ from typing import Any
 
 from jax.extend import core
 
+from ghostjax._errors import UnsupportedModuleError
 from ghostjax._jaxprs import describe_operation, inner_jaxprs, is_var, live_equations
 from ghostjax.linen._frames import MARKER, SCOPE, Trace
 
 _FRAME = re.compile(rf"{SCOPE}(\d+)")
+_DIFFERENTIATED = re.compile(rf"(jvp|transpose)\(.*{SCOPE}")
 _MARKER = re.compile(rf"{MARKER}(\d+)_(\d+)")
 
 
@@ -42,28 +44,52 @@ def find_uses(trace: Trace) -> Uses:
     aliases = dict(zip(trace.jaxpr.invars, trace.paths))
     live = [isinstance(var, core.Var) for var in trace.jaxpr.outvars]
     walk.jaxpr(trace.jaxpr, aliases, live, frames=(), repeats=1, custom=False)
-    executions = collections.Counter()
-    for (frame, _), count in walk.marked.items():
-        executions[frame] = max(executions[frame], count)
-    return Uses(walk.uses, dict(executions), walk.custom_rules)
+    return Uses(walk.uses, dict(walk.executions), walk.custom_rules)
+
+
+def enclosing_frames(eqn: Any) -> tuple[int, ...]:
+    """The frames an equation was traced in, outermost first."""
+    return tuple(map(int, _FRAME.findall(str(eqn.source_info.name_stack))))
+
+
+def marked_frame(eqn: Any) -> int | None:
+    """The frame one of whose outputs this equation marks."""
+    if eqn.primitive.name != "name":
+        return None
+    match = _MARKER.fullmatch(eqn.params["name"])
+    return int(match.group(1)) if match else None
 
 
 class _Walk:
     def __init__(self, trace: Trace):
         self.trace = trace
         self.uses: dict[str, list[Use]] = {path: [] for path in trace.paths}
-        self.marked: collections.Counter[tuple[int, int]] = collections.Counter()
+        self.executions: collections.Counter[int] = collections.Counter()
+        self._marked: collections.Counter[tuple[int, int]] = collections.Counter()
         self.custom_rules: set[int] = set()
 
     def jaxpr(self, jaxpr, aliases, live_outputs, frames, repeats, custom) -> dict[Any, str]:
         """Walks one jaxpr; returns its aliases: variables that are a parameter, as it is."""
+        outside, self._marked = self._marked, collections.Counter()
         equations, live = live_equations(jaxpr, live_outputs)
         for eqn in equations:
             self.equation(eqn, aliases, live, frames, repeats, custom)
+        # A call marks all its outputs in one jaxpr; which of them are used may differ between runs.
+        most = collections.Counter()
+        for (frame, _), count in self._marked.items():
+            most[frame] = max(most[frame], count)
+        self.executions.update(most)
+        self._marked = outside
         return aliases
 
     def equation(self, eqn, aliases, live, frames, repeats, custom):
-        frames = frames + tuple(map(int, _FRAME.findall(str(eqn.source_info.name_stack))))
+        frames = frames + enclosing_frames(eqn)
+        if _DIFFERENTIATED.search(str(eqn.source_info.name_stack)):
+            raise UnsupportedModuleError(
+                f"{self.trace.frames[frames[-1]].name} is differentiated inside loss_fn "
+                f"({describe_operation(eqn)}), so that the gradient of the loss has terms of "
+                "second order, which the engine does not capture."
+            )
         primitive = eqn.primitive.name
         if primitive == "stop_gradient":
             return
@@ -115,7 +141,7 @@ class _Walk:
         frame, output = map(int, match.groups())
         seen = math.prod(self.trace.frames[frame].outputs[output].shape)
         mapped = math.prod(eqn.invars[0].aval.shape)
-        self.marked[frame, output] += repeats * (mapped // seen if seen else 1)
+        self._marked[frame, output] += repeats * (mapped // seen if seen else 1)
         if custom:
             self.custom_rules.add(frame)
 

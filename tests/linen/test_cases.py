@@ -62,10 +62,10 @@ def test_float32_one_position_sum_of_losses(name, standard_promotion):
 
 @cases(CASES)
 def test_bfloat16(name, standard_promotion):
-    """Within 1e-2 of per-row autodiff of the same model, or closer to float32 autodiff than that is.
+    """Within 1e-2 of per-row autodiff of the same model, or closer than that to float32 autodiff.
 
-    The second is for biases: their per-row gradients are sums over positions, which the engine makes
-    in float32 and bfloat16 autodiff rounds to bfloat16.
+    The second is for biases: their per-row gradients are sums over positions, which the engine
+    makes in float32 and bfloat16 autodiff rounds to bfloat16.
     """
     result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
     assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}

@@ -119,7 +119,7 @@ def test_a_vmap_over_rows():
     def loss_fn(params, batch):
         return squared(jax.vmap(lambda row: model.apply({"params": params}, row))(batch))
 
-    with pytest.raises(ValueError, match="no row axis of their own"):
+    with pytest.raises(ValueError, match="not every array has a row axis of its own"):
         call(loss_fn, perturbed(model, batch), batch)
 
 
@@ -160,7 +160,6 @@ def test_batchnorm_in_training_mode(by):
         nn.LayerNorm(reduction_axes=(0, -1)),
         nn.LayerNorm(reduction_axes=(0, 1), feature_axes=-1),
         nn.RMSNorm(reduction_axes=0),
-        nn.LayerNorm(reduction_axes=0, use_bias=False, use_scale=False),
     ],
 )
 def test_a_norm_over_rows(norm):
@@ -184,17 +183,42 @@ def test_a_module_that_writes_and_owns():
         @nn.compact
         def __call__(self, x):
             scale = self.param("scale", nn.initializers.ones, ())
-            self.sow("intermediates", "scaled", scale * jnp.ones(()))
-            return x * scale
+            count = self.variable("state", "count", lambda: jnp.zeros(()))
+            if self.is_mutable_collection("state"):
+                count.value = count.value + 1
+            return x * scale * (1 + count.value)
 
     batch = activations(ROWS, FEATURES)
 
     def loss_fn(params, batch):
-        outputs, state = Writes().apply({"params": params}, batch, mutable=["intermediates"])
-        return squared(outputs) + state["intermediates"]["scaled"][0]
+        variables = {"params": params, "state": {"count": jnp.zeros(())}}
+        return squared(Writes().apply(variables, batch, mutable=["state"])[0])
 
     with pytest.raises(ValueError, match="writes variables in the same call"):
         call(loss_fn, {"scale": jnp.ones(())}, batch)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_sown_value_made_of_a_parameter(used):
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.param("scale", nn.initializers.ones, ())
+            self.sow("intermediates", "scaled", scale * 2)
+            return x * scale
+
+    def loss_fn(params, batch):
+        outputs, state = Sows().apply({"params": params}, batch, mutable=["intermediates"])
+        return squared(outputs) + (state["intermediates"]["scaled"][0] if used else 0.0)
+
+    params, batch = {"scale": jnp.ones(())}, activations(ROWS, FEATURES)
+    if used:
+        with pytest.raises(
+            ValueError, match=r"\['scale'\]: what its module makes of it is used out"
+        ):
+            call(loss_fn, params, batch)
+    else:
+        assert np.isfinite(call(loss_fn, params, batch).dots["scale"]).all()
 
 
 def test_a_module_inside_a_custom_rule():

@@ -1,0 +1,171 @@
+"""Where parameters meet data: the channel, and the tangents that its backward pass needs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from ghostjax._channel import channel
+from ghostjax._jaxprs import live_equations
+from ghostjax._walk._rows import Rows, split_rows
+from ghostjax._walk._values import Value
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation."""
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def push_forward(
+    function: Callable[..., list], values: Sequence[Value], path: str
+) -> tuple[list[Any], list[Any]]:
+    """Outputs and tangents of ``function`` when parameter ``path`` moves along the direction."""
+    primals = [value.primal for value in values]
+    moving = [position for position, value in enumerate(values) if path in value.tangents]
+
+    def of_moving(*arrays):
+        operands = list(primals)
+        for position, array in zip(moving, arrays):
+            operands[position] = array
+        return function(operands)
+
+    return jax.jvp(
+        of_moving,
+        [primals[position] for position in moving],
+        [values[position].tangents[path] for position in moving],
+    )
+
+
+class Tangents:
+    """The tangents of one operation's outputs, as a function of no more operands than they need.
+
+    What is not needed is not kept for the backward pass: the tangent of ``x + bias`` needs no x.
+    """
+
+    def __init__(self, function: Callable[..., list], values: Sequence[Value], path: str):
+        moving = [value.tangents[path] for value in values if path in value.tangents]
+
+        def tangents(primals, moving):
+            moving = iter(moving)
+            moved = [
+                Value(primal, {path: next(moving)} if path in value.tangents else {})
+                for primal, value in zip(primals, values)
+            ]
+            outputs = push_forward(function, moved, path)[1]
+            return [_dense(leaf) for leaf in outputs]
+
+        operands = [value.primal for value in values]
+        closed = jax.make_jaxpr(tangents)(operands, moving)
+        self._jaxpr = closed
+        _, live = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        inputs = closed.jaxpr.invars
+        self._kept = [position for position, var in enumerate(inputs) if var in live]
+        self._avals = [var.aval for var in inputs]
+        self.needs_data = any(
+            values[position].is_data for position in self._kept if position < len(values)
+        )
+        arrays = [*operands, *moving]
+        self.operands = [arrays[position] for position in self._kept] + list(closed.consts)
+
+    def __call__(self, operands: Sequence[Any]) -> list[Any]:
+        kept, consts = operands[: len(self._kept)], operands[len(self._kept) :]
+        arrays = [jnp.zeros(aval.shape, aval.dtype) for aval in self._avals]
+        for position, array in zip(self._kept, kept):
+            arrays[position] = array
+        closed = core.ClosedJaxpr(self._jaxpr.jaxpr, list(consts))
+        return core.jaxpr_as_fun(closed)(*arrays)
+
+
+class TransposedTangents:
+    """The same for an operation that has a backward rule of its own but no forward one.
+
+    Its backward rule is linear in the cotangents c, so < rule(c), direction > = < c , t > with
+    t the gradient of the left side. That t is what forward mode would have given.
+    """
+
+    needs_data = True
+
+    def __init__(self, function: Callable[..., list], values: Sequence[Value], path: str):
+        self._function = function
+        self._moving = [position for position, value in enumerate(values) if path in value.tangents]
+        self._count = len(values)
+        moving = [values[position].tangents[path] for position in self._moving]
+        self.operands = [value.primal for value in values] + moving
+
+    def __call__(self, operands: Sequence[Any]) -> list[Any]:
+        primals, direction = list(operands[: self._count]), operands[self._count :]
+
+        def of_moving(*arrays):
+            moved = list(primals)
+            for position, array in zip(self._moving, arrays):
+                moved[position] = array
+            return self._function(moved)
+
+        outputs, pull_back = jax.vjp(of_moving, *(primals[position] for position in self._moving))
+
+        def inner_product(cotangents):
+            return sum(
+                jnp.vdot(gradient, tangent)
+                for gradient, tangent in zip(pull_back(cotangents), direction)
+            )
+
+        return jax.grad(inner_product)([jnp.zeros_like(output) for output in outputs])
+
+
+def _dense(tangent: Any) -> Any:
+    """Integer outputs have tangents without a value."""
+    return jnp.zeros(tangent.shape) if tangent.dtype == jax.dtypes.float0 else tangent
+
+
+def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int) -> jax.Array:
+    """sum of cotangents * tangents over everything but the rows, in float32 or wider: [B].
+
+    A scalar where ``rows`` is None: the sum over everything.
+    """
+    wide = jnp.float64 if cotangents.dtype == jnp.float64 else jnp.float32
+    product = cotangents.astype(wide) * tangents.astype(wide)
+    if rows is None:
+        return jnp.sum(product)
+    return jnp.sum(split_rows(product, rows, num_rows), axis=1)
+
+
+def attach_channel(
+    outputs: Sequence[Any],
+    tangents: dict[str, Tangents],
+    where: list[Rows | None],
+    taps: dict[str, Any],
+    num_rows: int,
+) -> list[Any]:
+    """Puts a channel behind ``outputs`` that gives each path's tap its inner products.
+
+    ``where`` says, per output, which axis holds the rows.
+    """
+    differentiable = [
+        position
+        for position, output in enumerate(outputs)
+        if jnp.issubdtype(jnp.result_type(output), jnp.inexact)
+    ]
+
+    def backward(residuals, cotangents):
+        sums = {}
+        for path, operands in residuals.items():
+            moved = tangents[path](operands)
+            sums[path] = sum(
+                row_sums(cotangent, moved[position], where[position], num_rows)
+                for position, cotangent in zip(differentiable, cotangents)
+            )
+        return sums
+
+    carried = {path: taps[path] for path in tangents}
+    residuals = jax.lax.stop_gradient({path: found.operands for path, found in tangents.items()})
+    passed = channel(
+        backward, [outputs[position] for position in differentiable], carried, residuals
+    )
+    outputs = list(outputs)
+    for position, output in zip(differentiable, passed):
+        outputs[position] = output
+    return outputs
