@@ -30,9 +30,10 @@ def measure(name):
         dots = GradDotProdEngine(loss_fn, val_batch_size=VAL_ROWS)(params, batch).dots
         errors = testing.relative_errors(dots, oracles[dtype])
         result[jnp.dtype(dtype).name] = worst(errors)
-    for name, dots in (("bfloat16_autodiff", oracles[jnp.bfloat16]), ("bfloat16_engine", dots)):
-        errors = testing.relative_errors(dots, oracles[jnp.float32])
-        result[f"{name}_to_float32"] = worst(errors)
+    in_bfloat16 = {"bfloat16_autodiff": oracles[jnp.bfloat16], "bfloat16_engine": dots}
+    for kind, found in in_bfloat16.items():
+        errors = testing.relative_errors(found, oracles[jnp.float32])
+        result[f"{kind}_to_float32"] = worst(errors)
     return result
 
 

@@ -1,0 +1,103 @@
+"""Claim: value_grad_and_dots costs one forward-shaped product more than a plain step and a
+validation gradient, the floor of any exact method.
+
+The GPT-2 shape, B = V = 8 and B = 16, V = 1. Rivals: forward mode, vmap(grad), and a scan over
+rows, of whose FLOPs XLA counts one row only.
+
+    python -m benchmarks.dots_cost
+"""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks._common import figures, save, times
+from benchmarks._models import setup
+from ghostjax import testing, value_grad_and_dots
+
+SHAPES = {"B 8, V 8": (8, 8), "B 16, V 1": (16, 1)}
+
+
+def inner_products(rows, vector):
+    return jax.tree.map(lambda g, v: g.reshape(g.shape[0], -1) @ v.reshape(-1), rows, vector)
+
+
+def measure(train_rows, val_rows):
+    row_losses, params, both = setup(train_rows + val_rows)
+    train = jax.tree.map(lambda leaf: leaf[:train_rows], both)
+    val = jax.tree.map(lambda leaf: leaf[train_rows:], both)
+
+    def loss_fn(params, batch):
+        return row_losses(params, batch).mean()
+
+    def plain(params, train, val):
+        return jax.value_and_grad(loss_fn)(params, train)
+
+    def plain_and_validation(params, train, val):
+        return plain(params, train, val), jax.grad(loss_fn)(params, val)
+
+    def direction_form(params, train, val):
+        direction = jax.grad(loss_fn)(params, val)
+        result = value_grad_and_dots(loss_fn)(params, train, direction=direction)
+        return (result.value, result.grads), result.total()
+
+    def forward_mode(params, train, val):
+        direction = jax.grad(loss_fn)(params, val)
+        dots = jax.jvp(lambda p: row_losses(p, train), (params,), (direction,))[1]
+        return plain(params, train, val), dots
+
+    def one_row(params, row):
+        return loss_fn(params, jax.tree.map(lambda leaf: leaf[None], row))
+
+    def mapped(params, train, val):
+        direction = jax.grad(loss_fn)(params, val)
+        values, rows = jax.vmap(jax.value_and_grad(one_row), in_axes=(None, 0))(params, train)
+        dots = sum(jax.tree.leaves(inner_products(rows, direction)))
+        return (values.mean(), jax.tree.map(lambda g: g.mean(0), rows)), dots
+
+    def scanned(params, train, val):
+        direction = jax.grad(loss_fn)(params, val)
+
+        def step(total, row):
+            value, grads = jax.value_and_grad(one_row)(params, row)
+            dot = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, direction)))
+            return jax.tree.map(jnp.add, total, grads), (value, dot)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, (values, dots) = jax.lax.scan(step, zeros, train)
+        return (values.mean(), jax.tree.map(lambda g: g / train_rows, total)), dots
+
+    functions = {
+        "plain step": plain,
+        "+ validation gradient": plain_and_validation,
+        "value_grad_and_dots": direction_form,
+        "jvp of row losses": forward_mode,
+        "vmap(grad)": mapped,
+        "scan over rows": scanned,
+    }
+    args = (params, train, val)
+    table = {name: figures(function, *args) for name, function in functions.items()}
+    compiled = {name: row.pop("compiled") for name, row in table.items()}
+    expected = compiled["vmap(grad)"](*args)[1]
+    for name in ("value_grad_and_dots", "jvp of row losses", "scan over rows"):
+        testing.assert_dots_close(compiled[name](*args)[1], expected)
+    seconds = times(compiled, dict.fromkeys(compiled, args), repeats=5)
+    for name, row in table.items():
+        row["time"] = seconds[name] / seconds["plain step"]
+    return table
+
+
+def main():
+    results = {}
+    for shape, sizes in SHAPES.items():
+        results[shape] = measure(*sizes)
+        print(f"\n{shape:22s} {'GFLOP':>8s} {'MiB':>8s} {'compile s':>10s} {'time':>6s}")
+        for name, row in results[shape].items():
+            print(
+                f"{name:22s} {row['gflop']:8.2f} {row['scratch_mib']:8.0f} "
+                f"{row['compile_s']:10.1f} {row['time']:6.2f}"
+            )
+    save("dots_cost", results)
+
+
+if __name__ == "__main__":
+    main()
