@@ -48,19 +48,42 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
 
     Returns:
       A tree of the parameters of float32 scalars: the difference, relative to
-      ``s * sum_i |dots[i]| + |shared|`` or, where larger, to ``|<grads, direction>|``. A use of a
-      parameter that was missed shows as an error of order one, by name.
+      ``s * sum_i |dots[i]| + |shared|`` or, where larger, to ``|<grads, direction>|``; but at least
+      to a thousandth of the largest of these in the tree, as a gradient that is zero but for
+      rounding has no meaningful relative error. A use of a parameter that was missed shows as an
+      error of order one, by name.
     """
 
-    def error(grad, vector, dots, shared):
+    def parts(grad, vector, dots, shared):
         wide = dots.dtype
         scale = 1 / dots.shape[0] if result.loss_reduction == "mean" else 1.0
         found = scale * jnp.sum(dots) + shared
         expected = jnp.sum(grad.astype(wide) * vector.astype(wide))
         size = jnp.maximum(scale * jnp.sum(jnp.abs(dots)) + jnp.abs(shared), jnp.abs(expected))
-        return jnp.abs(found - expected) / jnp.maximum(size, jnp.finfo(wide).tiny)
+        return jnp.abs(found - expected), size
 
-    return jax.tree.map(error, result.grads, direction, result.dots, result.shared)
+    leaves, treedef = jax.tree.flatten(result.grads)
+    others = (treedef.flatten_up_to(tree) for tree in (direction, result.dots, result.shared))
+    differences, sizes = zip(*map(parts, leaves, *others))
+    floor = jnp.maximum(1e-3 * jnp.max(jnp.stack(sizes)), jnp.finfo(jnp.float32).tiny)
+    errors = [difference / jnp.maximum(size, floor) for difference, size in zip(differences, sizes)]
+    return jax.tree.unflatten(treedef, errors)
+
+
+@jax.custom_vjp
+def _not_differentiable(dots: Any) -> Any:
+    return dots
+
+
+def _refuse(dots):
+    raise NotImplementedError(
+        "the result of value_grad_and_dots cannot be differentiated again: its dots are made in a "
+        "backward pass that keeps nothing for another. Differentiate <jax.grad(loss), direction> "
+        "of the rows in question instead."
+    )
+
+
+_not_differentiable.defvjp(_refuse, lambda _, cotangents: (cotangents,))
 
 
 def value_grad_and_dots(
@@ -99,7 +122,8 @@ def value_grad_and_dots(
     Raises:
       RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
       ValueError, TypeError: the batch or the direction does not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked.
+      NotImplementedError: a parameter goes into an operation that cannot be walked, or the result
+        is differentiated.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -163,6 +187,7 @@ def value_grad_and_dots(
         rest_dots = jax.tree.unflatten(treedef, [rest_dots[path] for path in paths])
         if isinstance(argnums, int):
             (grads,), (dots,), (rest_dots,) = grads, dots, rest_dots
+        dots, rest_dots = _not_differentiable((dots, rest_dots))
         return GradDots(value, aux, grads, dots, rest_dots, loss_reduction)
 
     return fn
