@@ -38,6 +38,35 @@ def times(functions: dict[str, Any], args: dict[str, tuple], repeats: int) -> di
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def compare(functions: dict[str, tuple[Any, tuple]], check: Any) -> dict[str, dict[str, float]]:
+    """Figures and times (relative to the first) of ``name -> (function, args)``.
+
+    ``check(outputs)`` gets all outputs by name, before anything is timed.
+    """
+    table = {name: figures(function, *args) for name, (function, args) in functions.items()}
+    compiled = {name: row.pop("compiled") for name, row in table.items()}
+    args = {name: args for name, (_, args) in functions.items()}
+    check({name: function(*args[name]) for name, function in compiled.items()})
+    seconds = times(compiled, args, repeats=5)
+    for name, row in table.items():
+        row["time"] = seconds[name] / seconds[next(iter(functions))]
+    return table
+
+
+def run(name: str, shapes: dict[str, tuple], measure: Any) -> None:
+    """Measures every shape, prints the tables and saves them."""
+    results = {}
+    for shape, sizes in shapes.items():
+        results[shape] = measure(*sizes)
+        print(f"\n{shape:22s} {'GFLOP':>8s} {'MiB':>8s} {'compile s':>10s} {'time':>6s}")
+        for label, row in results[shape].items():
+            print(
+                f"{label:22s} {row['gflop']:8.2f} {row['scratch_mib']:8.0f} "
+                f"{row['compile_s']:10.1f} {row['time']:6.2f}"
+            )
+    save(name, results)
+
+
 def save(name: str, result: Any) -> None:
     """Writes ``results/<name>.json`` with the versions that were run."""
     environment = {

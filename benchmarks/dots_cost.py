@@ -10,7 +10,7 @@ rows, of whose FLOPs XLA counts one row only.
 import jax
 import jax.numpy as jnp
 
-from benchmarks._common import figures, save, times
+from benchmarks._common import compare, run
 from benchmarks._models import setup
 from ghostjax import testing, value_grad_and_dots
 
@@ -75,29 +75,13 @@ def measure(train_rows, val_rows):
         "scan over rows": scanned,
     }
     args = (params, train, val)
-    table = {name: figures(function, *args) for name, function in functions.items()}
-    compiled = {name: row.pop("compiled") for name, row in table.items()}
-    expected = compiled["vmap(grad)"](*args)[1]
-    for name in ("value_grad_and_dots", "jvp of row losses", "scan over rows"):
-        testing.assert_dots_close(compiled[name](*args)[1], expected)
-    seconds = times(compiled, dict.fromkeys(compiled, args), repeats=5)
-    for name, row in table.items():
-        row["time"] = seconds[name] / seconds["plain step"]
-    return table
 
+    def check(outputs):
+        for name in ("value_grad_and_dots", "jvp of row losses", "scan over rows"):
+            testing.assert_dots_close(outputs[name][1], outputs["vmap(grad)"][1])
 
-def main():
-    results = {}
-    for shape, sizes in SHAPES.items():
-        results[shape] = measure(*sizes)
-        print(f"\n{shape:22s} {'GFLOP':>8s} {'MiB':>8s} {'compile s':>10s} {'time':>6s}")
-        for name, row in results[shape].items():
-            print(
-                f"{name:22s} {row['gflop']:8.2f} {row['scratch_mib']:8.0f} "
-                f"{row['compile_s']:10.1f} {row['time']:6.2f}"
-            )
-    save("dots_cost", results)
+    return compare({name: (function, args) for name, function in functions.items()}, check)
 
 
 if __name__ == "__main__":
-    main()
+    run("dots_cost", SHAPES, measure)

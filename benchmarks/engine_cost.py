@@ -8,7 +8,7 @@ A GPT-2-shaped model with a tied head. Rivals: a plain step, and per-row gradien
 import jax
 import jax.numpy as jnp
 
-from benchmarks._common import figures, save, times
+from benchmarks._common import compare, run
 from benchmarks._models import setup
 from ghostjax import GradDotProdEngine, testing
 
@@ -41,31 +41,12 @@ def measure(train_rows, val_rows):
         "engine": (engine, (params, batch)),
         "vmap(grad)": (per_row, (params, batch)),
     }
-    table = {name: figures(function, *args) for name, (function, args) in functions.items()}
-    compiled = {name: row.pop("compiled") for name, row in table.items()}
-    args = {name: args for name, (_, args) in functions.items()}
-    testing.assert_dots_close(
-        compiled["engine"](params, batch).dots,
-        jax.device_get(compiled["vmap(grad)"](params, batch)),
-    )
-    seconds = times(compiled, args, repeats=5)
-    for name, row in table.items():
-        row["time"] = seconds[name] / seconds["plain step, B rows"]
-    return table
 
+    def check(outputs):
+        testing.assert_dots_close(outputs["engine"].dots, jax.device_get(outputs["vmap(grad)"]))
 
-def main():
-    results = {}
-    for shape, sizes in SHAPES.items():
-        results[shape] = measure(*sizes)
-        print(f"\n{shape:22s} {'GFLOP':>8s} {'MiB':>8s} {'compile s':>10s} {'time':>6s}")
-        for name, row in results[shape].items():
-            print(
-                f"{name:22s} {row['gflop']:8.2f} {row['scratch_mib']:8.0f} "
-                f"{row['compile_s']:10.1f} {row['time']:6.2f}"
-            )
-    save("engine_cost", results)
+    return compare(functions, check)
 
 
 if __name__ == "__main__":
-    main()
+    run("engine_cost", SHAPES, measure)
