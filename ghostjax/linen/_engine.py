@@ -49,7 +49,7 @@ class GradDotProdEngine:
     Raises:
       ValueError, TypeError: while tracing, with the place and what to do, when something cannot be
         taken apart exactly: a parameter used outside its module or where rows have no axis of their
-        own, BatchNorm in training mode, rows that do not fit. Nothing is ever left out in silence.
+        own, BatchNorm in training mode, rows that do not fit. No parameter is left out in silence.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model = nn.Dense(1, use_bias=False)
