@@ -1,0 +1,142 @@
+"""value_grad_and_dots against per-row autodiff: models of the linen table and plain functions."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ghostjax import conservation_error, testing, value_grad_and_dots
+from tests.dots.checks import (
+    DENSE,
+    POSITIONS,
+    ROWS,
+    X,
+    check,
+    dense,
+    direction_like,
+    expected_dots,
+    mean_squares,
+)
+from tests.dots.functions import FUNCTIONS
+from tests.linen.cases import CASES
+
+TABLE = [
+    "layernorm_rank_3",
+    "groupnorm",
+    "einsum_heads",
+    "tied_head",
+    "convolutions",
+    "attention",
+    "lstm",
+    "optimized_lstm",
+    "bidirectional",
+    "recurrent_time_major",
+    "shared_three_times",
+    "scan_over_layers",
+    "scan_with_shared_weights",
+    "vmap_ensemble",
+    "time_major_layers",
+    "own_module_with_custom_vjp",
+    "branches",
+    "positions_in_a_module_of_their_own",
+    "stopped_gradient",
+]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_flax_models(name, standard_promotion):
+    check(*CASES[name](ROWS, POSITIONS, jnp.float32))
+
+
+@pytest.mark.parametrize("name", ["remat", "scan_of_remat"])
+def test_rematerialised_models(name, standard_promotion):
+    check(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient=False)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name, reduction):
+    check(*FUNCTIONS[name](), reduction, exact_gradient="checkpoint" not in name)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_per_example(name):
+    """The loss of one row, vectorized: the same results without any tracking."""
+    losses, params, batch = FUNCTIONS[name]()
+    if name in ("layers_on_merged_axes", "learned_initial_state"):
+        pytest.skip("is written for ROWS rows")
+    direction = direction_like(params)
+
+    def one(params, row):
+        return losses(params, jax.tree.map(lambda leaf: leaf[None], row))[0], row
+
+    fn = value_grad_and_dots(one, per_example=True, has_aux=True)
+    result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(params, batch, direction)
+    testing.assert_dots_close(result.dots, expected_dots(losses, params, batch, direction))
+    chex.assert_trees_all_equal(result.aux, batch)
+    grads = jax.grad(lambda p: losses(p, batch).mean())(params)
+    chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
+    assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+
+
+def test_weight_decay_belongs_to_no_row():
+    def loss_fn(params, x):
+        decay = sum(jnp.sum(leaf**2) for leaf in params.values())
+        return jnp.mean(mean_squares(dense(params, x))) + 0.1 * decay
+
+    direction = direction_like(DENSE)
+    result = value_grad_and_dots(loss_fn)(DENSE, X, direction=direction)
+    expected = expected_dots(lambda p, x: mean_squares(dense(p, x)), DENSE, X, direction)
+    testing.assert_dots_close(result.dots, expected)
+    for name in DENSE:
+        decay = 0.2 * jnp.vdot(DENSE[name], direction[name])
+        np.testing.assert_allclose(result.shared[name], decay, rtol=1e-5)
+    assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+
+
+def test_a_mean_over_all_tokens_of_the_batch():
+    """Rows count by their tokens: dots[i] is row i's share, times B for "mean"."""
+    mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (ROWS, 4)), jnp.float32)
+
+    def shares(params, batch):
+        losses = jnp.square(dense(params, batch["x"])) * batch["mask"]
+        return jnp.sum(losses, axis=1) / jnp.sum(batch["mask"])
+
+    check(shares, DENSE, {"x": X, "mask": mask}, "sum")
+
+
+def test_bfloat16_dots_are_float32(standard_promotion):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), DENSE)
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(mean_squares(dense(p, x)).astype(jnp.float32)))
+    result = fn(params, X.astype(jnp.bfloat16), direction=params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}
+    rows = expected_dots(
+        lambda p, x: mean_squares(dense(p, x)), params, X.astype(jnp.bfloat16), params
+    )
+    testing.assert_dots_close(result.dots, rows, rtol=1e-2)
+
+
+def test_an_nnx_module():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(11, 8, rngs=rngs)
+            self.norm = nnx.LayerNorm(8, rngs=rngs)
+            # Without biases: softmax makes the gradient of the keys' bias zero but for rounding.
+            self.attention = nnx.MultiHeadAttention(2, 8, decode=False, use_bias=False, rngs=rngs)
+            self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            x = x + self.attention(self.norm(x))
+            return self.embed.attend(jnp.tanh(self.conv(x)))
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (ROWS, POSITIONS)))
+
+    def losses(params, tokens):
+        log_probs = jax.nn.log_softmax(nnx.merge(graph, params)(tokens))
+        return -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1).mean(axis=(1, 2))
+
+    check(losses, params, tokens)
