@@ -1,5 +1,6 @@
 """Per-example gradient inner products for JAX, exact and at close to the cost of a plain step."""
 
+from ghostjax import directions as directions
 from ghostjax import linen as linen
 from ghostjax import testing as testing
 from ghostjax._aggregate import aggregate as aggregate

@@ -62,23 +62,28 @@ def check_parameters(params: Any) -> None:
         )
 
 
-def check_direction(params: Any, direction: Any) -> None:
-    """The direction must have the parameters' tree, shapes and dtypes."""
+def check_direction(
+    params: Any, direction: Any, name: str = "direction", *, dtypes: bool = True
+) -> None:
+    """``direction`` must have the parameters' tree and shapes, and with ``dtypes`` their dtypes."""
     expected, found = jax.tree.structure(params), jax.tree.structure(direction)
     if expected != found:
         raise ValueError(
-            "direction must be a tree like the parameters.\n"
-            f"  expected {expected}\n  found    {found}"
+            f"{name} must be a tree like the parameters.\n  expected {expected}\n  found    {found}"
         )
-    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(direction))
+
+    def kind(leaf):
+        return jnp.shape(leaf), jnp.result_type(leaf) if dtypes else None
+
     faults = [
-        f"  {jax.tree_util.keystr(path) or 'direction'}: expected "
+        f"  {jax.tree_util.keystr(path) or name}: expected "
         f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}, found "
         f"{jnp.result_type(vector)}{list(jnp.shape(vector))}"
-        for (path, leaf), vector in leaves
-        if (jnp.shape(leaf), jnp.result_type(leaf)) != (jnp.shape(vector), jnp.result_type(vector))
+        for (path, leaf), vector in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(direction)
+        )
+        if kind(leaf) != kind(vector)
     ]
     if faults:
-        raise ValueError(
-            "direction must have the shapes and dtypes of the parameters:\n" + "\n".join(faults)
-        )
+        what = "shapes and dtypes" if dtypes else "shapes"
+        raise ValueError(f"{name} must have the {what} of the parameters:\n" + "\n".join(faults))

@@ -17,6 +17,7 @@ RANKS = {
     "_walk": 2,
     "_dots": 3,
     "_types": 1,
+    "directions": 3,
     "testing": 1,
     "linen": 3,
     "runs": 5,

@@ -1,0 +1,252 @@
+"""Directions: what to multiply every row's gradient with, so that the product is an answer.
+
+Dots are linear in their direction, so every score is a choice of it. All directions here point the
+same way: positive dots belong to rows that lower the validation loss.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend import core
+
+from ghostjax._checks import check_direction
+from ghostjax._jaxprs import inner_jaxprs, is_var
+
+
+def through_optimizer(
+    tx: optax.GradientTransformation,
+    opt_state: Any,
+    params: Any,
+    grads: Any,
+    val_grads: Any,
+    **extra_args: Any,
+) -> Any:
+    """The direction that tells what a row's gradient does after the optimizer has worked on it.
+
+        v = - (d update / d grads)^T val_grads,      update = tx.update(grads, opt_state, params)[0]
+
+    With per-row dots < g_i, v > and ``grads`` the mean of g_1 ... g_B, ``dots[i] / B`` is the
+    first-order decrease of the validation loss, in its own unit, caused by row i's share of the
+    update: learning rate, schedule, moments and clipping are in it. For ``optax.sgd(lr)`` v is
+    ``lr * val_grads``.
+
+    Args:
+      tx: any optax transformation whose update has a useful derivative.
+      opt_state: the state that the update of this step starts from.
+      grads: where the update is linearised. The current gradient is the most exact choice; the
+        previous step's, with the current ``opt_state``, is known before the training pass, so that
+        one pass gives gradient and dots.
+      val_grads: gradient of the mean validation loss, or what ``second_order`` or ``look_ahead``
+        give. Several: ``jax.vmap`` over stacked ones.
+      extra_args: passed on to ``tx.update``.
+
+    Returns:
+      A tree like ``params``, in its dtypes.
+
+    Guarantees: finite where its arguments are. Where gradient and second moment are both zero, as
+    for a token that has not occurred yet, Adam's update has no finite derivative: such a coordinate
+    of the update counts as a constant, and ``count_undefined`` says how many there are. (An
+    optimizer that computes NaN in a branch it does not take gives NaN all the same: optax.radam in
+    its first five steps.) Adam's first step is the sign of the gradient but for its epsilon, so
+    that in float32 its derivative is little more than rounding: scores begin to mean something at
+    the second step.
+
+    Raises:
+      ValueError: ``grads`` or ``val_grads`` is not like ``params``; or the update of a parameter
+        uses its gradient, but has no derivative with respect to it (sign-based updates, such as
+        lion's).
+
+    >>> import jax.numpy as jnp, optax
+    >>> params, grads, val_grads = jnp.ones(2), jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0])
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+    >>> through_optimizer(tx, tx.init(params), params, grads, val_grads)
+    Array([ 0.064, -0.048], dtype=float32)
+
+    Source: Data Shapley in One Training Run, arXiv:2406.11011, takes the update to be that of SGD;
+    here its derivative is that of the optimizer at hand.
+    """
+    check_direction(params, grads, "grads")
+    check_direction(params, val_grads, "val_grads")
+    update = _update_function(tx, opt_state, params, extra_args)
+
+    def direction(grads, val_grads):
+        undefined = _undefined(update, grads)
+        updates, pull_back = jax.vjp(update, jax.tree.map(_away_from_zero, grads))
+        cotangents = jax.tree.map(
+            lambda leaf, is_undefined, like: jnp.where(is_undefined, 0, -leaf).astype(like.dtype),
+            val_grads,
+            undefined,
+            updates,
+        )
+        return jax.tree.map(
+            lambda leaf, is_undefined: jnp.where(is_undefined, 0, leaf),
+            pull_back(cotangents)[0],
+            undefined,
+        )
+
+    closed = jax.make_jaxpr(direction)(grads, val_grads)
+    _check_derivative(update, closed, grads)
+    leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves((grads, val_grads)))
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def count_undefined(
+    tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any, **extra_args: Any
+) -> jax.Array:
+    """How many coordinates of the update ``through_optimizer`` takes to be constant.
+
+    They are those that have no finite derivative at ``grads`` and a gradient of zero, or so close
+    to zero that its square is. Where the transformation ties coordinates together after such a
+    division (clipping *after* Adam), all coordinates with a gradient of zero count.
+
+    Returns:
+      int32 scalar.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params, grads = jnp.ones(3), jnp.array([0.5, 0.0, 0.0])
+    >>> tx = optax.adam(1e-3)
+    >>> count_undefined(tx, tx.init(params), params, grads)
+    Array(2, dtype=int32)
+    """
+    undefined = _undefined(_update_function(tx, opt_state, params, extra_args), grads)
+    return sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(undefined))
+
+
+def second_order(
+    loss_fn: Callable[..., jax.Array], params: Any, updates: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The gradient of the validation loss half-way along the update, to second order.
+
+        v = val_grads + 1/2 H updates,      H the Hessian of loss_fn at params
+
+    The decrease of the loss by ``params + updates`` is ``- < v, updates >`` to second order, with
+    the interactions between rows shared out equally. For ``updates = - lr * grads`` this is
+    ``val_grads - lr/2 H grads``. Use it as ``val_grads`` in ``through_optimizer``, or times the
+    learning rate as a direction of its own.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
+      updates: what will be added to ``params``, such as the updates of optax; those of the previous
+        step where one pass has to do.
+
+    Returns:
+      A tree like ``params``. One Hessian-vector product gives it: about twice a gradient.
+
+    >>> import jax.numpy as jnp
+    >>> loss_fn = lambda x: jnp.sum(x**2) / 2
+    >>> second_order(loss_fn, jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0]))
+    Array([0.75, 2.  ], dtype=float32)
+
+    Source: arXiv:2406.11011, section 4.2 (second-order In-Run Data Shapley).
+    """
+    check_direction(params, updates, "updates", dtypes=False)
+    updates = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), updates, params)
+    gradient = jax.grad(lambda params: loss_fn(params, *args, **kwargs))
+    val_grads, curvature = jax.jvp(gradient, (params,), (updates,))
+    return jax.tree.map(lambda grad, product: grad + product / 2, val_grads, curvature)
+
+
+def look_ahead(
+    loss_fn: Callable[..., jax.Array], params: Any, updates: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The gradient of the validation loss where the update leads.
+
+        v = d loss_fn / d params   at   params + updates
+
+    It tells what taking one row out of the update changes, when all others stay in it. With the
+    current updates it takes two passes over the training rows; the previous step's are a guess that
+    costs nothing, and a good one where updates change slowly.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
+      updates: what will be added to ``params``.
+
+    Returns:
+      A tree like ``params``, to be used like ``val_grads``.
+
+    >>> import jax.numpy as jnp
+    >>> loss_fn = lambda x: jnp.sum(x**2) / 2
+    >>> look_ahead(loss_fn, jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0]))
+    Array([0.5, 2. ], dtype=float32)
+    """
+    check_direction(params, updates, "updates", dtypes=False)
+    return jax.grad(loss_fn)(optax.apply_updates(params, updates), *args, **kwargs)
+
+
+def _update_function(tx, opt_state, params, extra_args):
+    tx = optax.with_extra_args_support(tx)
+
+    def update(grads):
+        return tx.update(grads, opt_state, params, **extra_args)[0]
+
+    return update
+
+
+def _smallest(dtype: Any) -> Any:
+    """Well below any gradient that matters, and yet its square is not rounded to zero."""
+    return jnp.asarray(float(jnp.finfo(dtype).tiny) ** (1 / 3), dtype)
+
+
+def _away_from_zero(leaf: jax.Array) -> jax.Array:
+    """One NaN from a square root at zero would spread to all coordinates through a global norm."""
+    smallest = _smallest(leaf.dtype)
+    return jnp.where(jnp.abs(leaf) < smallest, jnp.where(leaf < 0, -smallest, smallest), leaf)
+
+
+def _undefined(update: Callable[[Any], Any], grads: Any) -> Any:
+    """Per coordinate of the update: near a gradient of zero, and without a finite derivative."""
+    is_small = jax.tree.map(lambda leaf: jnp.abs(leaf) < _smallest(leaf.dtype), grads)
+    moving = jax.tree.map(lambda leaf, small: small.astype(leaf.dtype), grads, is_small)
+    tangents = jax.jvp(update, (grads,), (moving,))[1]
+    return jax.tree.map(lambda small, tangent: small & ~jnp.isfinite(tangent), is_small, tangents)
+
+
+def _check_derivative(update, direction: core.ClosedJaxpr, grads: Any) -> None:
+    """Every gradient that the update uses must have a derivative that is not zero by its form."""
+    forward = jax.make_jaxpr(update)(grads).jaxpr
+    count = len(forward.invars)
+    each = [1 << position for position in range(count)]
+    used = _dependence(forward, each)
+    derivatives = _dependence(direction.jaxpr, [0] * count + [1] * count)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    faults = [
+        f"  {jax.tree_util.keystr(path) or 'params'}"
+        for path, own, uses, derivative in zip(paths, each, used, derivatives)
+        if own & uses and not derivative
+    ]
+    if faults:
+        raise ValueError(
+            "the optimizer's update has derivative zero with respect to the gradients of\n"
+            + "\n".join(faults)
+            + "\nalthough it uses them: it is made of their signs or the like, so that no "
+            "first-order score goes through it. Use the validation gradient itself as the "
+            "direction, or go through a smooth optimizer close to this one (optax.adam for "
+            "optax.lion)."
+        )
+
+
+def _dependence(jaxpr: core.Jaxpr, seeds: Sequence[int]) -> list[int]:
+    """For every output, the union (as bits) of the seeds of the inputs it depends on.
+
+    Whether a gradient is finite is no use of its value.
+    """
+    bits = dict(zip(jaxpr.invars, seeds))
+
+    def read(atom):
+        return bits.get(atom, 0) if is_var(atom) else 0
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        inner = inner_jaxprs(eqn)
+        if eqn.primitive.name in ("jit", "pjit") and len(inner) == 1:
+            outputs = _dependence(inner[0][0], operands)
+        else:
+            every = functools.reduce(operator.or_, operands, 0)
+            outputs = [0 if eqn.primitive.name == "is_finite" else every] * len(eqn.outvars)
+        bits.update(zip(eqn.outvars, outputs))
+    return [read(atom) for atom in jaxpr.outvars]

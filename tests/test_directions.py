@@ -1,0 +1,338 @@
+"""Directions against finite differences of the actual update and of the actual loss."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ghostjax import directions, testing, value_grad_and_dots
+
+STEPS = 7
+
+
+def draw_like(params, seed):
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), params
+    )
+
+
+@pytest.fixture
+def params():
+    """In float64, for finite differences."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield draw_like(
+            {"w": jnp.zeros((4, 3)), "layer": {"b": jnp.zeros(3), "s": jnp.zeros(())}}, 0
+        )
+
+
+def schedule(count):
+    return 0.1 / (1 + count)
+
+
+def by_kind(first, second):
+    labels = {"w": "first", "layer": {"b": "second", "s": "second"}}
+    return optax.multi_transform({"first": first, "second": second}, labels)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(1e-2),
+    "adamw": lambda: optax.adamw(schedule, weight_decay=0.1),
+    "clipped_adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(schedule, weight_decay=0.1)
+    ),
+    "adam_clipped_afterwards": lambda: optax.chain(
+        optax.scale_by_adam(), optax.clip_by_global_norm(0.5), optax.scale(-0.1)
+    ),
+    "clipping_that_does_nothing": lambda: optax.chain(
+        optax.clip_by_global_norm(1e3), optax.sgd(0.1)
+    ),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "multi_transform": lambda: by_kind(optax.adam(1e-2), optax.sgd(0.1)),
+    "frozen": lambda: by_kind(optax.adam(1e-2), optax.set_to_zero()),
+    "nadam": lambda: optax.nadam(1e-2),
+    "radam": lambda: optax.radam(1e-2),
+    "amsgrad": lambda: optax.amsgrad(1e-2),
+    "rmsprop": lambda: optax.rmsprop(1e-2, momentum=0.9),
+    "adagrad": lambda: optax.adagrad(1e-2),
+    "adabelief": lambda: optax.adabelief(1e-2),
+    "lamb": lambda: optax.lamb(1e-2),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=schedule),
+    "if_finite": lambda: optax.apply_if_finite(by_kind(optax.adam(1e-2), optax.set_to_zero()), 3),
+    "accumulated": lambda: optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2),
+}
+
+
+def warmed_up(tx, params, steps=STEPS):
+    """The state after some steps, so that moments are not zero."""
+    state = tx.init(params)
+    for seed in range(1, steps + 1):
+        _, state = tx.update(draw_like(params, seed), state, params)
+    return state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_through_optimizer_against_finite_differences(name, params):
+    tx = OPTIMIZERS[name]()
+    state = warmed_up(tx, params)
+    grads, val_grads, change = (draw_like(params, seed) for seed in (11, 12, 13))
+
+    @jax.jit
+    def direction(state, grads, val_grads):
+        return directions.through_optimizer(tx, state, params, grads, val_grads)
+
+    @jax.jit
+    def effect(state, size):
+        moved = jax.tree.map(lambda leaf, way: leaf + size * way, grads, change)
+        return optax.tree.vdot(val_grads, tx.update(moved, state, params)[0])
+
+    found = direction(state, grads, val_grads)
+    size = 1e-5
+    expected = -(effect(state, size) - effect(state, -size)) / (2 * size)
+    assert abs(expected) > 1e-5
+    np.testing.assert_allclose(optax.tree.vdot(found, change), expected, rtol=1e-6)
+    assert directions.count_undefined(tx, state, params, grads) == 0
+
+
+def test_sgd_is_the_learning_rate_times_the_validation_gradient(params):
+    val_grads = draw_like(params, 1)
+    tx = optax.sgd(0.25)
+    found = directions.through_optimizer(tx, tx.init(params), params, params, val_grads)
+    chex.assert_trees_all_close(found, jax.tree.map(lambda leaf: 0.25 * leaf, val_grads))
+
+
+def tables(dtype=jnp.float32):
+    """A table of which rows 2 and 3 never had a gradient, and a dense weight."""
+    params = draw_like({"table": jnp.zeros((4, 3), dtype), "w": jnp.zeros(5, dtype)}, 0)
+    grads = draw_like(params, 1)
+    grads["table"] = grads["table"].at[2:].set(0)
+    return params, grads, draw_like(params, 2)
+
+
+CLIPPED = {
+    "adam": lambda: optax.adam(1e-3),
+    "clipped_before": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3)),
+    "clipped_after": lambda: optax.chain(optax.adam(1.0), optax.clip_by_global_norm(0.5)),
+    "adamw_bfloat16_moments": lambda: optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_undefined_coordinates_are_constants_and_counted(name, dtype, standard_promotion):
+    """Where gradient and second moment are zero, Adam's derivative is 0 * inf."""
+    tx = CLIPPED[name]()
+    params, grads, val_grads = tables(dtype)
+    state = tx.update(jax.tree.map(lambda leaf: leaf / 3, grads), tx.init(params), params)[1]
+    direction = jax.jit(directions.through_optimizer, static_argnums=0)
+    found = direction(tx, state, params, grads, val_grads)
+    chex.assert_tree_all_finite(found)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+    np.testing.assert_array_equal(found["table"][2:], 0)
+    assert jnp.abs(found["w"]).min() > 0
+    assert directions.count_undefined(tx, state, params, grads) == 6
+
+    # The same as if the table had no such rows.
+    def shorten(tree):
+        return jax.tree.map(lambda leaf: leaf[:2] if leaf.shape == (4, 3) else leaf, tree)
+
+    expected = direction(tx, *map(shorten, (state, params, grads, val_grads)))
+    rtol = 2e-2 if dtype == jnp.bfloat16 or "bfloat16" in name else 1e-4
+    chex.assert_trees_all_close(shorten(found), expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_the_first_step_is_finite(name, standard_promotion):
+    tx = CLIPPED[name]()
+    params, grads, val_grads = tables()
+    state = tx.init(params)
+    found = directions.through_optimizer(tx, state, params, grads, val_grads)
+    chex.assert_tree_all_finite(found)
+    assert directions.count_undefined(tx, state, params, grads) == 6
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_radam_begins_when_its_rectification_does(steps, params):
+    """A known gap: NaN of a branch that optax.radam does not take."""
+    tx = optax.radam(1e-2)
+    state = warmed_up(tx, params, steps)
+    found = directions.through_optimizer(tx, state, params, params, params)
+    assert bool(jnp.isfinite(found["w"]).all()) == (steps == 7)
+
+
+def test_gradients_of_zero_that_had_others_before(standard_promotion):
+    """Where the second moment is not zero, the derivative is that of finite differences."""
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
+    params, grads, val_grads = tables()
+    state = tx.update(draw_like(params, 5), tx.init(params), params)[1]
+    found = directions.through_optimizer(tx, state, params, grads, val_grads)
+    assert jnp.abs(found["table"][2:]).min() > 0
+    assert directions.count_undefined(tx, state, params, grads) == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_gradients_all_zero(value, standard_promotion):
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2))
+    params, _, val_grads = tables()
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
+    found = directions.through_optimizer(tx, tx.init(params), params, grads, val_grads)
+    chex.assert_trees_all_equal(found, jax.tree.map(jnp.zeros_like, params))
+    assert directions.count_undefined(tx, tx.init(params), params, grads) == 17
+
+
+SIGN_BASED = {
+    "lion": lambda: optax.lion(1e-3),
+    "sign_sgd": lambda: optax.sign_sgd(1e-3),
+    "clipped_lion": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-3)),
+    "jitted": lambda: optax.stateless(
+        jax.jit(lambda updates, params: jax.tree.map(jnp.sign, updates))
+    ),
+    "by_comparison": lambda: optax.stateless_with_tree_map(
+        lambda update, param: jnp.where(update > 0, -1.0, 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGN_BASED)
+def test_sign_based_updates_are_refused(name, standard_promotion):
+    tx = SIGN_BASED[name]()
+    params, grads, val_grads = tables()
+    with pytest.raises(
+        ValueError, match=r"derivative zero(.|\n)*\['table'\]\n(.|\n)*optax.adam for"
+    ):
+        directions.through_optimizer(tx, tx.init(params), params, grads, val_grads)
+
+
+def test_a_part_that_is_sign_based_is_named(params):
+    tx = by_kind(optax.adam(1e-2), optax.lion(1e-2))
+    with pytest.raises(
+        ValueError, match=r"of\n  \['layer'\]\['b'\]\n  \['layer'\]\['s'\]\nalthough"
+    ):
+        directions.through_optimizer(tx, tx.init(params), params, params, params)
+
+
+def test_stacked_validation_gradients(params):
+    tx = optax.adamw(1e-2)
+    state = warmed_up(tx, params)
+    several = [draw_like(params, seed) for seed in (1, 2, 3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    found = jax.vmap(
+        lambda val_grads: directions.through_optimizer(tx, state, params, params, val_grads)
+    )(stacked)
+    one = directions.through_optimizer(tx, state, params, params, several[1])
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[1], found), one)
+
+
+def test_arguments_of_the_transformation(params):
+    """What optax's transformations with extra arguments need is passed on."""
+    tx = optax.polyak_sgd()
+    found = directions.through_optimizer(
+        tx, tx.init(params), params, params, params, value=jnp.asarray(2.0)
+    )
+    chex.assert_tree_all_finite(found)
+
+
+@pytest.mark.parametrize(("position", "name"), [(3, "grads"), (4, "val_grads")])
+def test_trees_that_do_not_fit(position, name, params):
+    args = [optax.sgd(0.1), optax.sgd(0.1).init(params), params, params, params]
+    args[position] = {"w": params["w"]}
+    with pytest.raises(ValueError, match=f"{name} must be a tree like the parameters"):
+        directions.through_optimizer(*args)
+
+
+def quadratic(params, curvature):
+    """A loss whose second order is exact."""
+    flat, _ = jax.flatten_util.ravel_pytree(params)
+    return flat @ curvature @ flat / 2 + flat.sum()
+
+
+@pytest.fixture
+def curvature():
+    return jnp.asarray(np.random.default_rng(3).normal(size=(16, 16))) / 4
+
+
+def test_second_order_is_exact_for_a_quadratic_loss(params, curvature):
+    updates = draw_like(params, 1)
+    found = directions.second_order(quadratic, params, updates, curvature)
+    after = quadratic(optax.apply_updates(params, updates), curvature)
+    np.testing.assert_allclose(
+        optax.tree.vdot(found, updates), after - quadratic(params, curvature), rtol=1e-10
+    )
+
+
+def test_second_order_is_the_formula_of_in_run_shapley(params, curvature):
+    """v = grad_val - lr/2 H g for a step of gradient descent."""
+    grads = draw_like(params, 1)
+    updates = jax.tree.map(lambda leaf: -0.3 * leaf, grads)
+    found = directions.second_order(quadratic, params, updates, curvature)
+    flat, unravel = jax.flatten_util.ravel_pytree(grads)
+    matrix = (curvature + curvature.T) / 2
+    expected = jax.tree.map(
+        lambda grad, product: grad - 0.15 * product,
+        jax.grad(quadratic)(params, curvature),
+        unravel(matrix @ flat),
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-10)
+
+
+def test_look_ahead_is_the_gradient_after_the_update(params, curvature):
+    updates = draw_like(params, 1)
+    found = directions.look_ahead(quadratic, params, updates, curvature)
+    expected = jax.grad(quadratic)(optax.apply_updates(params, updates), curvature)
+    chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("function", [directions.second_order, directions.look_ahead])
+def test_updates_that_do_not_fit(function, params, curvature):
+    with pytest.raises(ValueError, match="updates must be a tree like the parameters"):
+        function(quadratic, params, {"w": params["w"]}, curvature)
+
+
+def losses_of(params, x):
+    return jnp.mean(
+        jnp.square(jnp.tanh(x @ params["w"]) * params["layer"]["s"] + params["layer"]["b"][None]),
+        axis=1,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd", "momentum", "clipped_adamw", "adafactor", "multi_transform"]
+)
+def test_scores_predict_what_leaving_a_row_out_changes(name, params):
+    """dots / B is the derivative of the validation loss after the step in the weight of a row."""
+    tx = OPTIMIZERS[name]()
+    state = warmed_up(tx, params)
+    x, val_x = (jnp.asarray(np.random.default_rng(seed).normal(size=(5, 4))) for seed in (20, 21))
+    weights = jnp.ones(5)
+
+    def loss_fn(params, batch):
+        return jnp.mean(losses_of(params, batch["x"]) * batch["weights"])
+
+    val = {"x": val_x, "weights": weights}
+
+    @jax.jit
+    def after(weights):
+        grads = jax.grad(loss_fn)(params, {"x": x, "weights": weights})
+        updates = tx.update(grads, state, params)[0]
+        return loss_fn(optax.apply_updates(params, updates), val), grads, updates
+
+    @jax.jit
+    def scores(grads, updates):
+        # A row's weight is taken away a little, when all others are in: look-ahead is exact.
+        val_grads = directions.look_ahead(loss_fn, params, updates, val)
+        direction = directions.through_optimizer(tx, state, params, grads, val_grads)
+        batch = {"x": x, "weights": weights}
+        return value_grad_and_dots(loss_fn)(params, batch, direction=direction).total() / 5
+
+    _, grads, updates = after(weights)
+    size = 1e-5
+    changes = [
+        (after(weights.at[row].add(-size))[0] - after(weights.at[row].add(size))[0]) / (2 * size)
+        for row in range(5)
+    ]
+    testing.assert_dots_close(scores(grads, updates), np.array(changes), rtol=1e-6)
