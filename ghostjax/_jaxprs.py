@@ -26,6 +26,13 @@ def inner_jaxprs(eqn: Any) -> list[tuple[core.Jaxpr, int | None]]:
     return found
 
 
+def holds(eqn: Any, name: str) -> bool:
+    """Whether an equation is, or runs somewhere inside, the primitive of that name."""
+    return eqn.primitive.name == name or any(
+        holds(inner, name) for jaxpr, _ in inner_jaxprs(eqn) for inner in jaxpr.eqns
+    )
+
+
 def live_equations(jaxpr: core.Jaxpr, live_outputs: list[bool]) -> tuple[list[Any], set[core.Var]]:
     """The equations that the outputs named by ``live_outputs`` need, and the variables they use."""
     live = {var for var, is_live in zip(jaxpr.outvars, live_outputs) if is_live and is_var(var)}

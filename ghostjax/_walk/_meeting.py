@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from ghostjax._channel import channel
@@ -108,12 +109,24 @@ class TransposedTangents:
         outputs, pull_back = jax.vjp(of_moving, *(primals[position] for position in self._moving))
 
         def inner_product(cotangents):
+            full = [cotangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
             return sum(
-                jnp.vdot(gradient, tangent)
-                for gradient, tangent in zip(pull_back(cotangents), direction)
+                jnp.vdot(gradient, tangent) for gradient, tangent in zip(pull_back(full), direction)
             )
 
-        return jax.grad(inner_product)([jnp.zeros_like(output) for output in outputs])
+        zeros = {
+            k: jnp.zeros_like(output) for k, output in enumerate(outputs) if is_inexact(output)
+        }
+        tangents = jax.grad(inner_product)(zeros)
+        return [tangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
+
+
+def is_inexact(output: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
+
+
+def _no_tangent(output: Any) -> Any:
+    return np.zeros(output.shape, jax.dtypes.float0)
 
 
 def _dense(tangent: Any) -> Any:
@@ -144,11 +157,7 @@ def attach_channel(
 
     ``where`` says, per output, which axis holds the rows.
     """
-    differentiable = [
-        position
-        for position, output in enumerate(outputs)
-        if jnp.issubdtype(jnp.result_type(output), jnp.inexact)
-    ]
+    differentiable = [position for position, output in enumerate(outputs) if is_inexact(output)]
 
     def backward(residuals, cotangents):
         sums = {}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, inner_jaxprs, is_var
+from ghostjax._jaxprs import describe_operation, holds, inner_jaxprs, is_var
 from ghostjax._walk._meeting import (
     Tangents,
     TransposedTangents,
@@ -57,11 +57,12 @@ class Walk:
         has_data = any(value.is_data for value in operands)
         if not any(value.tangents for value in operands):
             return self.without_parameters(eqn, operands, has_data)
+        name = eqn.primitive.name
+        # Of parameters alone, forward mode takes everything but a custom_vjp function.
+        if name in HANDLERS and (has_data or holds(eqn, "custom_vjp_call")):
+            return HANDLERS[name](self, eqn, operands)
         if not has_data:
             return self.parameters_only(eqn, operands)
-        name = eqn.primitive.name
-        if name in HANDLERS:
-            return HANDLERS[name](self, eqn, operands)
         if inner_jaxprs(eqn) and name != "custom_jvp_call":
             raise NotImplementedError(
                 f"{describe_operation(eqn)} uses parameters ({', '.join(_paths(operands))}) "
@@ -80,13 +81,18 @@ class Walk:
             for output, info in zip(outputs, rows)
         ]
 
-    def parameters_only(self, eqn, operands):
+    def parameters_only(self, eqn, operands, tangents_of=None):
+        function = functools.partial(bind, eqn)
         outputs = bind(eqn, [value.primal for value in operands])
         if eqn.primitive.name == "stop_gradient":
             return [Value(output) for output in outputs]
         tangents: list[dict[str, Any]] = [{} for _ in outputs]
         for path in _paths(operands):
-            moved = push_forward(functools.partial(bind, eqn), operands, path)[1]
+            if tangents_of is None:
+                moved = push_forward(function, operands, path)[1]
+            else:
+                made = tangents_of(function, operands, path)
+                moved = made(made.operands)
             for found, tangent in zip(tangents, moved):
                 if tangent.dtype != jax.dtypes.float0:
                     found[path] = tangent
@@ -229,6 +235,8 @@ def _call(walk: Walk, eqn, operands):
 
 
 def _custom_vjp(walk: Walk, eqn, operands):
+    if not any(value.is_data for value in operands):
+        return walk.parameters_only(eqn, operands, TransposedTangents)
     return walk.operation(eqn, operands, TransposedTangents)
 
 
