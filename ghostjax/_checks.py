@@ -44,7 +44,30 @@ def batch_rows(batch: Any) -> int:
             "the leaves of batch must share their leading size, the number of rows. Found\n"
             f"{listing}\nPass what has no row axis (random keys, scalars) as further arguments."
         )
-    return sizes.pop()[0]
+    (rows,) = sizes.pop()
+    if not rows:
+        raise BatchError(f"batch has no rows: its leaves have leading size 0. Found {shapes}.")
+    return rows
+
+
+def check_argnums(argnums: Any, batch_argnums: Any, num_args: int) -> tuple[tuple, tuple]:
+    """The positions of the parameters and of the batch among ``num_args`` positional arguments."""
+
+    def positions(numbers):
+        numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+        return tuple(range(num_args)[number] for number in numbers)
+
+    what = f"argnums={argnums} and batch_argnums={batch_argnums}"
+    try:
+        found = positions(argnums), positions(batch_argnums)
+    except IndexError:
+        raise TypeError(
+            f"{what} must name positional arguments, of which there are {num_args}. Pass "
+            "parameters and batch by position, not by name."
+        ) from None
+    if len({*found[0], *found[1]}) < len(found[0]) + len(found[1]):
+        raise ValueError(f"{what} name an argument twice, of {num_args} positional arguments.")
+    return found
 
 
 def check_parameters(params: Any) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._aggregate import aggregate
-from ghostjax._checks import batch_rows, check_direction, check_parameters
+from ghostjax._checks import batch_rows, check_argnums, check_direction, check_parameters
 from ghostjax._walk import Rows, Value, Walk
 
 
@@ -138,18 +138,18 @@ def value_grad_and_dots(
     """
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}.')
-    numbers = _as_tuple(argnums)
-    batch_numbers = _as_tuple(batch_argnums)
 
     @functools.wraps(loss_fn)
     def fn(*args: Any, direction: Any, **kwargs: Any) -> GradDots:
+        numbers, batch_numbers = check_argnums(argnums, batch_argnums, len(args))
         params = tuple(args[number] for number in numbers)
         batch = tuple(args[number] for number in batch_numbers)
+        named = params[0] if isinstance(argnums, int) else params
+        check_parameters(named)
+        check_direction(named, direction)
         if isinstance(argnums, int):
             direction = (direction,)
-        check_parameters(params)
-        check_direction(params, direction)
-        num_rows = batch_rows(batch)
+        num_rows = batch_rows(batch[0] if isinstance(batch_argnums, int) else batch)
 
         def call(params, batch, *others):
             """``loss_fn`` with the arguments put back in their places: (scalar, aux)."""
@@ -157,6 +157,11 @@ def value_grad_and_dots(
             rest, kwargs = others
             full |= rest
             output = loss_fn(*(full[number] for number in range(len(args))), **kwargs)
+            if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
+                raise TypeError(
+                    "with has_aux, loss_fn must return a pair (loss, aux). Found "
+                    f"{jax.tree.structure(output)}."
+                )
             return output if has_aux else (output, None)
 
         rest = {
@@ -166,7 +171,8 @@ def value_grad_and_dots(
         }
         evaluate = _one_row if per_example else _whole_batch
         paths = [
-            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+            jax.tree_util.keystr(path) or "params"
+            for path, _ in jax.tree_util.tree_leaves_with_path(named)
         ]
         taps, shared = _zeros(paths, params, (num_rows,)), _zeros(paths, params, ())
 
@@ -193,13 +199,9 @@ def value_grad_and_dots(
     return fn
 
 
-def _as_tuple(numbers: int | Sequence[int]) -> tuple[int, ...]:
-    return (numbers,) if isinstance(numbers, int) else tuple(numbers)
-
-
 def _zeros(paths, params, shape):
     return {
-        path: jnp.zeros(shape, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+        path: jnp.zeros(shape, jnp.float64 if jnp.result_type(leaf) == jnp.float64 else jnp.float32)
         for path, leaf in zip(paths, jax.tree.leaves(params))
     }
 
@@ -218,7 +220,8 @@ def _trace(call, params, batch, others):
     loss = shapes[0]
     if not hasattr(loss, "shape") or loss.shape != ():
         raise ValueError(
-            "loss_fn must return a scalar loss (with per_example, the scalar loss of one row). "
+            "loss_fn must return a scalar loss (with per_example, the scalar loss of one row; with "
+            "has_aux, a pair of it and aux). "
             f"Found {jax.tree.map(lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', loss)}."
         )
     return closed, arrays, jax.tree.structure(shapes)
