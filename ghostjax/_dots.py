@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,7 +109,9 @@ def value_grad_and_dots(
       argnums: which positional arguments are the parameters: trees of floating-point arrays.
       batch_argnums: which are the batch: trees of arrays that share their leading size B.
       loss_reduction: "mean": the loss is a mean over rows and dots[i] refers to row i's own loss,
-        B times its share; "sum": dots[i] is row i's share of <grads, direction>.
+        B times its share; "sum": dots[i] is row i's share of <grads, direction>. A row's share is
+        the derivative of the loss as that row alone sees the parameters move along the direction,
+        which is defined for losses that are no sum over rows, too (their maximum, say).
 
     Returns:
       ``fn(*args, direction, **kwargs) -> GradDots``, with ``direction`` a tree like the parameters
@@ -196,7 +199,20 @@ def value_grad_and_dots(
         dots, rest_dots = _not_differentiable((dots, rest_dots))
         return GradDots(value, aux, grads, dots, rest_dots, loss_reduction)
 
+    fn.__signature__ = _with_direction(loss_fn)  # jax.jit looks for donated names there
     return fn
+
+
+def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
+    """The signature of ``fn``."""
+    kind = inspect.Parameter
+    try:
+        parameters = [*inspect.signature(loss_fn).parameters.values()]
+    except (TypeError, ValueError):  # some callables have none
+        parameters = [kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)]
+    parameters = [found for found in parameters if found.name != "direction"]
+    parameters.append(kind("direction", kind.KEYWORD_ONLY))
+    return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 
 def _zeros(paths, params, shape):

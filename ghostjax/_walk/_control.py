@@ -21,11 +21,11 @@ def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     return run(walk.taps, walk.shared, operands)
 
 
-def _coerce(walk: Walk, value: Value, like: Value) -> Value:
+def _coerce(walk: Walk, eqn: Any, value: Value, like: Value) -> Value:
     """``value`` in the class of ``like``, so that a carry or a branch has one class."""
     if like.is_data:
         if not value.is_data:
-            value = walk.promote(value, like.rows)
+            value = walk.promote(value, like.rows, eqn)
         return Value(value.primal, {}, True, like.active, like.rows)
     tangents = {
         path: value.tangents.get(path, jnp.zeros_like(value.primal)) for path in like.tangents
@@ -76,11 +76,11 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         classes = [_joined(walk, *pair) for pair in zip(carry, after)]
         if all(_same_class(*pair) for pair in zip(classes, carry)):
             break
-        carry = [_coerce(walk, *pair) for pair in zip(carry, classes)]
+        carry = [_coerce(walk, eqn, *pair) for pair in zip(carry, classes)]
 
     def step(carry, sliced):
         after, outputs = body(carry, sliced)
-        return [_coerce(walk, *pair) for pair in zip(after, classes)], outputs
+        return [_coerce(walk, eqn, *pair) for pair in zip(after, classes)], outputs
 
     carry, stacked = jax.lax.scan(
         step,
@@ -113,7 +113,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
     def coerced(closed):
         def run(operands):
-            return [_coerce(walk, *pair) for pair in zip(branch(closed)(operands), classes)]
+            return [_coerce(walk, eqn, *pair) for pair in zip(branch(closed)(operands), classes)]
 
         return run
 

@@ -108,7 +108,7 @@ class Walk:
         }
         return self.channels(eqn, outputs, tangents, rows)
 
-    def promote(self, value: Value, rows: RowInfo) -> Value:
+    def promote(self, value: Value, rows: RowInfo, eqn: Any = None) -> Value:
         """A parameter-only value on its way to where values of its kind are data."""
         if not value.tangents:
             return Value(value.primal, {}, True, value.active, rows)
@@ -116,7 +116,7 @@ class Walk:
             path: Tangents(lambda operands: list(operands), [value], path)
             for path in value.tangents
         }
-        return self.channels(None, [value.primal], tangents, [rows])[0]
+        return self.channels(eqn, [value.primal], tangents, [rows])[0]
 
     def channels(self, eqn, outputs, tangents, rows) -> list[Value]:
         """Values of ``outputs``, with a tap each for the paths of ``tangents``."""
@@ -217,10 +217,9 @@ def _paths(operands: Sequence[Value]) -> list[str]:
 
 def _lost(eqn, path, infos) -> str:
     reasons = [info.reason for info in infos if isinstance(info, Mixed)]
-    place = describe_operation(eqn) if eqn is not None else "a loop or branch"
     return (
-        f"parameter {path} meets data in {place}, whose result has no axis with one row per place "
-        f"({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT}"
+        f"parameter {path} meets data in {describe_operation(eqn)}, whose result has no axis with "
+        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT}"
     )
 
 

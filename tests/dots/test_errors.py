@@ -1,16 +1,74 @@
 """What value_grad_and_dots refuses, and the certificate."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from ghostjax import conservation_error, value_grad_and_dots
+from ghostjax import conservation_error, testing, value_grad_and_dots
 from ghostjax._walk import _walk
-from tests.dots.checks import DENSE, X, dense, direction_like, mean_squares
+from tests.dots.checks import (
+    DENSE,
+    FEATURES,
+    ROWS,
+    X,
+    dense,
+    direction_like,
+    draw,
+    mean_squares,
+)
+
+PERMUTED = jnp.array([1, 0, 2, 3, 5, 4])
+
+
+def batch_norm(h):
+    model = nn.BatchNorm(use_running_average=False, use_bias=False, use_scale=False)
+    stats = {"mean": jnp.zeros(h.shape[1]), "var": jnp.ones(h.shape[1])}
+    return model.apply({"batch_stats": stats}, h, mutable=["batch_stats"])[0]
+
+
+def rolled_in_a_carry(p, x):
+    x, _ = jax.lax.scan(lambda x, _: (jnp.roll(x, 1, axis=0), None), x, None, length=2)
+    return x @ p["w"]
+
+
+def rolled_in_a_carry_with_layers(p, x):
+    def layer(x, _):
+        return jnp.roll(jnp.tanh(x @ p["w"]) @ p["w"].T, 1, axis=0), None
+
+    return jax.lax.scan(layer, x, None, length=2)[0]
+
+
+def carry_that_is_a_parameter_first(p, x):
+    start = jnp.broadcast_to(p["b"][None], (6, 4))
+    return jax.lax.scan(lambda c, _: (x[::-1, :4], c), start, None, length=2)[1]
+
+
+def branch_that_is_a_parameter(p, x):
+    return jax.lax.cond(True, lambda: jnp.broadcast_to(p["b"][None], (6, 4)), lambda: x[::-1, :4])
+
 
 MIXING = {
     "batch_norm": lambda p, x: dense(p, x) - dense(p, x).mean(0, keepdims=True),
     "batch_norm_jitted": lambda p, x: jax.jit(lambda h: h - h.mean(0, keepdims=True))(dense(p, x)),
+    "batch_norm_flax": lambda p, x: batch_norm(dense(p, x)),
+    "softmax_over_rows": lambda p, x: jax.nn.softmax(dense(p, x), axis=0),
+    "running_total": lambda p, x: jnp.cumsum(dense(p, x), axis=0) @ p["w"].T,
+    "running_total_of_inputs": lambda p, x: jnp.cumsum(x, axis=0) @ p["w"],
+    "prefix_scan": lambda p, x: jax.lax.associative_scan(jnp.add, x, axis=0) @ p["w"],
+    "shifted": lambda p, x: jnp.pad(x, ((1, 0), (0, 0)))[:-1] @ p["w"],
+    "covariance": lambda p, x: jnp.einsum("bi,bo->io", dense(p, x), dense(p, x)),
+    "summed_products": lambda p, x: jnp.einsum("bi,bf->if", dense(p, x), x) @ p["w"],
+    "all_pairs": lambda p, x: (x[:, None] * x[None]) @ p["w"],
+    "written_elsewhere": lambda p, x: jnp.zeros_like(x).at[PERMUTED].set(x) @ p["w"],
+    "written_over_rows": lambda p, x: dense(p, x).at[:3].set(dense(p, x)[3:]) @ p["w"].T,
+    "time_first_cut_wrongly": lambda p, x: (
+        jnp.swapaxes(jnp.stack([x] * 9, axis=1), 0, 1).reshape(6, 9, -1) @ p["w"]
+    ),
+    "rolled_in_a_carry": rolled_in_a_carry,
+    "rolled_in_a_carry_with_layers": rolled_in_a_carry_with_layers,
+    "carry_that_is_a_parameter_first": carry_that_is_a_parameter_first,
+    "branch_that_is_a_parameter": branch_that_is_a_parameter,
     "contrastive": lambda p, x: jax.nn.log_softmax(dense(p, x) @ dense(p, x).T),
     "sorted": lambda p, x: jnp.sort(dense(p, x), axis=0) @ p["w"].T,
     "reversed": lambda p, x: dense(p, x)[::-1] @ p["w"].T,
@@ -25,6 +83,97 @@ def test_mixed_rows_are_an_error_that_names_the_place(name):
     fn = value_grad_and_dots(lambda p, x: jnp.mean(jnp.square(MIXING[name](p, x))))
     with pytest.raises(ValueError, match=r"test_errors\.py:\d+(.|\n)*per_example=True"):
         fn(DENSE, X, direction=DENSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("batch_norm", r"sub at .*combines rows with a value in which rows are mixed \(reduce_sum"),
+        ("contrastive", r"dot_general at .*combines rows with other rows \(.*different places"),
+        ("shifted", r"parameter \['w'\] meets data in dot_general at .*\(pad pads the row axis\)"),
+        ("carry_that_is_a_parameter_first", r"parameter \['b'\] meets data in scan at"),
+        ("branch_that_is_a_parameter", r"parameter \['b'\] meets data in cond at"),
+    ],
+)
+def test_what_is_said_of_mixed_rows(name, message):
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(jnp.square(MIXING[name](p, x))))
+    with pytest.raises(ValueError, match=message):
+        fn(DENSE, X, direction=DENSE)
+
+
+def test_a_primitive_that_is_not_known():
+    def loss_fn(params, x):
+        return jnp.mean(jnp.square(jax.lax.ragged_dot(x, params["w"], jnp.array([2, 4]))))
+
+    params = {"w": draw(2, 5, 4)}
+    message = r"\['w'\] meets data in ragged_dot_general at .*is not known to keep rows in place"
+    with pytest.raises(ValueError, match=message):
+        value_grad_and_dots(loss_fn)(params, X, direction=params)
+
+
+def merged_in_the_wrong_order(x):
+    """[B, 2B, ...] -> time first -> [B, 2B, ...] again: row r is at [:, r] and [:, B + r]."""
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape)
+
+
+def through_two_orders(layer, x, rows):
+    h = jnp.tanh(layer(x, rows))
+    return layer(merged_in_the_wrong_order(h), merged_in_the_wrong_order(rows))
+
+
+# What mixes rows only after the last parameter leaves every row a share of its own.
+SHARES = {
+    "maximum": lambda layer, x, rows: jnp.max(jnp.mean(layer(x, rows) ** 2, axis=(1, 2))),
+    "log_sum_exp": lambda layer, x, rows: jax.nn.logsumexp(layer(x, rows)),
+    "square_of_the_mean": lambda layer, x, rows: jnp.sum(layer(x, rows).mean(axis=0) ** 2),
+    "running_totals": lambda layer, x, rows: jnp.mean(jnp.cumsum(layer(x, rows), axis=0) ** 2),
+    "sorted": lambda layer, x, rows: jnp.mean(
+        jnp.sort(layer(x, rows), axis=0) * draw(ROWS, 1, 1, seed=3)
+    ),
+    "written_elsewhere": lambda layer, x, rows: jnp.mean(
+        jnp.zeros_like(x).at[PERMUTED].set(jnp.sin(layer(x, rows))) * draw(ROWS, 1, 1, seed=3)
+    ),
+    "column_written": lambda layer, x, rows: jnp.mean(
+        layer(x.at[:, :, 0].set(jnp.sin(x[:, :, 1])), rows).at[:, 0].set(1.0) ** 2
+    ),
+    "time_first": lambda layer, x, rows: jnp.mean(
+        layer(
+            jnp.swapaxes(x, 0, 1).reshape(-1, FEATURES), jnp.swapaxes(rows, 0, 1).reshape(-1)
+        ).reshape(x.shape[1], ROWS, -1)
+        ** 4
+    ),
+    "wrong_order": lambda layer, x, rows: jnp.mean(through_two_orders(layer, x, rows) ** 2),
+}
+
+
+@pytest.mark.parametrize("positions", [ROWS, 2 * ROWS], ids=["T_equals_B", "T_equals_2B"])
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_rows_that_are_rearranged_or_mixed(name, positions):
+    """Against a layer in which every row has parameters of its own, which move one by one."""
+    params = {"w": draw(FEATURES, FEATURES), "b": draw(FEATURES)}
+    direction = direction_like(params)
+    x = draw(ROWS, positions, FEATURES, seed=1)
+    rows = jnp.broadcast_to(jnp.arange(ROWS)[:, None], x.shape[:2])
+
+    def loss_fn(params, x):
+        def layer(x, _):
+            return x @ params["w"] + jnp.broadcast_to(params["b"], x.shape)
+
+        return SHARES[name](layer, x, rows)
+
+    def moved(steps):
+        w = params["w"][None] + steps["w"][:, None, None] * direction["w"][None]
+        b = params["b"][None] + steps["b"][:, None] * direction["b"][None]
+
+        def layer(x, rows):
+            return jnp.einsum("...f,...fo->...o", x, w[rows]) + b[rows]
+
+        return SHARES[name](layer, x, rows)
+
+    fn = value_grad_and_dots(loss_fn, loss_reduction="sum")
+    result = jax.jit(lambda p, x, v: fn(p, x, direction=v))(params, x, direction)
+    expected = jax.jit(jax.grad(moved))({"w": jnp.zeros(ROWS), "b": jnp.zeros(ROWS)})
+    testing.assert_dots_close(result.dots, expected)
 
 
 def test_a_missed_channel_shows_by_name(monkeypatch):
@@ -65,9 +214,59 @@ def test_directions_that_do_not_fit(direction, message):
         fn(DENSE, X, direction=direction)
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"step": jnp.int32(1), "phase": jnp.ones(2, jnp.complex64)}, r"\['phase'\]: complex64\n"),
+        ({"step": jnp.int32(1)}, r"real floating-point arrays. Found\n  \['step'\]: int32\n"),
+        (jax.random.key(0), r"params: key<fry>\nPass other state .* as a further argument"),
+    ],
+)
+def test_parameters_that_are_not_real_floats(params, message):
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(x))
+    with pytest.raises(TypeError, match=message):
+        fn(params, X, direction=params)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": X, "y": X[:5]}, r"share their leading size(.|\n)*\['y'\]: \(5, 5\)"),
+        ({"x": X, "key": jnp.float32(1)}, r"\['key'\]: \(\)(.|\n)*as further arguments"),
+        ({}, "batch has no arrays"),
+        (X[:0], r"batch has no rows.*\(0, 5\)"),
+    ],
+)
+def test_batches_that_do_not_fit(batch, message):
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(dense(p, x)))
+    with pytest.raises(ValueError, match=message):
+        fn(DENSE, batch, direction=DENSE)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "message"),
+    [
+        ({"argnums": 2}, TypeError, "argnums=2 and batch_argnums=1 must name positional arg"),
+        ({"batch_argnums": (1, -3)}, TypeError, "of which there are 2.*by position, not by name"),
+        ({"argnums": (0, -2)}, ValueError, "name an argument twice, of 2 positional"),
+        ({"argnums": 1}, ValueError, "argnums=1 and batch_argnums=1 name an argument twice"),
+    ],
+)
+def test_argnums_that_do_not_fit(numbers, error, message):
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(dense(p, x)), **numbers)
+    with pytest.raises(error, match=message):
+        fn(DENSE, X, direction=DENSE)
+
+
 def test_losses_that_are_not_scalars():
     fn = value_grad_and_dots(lambda p, x: mean_squares(dense(p, x)))
     with pytest.raises(ValueError, match=r"must return a scalar loss.*float32\[6\]"):
+        fn(DENSE, X, direction=DENSE)
+
+
+def test_a_missing_aux():
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(dense(p, x)), has_aux=True)
+    with pytest.raises(TypeError, match=r"must return a pair \(loss, aux\). Found PyTreeDef\(\*\)"):
         fn(DENSE, X, direction=DENSE)
 
 
