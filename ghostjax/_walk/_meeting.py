@@ -146,6 +146,22 @@ def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int) -
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
 
 
+@jax.custom_vjp
+def one_per_row(outputs: Sequence[Any], tap: Any) -> list[Any]:
+    """``outputs`` as they are, but vectorized wherever ``tap`` is.
+
+    The cotangents of what vectorization need not repeat come summed over the rows, too late for a
+    channel that is to tell them apart.
+    """
+    return [jax.lax.select_n(tap == 0, output, output) for output in outputs]
+
+
+one_per_row.defvjp(
+    lambda outputs, tap: (one_per_row(outputs, tap), None),
+    lambda _, cotangents: (cotangents, None),
+)
+
+
 def attach_channel(
     outputs: Sequence[Any],
     tangents: dict[str, Tangents],

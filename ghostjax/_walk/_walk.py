@@ -19,6 +19,7 @@ from ghostjax._walk._meeting import (
     TransposedTangents,
     attach_channel,
     bind,
+    one_per_row,
     push_forward,
 )
 from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
@@ -133,6 +134,8 @@ class Walk:
                 in_no_row[path] = found
             else:
                 raise RowAxisError(_lost(eqn, path, [info for _, info in inexact]))
+        if in_rows and self.num_rows is None:
+            outputs = one_per_row(outputs, self.taps[next(iter(in_rows))])
         if in_rows:
             outputs = attach_channel(outputs, in_rows, rows, self.taps, self.num_rows)
         if in_no_row:

@@ -1,0 +1,65 @@
+"""value_grad_and_dots against per-row autodiff: models of Flax and other libraries."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ghostjax import conservation_error, testing, value_grad_and_dots
+from tests.dots.checks import check, direction_like, expected_dots
+from tests.dots.layers import LAYERS
+from tests.dots.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
+from tests.dots.models import MODELS, RECOMPUTED, SUMMED, gpt2_with_key
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    reduction = "sum" if name in SUMMED else "mean"
+    check(*MODELS[name](), reduction, exact_gradient=name not in RECOMPUTED)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    check(*LAYERS[name](), exact_gradient="checkpoint" not in name)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries(name):
+    with jax.numpy_rank_promotion("allow"):
+        check(*LIBRARIES[name](), exact_gradient="remat" not in name)
+
+
+@pytest.mark.parametrize("name", EQUINOX)
+def test_equinox_models_of_one_row(name):
+    with jax.numpy_rank_promotion("allow"):
+        loss, params, batch = EQUINOX[name]()
+        direction = direction_like(params)
+        fn = value_grad_and_dots(loss, per_example=True)
+        result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(params, batch, direction)
+        expected = expected_dots(over_rows(loss), params, batch, direction)
+    testing.assert_dots_close(result.dots, expected)
+    assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+
+
+def test_the_key_of_dropout_is_an_argument_like_any_other():
+    losses, params, tokens = gpt2_with_key()
+    direction = direction_like(params)
+    fn = value_grad_and_dots(lambda p, tokens, key: jnp.mean(losses(p, tokens, key)))
+    run = jax.jit(lambda p, tokens, key, v: fn(p, tokens, key, direction=v).dots)
+    for seed in (3, 4):
+        key = jax.random.key(seed)
+        expected = expected_dots(lambda p, b, key=key: losses(p, b, key), params, tokens, direction)
+        testing.assert_dots_close(run(params, tokens, key, direction), expected)
+
+
+def test_the_state_of_nnx_dropout_is_an_argument_like_any_other():
+    with jax.numpy_rank_promotion("allow"):
+        losses, params, x, state = nnx_dropout_with_state()
+        direction = direction_like(params)
+        fn = value_grad_and_dots(lambda p, x, state: jnp.mean(losses(p, x, state)))
+        dots = jax.jit(lambda p, x, s, v: fn(p, x, s, direction=v).dots)(
+            params, x, state, direction
+        )
+        expected = expected_dots(lambda p, x: losses(p, x, state), params, x, direction)
+    testing.assert_dots_close(dots, expected)
