@@ -40,8 +40,8 @@ def make_rows(
     """The windows of T + 1 tokens from ``starts``, as inputs and the tokens that follow them.
 
     Returns:
-      ``inputs``, ``targets`` and ``positions``, int32 [N, T], and ``mask``, float32 [N, T]: 1 where
-      there is a target, 0 where the document has ended.
+      ``inputs`` and ``targets``, int32 [N, T], and ``mask``, float32 [N, T]: 1 where there is a
+      target, 0 where the document has ended.
 
     >>> rows = make_rows([Document("a:0", "a", b"abc")], [0], 3)
     >>> rows["inputs"].tolist(), rows["targets"].tolist(), rows["mask"].tolist()
@@ -54,5 +54,4 @@ def make_rows(
         window = np.frombuffer(document.tokens[start : start + length + 1], np.uint8)
         count = len(window) - 1
         inputs[row, :count], targets[row, :count], mask[row, :count] = window[:-1], window[1:], 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    return {"inputs": inputs, "targets": targets, "positions": positions, "mask": mask}
+    return {"inputs": inputs, "targets": targets, "mask": mask}

@@ -22,10 +22,9 @@ class TrainConfig:
         ghostjax train --out run
         ghostjax train --out run --train forum.jsonl wiki.txt --val held_out.txt
 
-    The score of a document sums, over its visits, learning rate / batch size * <gradient of its
-    loss, gradient of the mean validation loss>: the first-order decrease of the validation loss, in
-    nats per token, by the document's share of one plain gradient step. Positive helps. Training
-    itself uses AdamW, whose own update is not in the score.
+    The score of a document sums, over its visits, the first-order decrease of the mean validation
+    loss, in nats per token, by the document's share of the update. Positive helps. The update is
+    that of AdamW after clipping, linearised at the gradient of the step before.
 
     The run directory gets documents.parquet, scores.parquet, steps.parquet and summary.json.
 

@@ -1,7 +1,7 @@
 """The run directory: Parquet tables and a JSON summary, whole or not at all.
 
     documents.parquet   one line per training document: id, domain, tokens, visits, score, excerpt
-    scores.parquet      one line per visit: step, id, start, dot, learning_rate, score
+    scores.parquet      one line per visit: step, id, start, learning_rate, score
     steps.parquet       one line per step: step, loss, val_loss
     summary.json        final losses, score by domain, AUC, options
 
@@ -27,9 +27,9 @@ from ghostjax.runs.training import Visits
 SCHEMA_VERSION = 1
 
 _VISIT_SCORE = (
-    "learning_rate * dot / B with B training rows per step, in nats per token: the first-order "
-    "decrease of the step's mean validation loss caused by this row's share of one plain gradient "
-    "step of that learning rate; positive helps. The optimizer's own update (AdamW) is not in it."
+    "First-order decrease of the step's mean validation loss, in nats per token, caused by this "
+    "row's share of the optimizer's update, which is linearised at the gradient of the step "
+    "before; positive helps."
 )
 _DOCUMENT_SCORE = f"Sum over the document's visits of: {_VISIT_SCORE}"
 
@@ -51,14 +51,8 @@ _FIELDS = {
         ("step", pa.int64(), "Step, from 0."),
         ("id", pa.string(), "Id of the training document, as in documents.parquet."),
         ("start", pa.int64(), "First token of the window that this visit saw."),
-        (
-            "dot",
-            pa.float32(),
-            "Inner product over all parameters of the gradient of this row's loss with the "
-            "gradient of the step's mean validation loss.",
-        ),
         ("learning_rate", pa.float32(), "Learning rate of the step."),
-        ("score", pa.float64(), _VISIT_SCORE),
+        ("score", pa.float32(), _VISIT_SCORE),
     ],
 }
 
@@ -95,7 +89,7 @@ def document_scores(visits: Sequence[Visits], documents: int) -> np.ndarray:
     """Each document's score, the sum over its visits, float64 [documents], nats per token."""
     indices = np.concatenate([visit.indices for visit in visits])
     scores = np.concatenate([visit.scores for visit in visits])
-    return np.bincount(indices, weights=scores, minlength=documents)
+    return np.bincount(indices, weights=scores.astype(np.float64), minlength=documents)
 
 
 def make_tables(documents: Sequence[Document], visits: Sequence[Visits]) -> dict[str, pa.Table]:
@@ -121,7 +115,6 @@ def make_tables(documents: Sequence[Document], visits: Sequence[Visits]) -> dict
             "step": np.repeat(steps, batch_size),
             "id": ids[np.concatenate([visit.indices for visit in visits])],
             "start": np.concatenate([visit.starts for visit in visits]),
-            "dot": np.concatenate([visit.dots for visit in visits]),
             "learning_rate": np.repeat([visit.learning_rate for visit in visits], batch_size),
             "score": np.concatenate([visit.scores for visit in visits]),
         },

@@ -36,12 +36,11 @@ class GPT(nn.Module):
     """A GPT-2-shaped decoder: pre-LayerNorm blocks, learned positions, output head tied to the
     token embedding, no dropout.
 
-    Calling it, ``(tokens [N, T], positions [N, T]) -> logits [N, T, 256]``, in float32. Positions
-    are given per row, so that every look-up has a row axis.
+    Calling it, ``tokens [N, T] -> logits [N, T, 256]``, in float32.
 
     >>> import jax, jax.numpy as jnp
     >>> ids, model = jnp.zeros((1, 2), jnp.int32), GPT(SIZES["micro"])
-    >>> logits, params = jax.eval_shape(model.init_with_output, jax.random.key(0), ids, ids)
+    >>> logits, params = jax.eval_shape(model.init_with_output, jax.random.key(0), ids)
     >>> logits.shape
     (1, 2, 256)
     """
@@ -49,13 +48,13 @@ class GPT(nn.Module):
     size: Size
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         size = self.size
         embed = nn.Embed(VOCABULARY, size.features, embedding_init=_normal(0.02), name="tokens")
         where = nn.Embed(
             size.positions, size.features, embedding_init=_normal(0.01), name="positions"
         )
-        x = embed(tokens) + where(positions)
+        x = embed(tokens) + where(jnp.arange(tokens.shape[1]))[None]
         for layer in range(size.layers):
             x = Block(size, name=f"block_{layer}")(x)
         return embed.attend(nn.LayerNorm(epsilon=1e-5, name="norm")(x))

@@ -150,7 +150,7 @@ def print_report(
     console.print(table)
     console.print(
         "Score: first-order decrease of the validation loss (nats per token) by the document's "
-        "share of plain gradient steps, summed over its visits; positive helps.",
+        "share of the optimizer's updates, summed over its visits; positive helps.",
         style="dim",
     )
     line = f"loss {summary['loss']:.3f}  validation loss {summary['val_loss']:.3f}"

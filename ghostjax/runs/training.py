@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ghostjax.linen import GradDotProdEngine
+from ghostjax import directions, value_grad_and_dots
 from ghostjax.runs.batches import draw_starts, make_rows, visit_order
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.documents import Document
@@ -17,7 +17,23 @@ from ghostjax.runs.models import GPT, SIZES
 
 
 class DivergedError(RuntimeError):
-    """A loss or an inner product is not finite, so nothing after it means anything."""
+    """A loss or a score is not finite, so nothing after it means anything."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What one step hands to the next.
+
+    Attributes:
+      params, opt_state: as in any optax loop.
+      grads: of the step before, where the optimizer's update is linearised: it is known before the
+        pass over the training rows. At the start, those of the first batch.
+    """
+
+    params: Any
+    opt_state: Any
+    grads: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +47,8 @@ class Visits:
       learning_rate: of this step.
       indices: [B], which documents.
       starts: [B], the first token of the window of each.
-      dots: [B], ``dots[i] = <d loss_i / d params, d val_loss / d params>``, float32.
+      scores: [B] float32, nats per token: the first-order decrease of ``val_loss`` that row i's
+        share of the optimizer's update causes. Positive helps.
     """
 
     step: int
@@ -40,16 +57,7 @@ class Visits:
     learning_rate: float
     indices: np.ndarray
     starts: np.ndarray
-    dots: np.ndarray
-
-    @property
-    def scores(self) -> np.ndarray:
-        """[B] in float64: ``scores[i] = learning_rate / B * dots[i]``, in nats per token.
-
-        The first-order decrease of ``val_loss`` that row i's share of one plain gradient step,
-        ``params - learning_rate * d loss / d params``, causes. Positive helps.
-        """
-        return float(self.learning_rate) / len(self.dots) * self.dots.astype(np.float64)
+    scores: np.ndarray
 
 
 def make_row_losses(model: GPT) -> Callable[[Any, dict], jax.Array]:
@@ -59,7 +67,7 @@ def make_row_losses(model: GPT) -> Callable[[Any, dict], jax.Array]:
     """
 
     def row_losses(params, rows):
-        logits = model.apply({"params": params}, rows["inputs"], rows["positions"])
+        logits = model.apply({"params": params}, rows["inputs"])
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
         return jnp.sum(nll * rows["mask"], axis=-1) / jnp.sum(rows["mask"], axis=-1)
 
@@ -69,7 +77,18 @@ def make_row_losses(model: GPT) -> Callable[[Any, dict], jax.Array]:
 def init_params(model: GPT, length: int, seed: int) -> Any:
     """The model's initial parameters."""
     ids = jnp.zeros((1, length), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(seed), ids, ids)["params"]
+    return jax.jit(model.init)(jax.random.key(seed), ids)["params"]
+
+
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    loss_fn: Callable,
+    train_rows: dict[str, np.ndarray],
+) -> TrainState:
+    """The state before the first step, which is to see ``train_rows``."""
+    grads = jax.jit(jax.grad(loss_fn))(params, train_rows)
+    return TrainState(params, jax.jit(optimizer.init)(params), grads)
 
 
 def make_schedule(peak: float, steps: int) -> optax.Schedule:
@@ -95,21 +114,32 @@ def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
-def make_step(row_losses: Callable, optimizer: optax.GradientTransformation, val_batch_size: int):
-    """The jitted step ``(params, opt_state, rows) -> (params, opt_state, value, val_value, dots)``.
+def make_loss(model: GPT) -> Callable[[Any, dict], jax.Array]:
+    """The mean of the row losses."""
+    row_losses = make_row_losses(model)
+    return lambda params, rows: jnp.mean(row_losses(params, rows))
 
-    ``rows`` are N = B + V rows, training first. The update is that of plain training on the B rows.
-    The buffers of the old parameters and optimizer state are reused.
+
+def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation):
+    """The jitted step ``(state, train_rows, val_rows) -> (state, loss, val_loss, scores)``.
+
+    The update is that of plain training. The old state's buffers are reused.
     """
-    engine = GradDotProdEngine(row_losses, val_batch_size=val_batch_size)
+    value_grad_and_scores = value_grad_and_dots(loss_fn)
 
-    def step(params, opt_state, rows):
-        result = engine(params, rows)
+    def step(state, train_rows, val_rows):
+        params, opt_state = state.params, state.opt_state
+        val_loss, val_grads = jax.value_and_grad(loss_fn)(params, val_rows)
+        direction = directions.through_optimizer(
+            optimizer, opt_state, params, state.grads, val_grads
+        )
+        result = value_grad_and_scores(params, train_rows, direction=direction)
         updates, opt_state = optimizer.update(result.grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, opt_state, result.value, result.val_value, result.total()
+        state = TrainState(optax.apply_updates(params, updates), opt_state, result.grads)
+        scores = result.total()
+        return state, result.value, val_loss, scores / len(scores)
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=0)
 
 
 def train(
@@ -121,16 +151,16 @@ def train(
     documents of ``visit_order`` and V held-out documents, drawn anew without replacement.
 
     Raises:
-      DivergedError: a loss or an inner product is not finite.
+      DivergedError: a loss or a score is not finite.
     """
     model = GPT(SIZES[config.model])
     length = config.positions
     schedule = make_schedule(config.peak_learning_rate, config.steps)
     learning_rates = np.asarray(schedule(jnp.arange(config.steps)))
     optimizer = make_optimizer(schedule)
-    step_fn = make_step(make_row_losses(model), optimizer, config.val_batch_size)
-    params = init_params(model, length, config.seed)
-    opt_state = jax.jit(optimizer.init)(params)
+    loss_fn = make_loss(model)
+    step_fn = make_step(loss_fn, optimizer)
+    state = None
 
     order_rng, val_rng, window_rng = np.random.default_rng(config.seed).spawn(3)
     order = visit_order(len(documents), config.batch_size, order_rng)
@@ -140,7 +170,12 @@ def train(
         batch = [documents[i] for i in indices] + [val_documents[i] for i in val_indices]
         starts = draw_starts(batch, length, window_rng)
         rows = make_rows(batch, starts, length)
-        params, opt_state, loss, val_loss, dots = step_fn(params, opt_state, rows)
+        train_rows = {name: array[: config.batch_size] for name, array in rows.items()}
+        val_rows = {name: array[config.batch_size :] for name, array in rows.items()}
+        if state is None:
+            params = init_params(model, length, config.seed)
+            state = init_state(params, optimizer, loss_fn, train_rows)
+        state, loss, val_loss, scores = step_fn(state, train_rows, val_rows)
         visits = Visits(
             step=step,
             loss=float(loss),
@@ -148,9 +183,9 @@ def train(
             learning_rate=float(learning_rates[step]),
             indices=indices,
             starts=starts[: config.batch_size],
-            dots=np.asarray(dots),
+            scores=np.asarray(scores),
         )
-        if not np.isfinite([visits.loss, visits.val_loss, *visits.dots]).all():
+        if not np.isfinite([visits.loss, visits.val_loss, *visits.scores]).all():
             raise DivergedError(
                 f"training diverged at step {step} (a loss or score is not finite): "
                 "lower --learning-rate"

@@ -30,11 +30,9 @@ def test_rows_are_windows_with_the_tokens_that_follow():
     assert rows["inputs"].tolist() == [[4, 5, 6, 7], [*b"xy", 0, 0]]
     assert rows["targets"].tolist() == [[5, 6, 7, 8], [*b"yz", 0, 0]]
     assert rows["mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert rows["positions"].tolist() == [[0, 1, 2, 3]] * 2
     assert {name: str(value.dtype) for name, value in rows.items()} == {
         "inputs": "int32",
         "targets": "int32",
-        "positions": "int32",
         "mask": "float32",
     }
 

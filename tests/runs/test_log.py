@@ -14,7 +14,7 @@ def test_the_run_directory_holds_what_is_documented(micro_run):
         *("id", "domain", "tokens", "visits", "score", "excerpt")
     ]
     assert micro_run.steps.column_names == ["step", "loss", "val_loss"]
-    assert micro_run.scores.column_names == ["step", "id", "start", "dot", "learning_rate", "score"]
+    assert micro_run.scores.column_names == ["step", "id", "start", "learning_rate", "score"]
     assert (len(micro_run.steps), len(micro_run.scores)) == (STEPS, STEPS * BATCH_SIZE)
 
 
@@ -31,7 +31,7 @@ def test_schemas_have_a_version_and_describe_every_column(micro_run, name):
 def test_scores_say_their_scale(micro_run):
     for table in (micro_run.documents, micro_run.scores):
         text = table.schema.field("score").metadata[b"description"].decode()
-        assert "learning_rate * dot / B" in text
+        assert "share of the optimizer's update" in text
         assert "nats per token" in text
 
 
@@ -45,10 +45,7 @@ def test_document_scores_are_the_sums_of_their_visits(micro_run):
     assert counts.max() - counts.min() <= 1
 
 
-def test_scores_are_made_of_the_columns_beside_them(micro_run):
-    for visit in micro_run.scores.to_pylist():
-        expected = visit["learning_rate"] * visit["dot"] / BATCH_SIZE
-        np.testing.assert_allclose(visit["score"], expected, rtol=1e-6)
+def test_scores_are_not_zero(micro_run):
     assert any(visit["score"] != 0 for visit in micro_run.scores.to_pylist())
 
 

@@ -11,19 +11,18 @@ MICRO = GPT(SIZES["micro"])
 @pytest.fixture(scope="module")
 def params():
     ids = jnp.zeros((1, 4), jnp.int32)
-    return jax.jit(MICRO.init)(jax.random.key(0), ids, ids)["params"]
+    return jax.jit(MICRO.init)(jax.random.key(0), ids)["params"]
 
 
 @jax.jit
 def logits(params, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return MICRO.apply({"params": params}, tokens, positions)
+    return MICRO.apply({"params": params}, tokens)
 
 
 def test_gpt2_is_gpt2_small_but_for_the_vocabulary():
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     model = GPT(SIZES["gpt2"])
-    params = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == 124_439_808 - (50_257 - 256) * 768
 
