@@ -1,0 +1,73 @@
+"""What value_grad_and_dots costs by XLA's own figures, on the GPT-2 shape of the benchmarks.
+
+The floor of any exact method is a plain step and the gradient of the validation rows. How much
+LLVM optimizes changes neither FLOPs nor scratch memory: both are fixed before.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import _models
+from ghostjax import value_grad_and_dots
+
+TRAIN_ROWS, VAL_ROWS = 4, 4
+SIZES = {"LAYERS": 2, "FEATURES": 128, "HEADS": 4, "POSITIONS": 64, "VOCABULARY": 512}
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """``(loss_fn, (params, train, val))`` of the benchmarks' model, made smaller."""
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
+        for name, size in SIZES.items():
+            patch.setattr(_models, name, size)
+        row_losses, params, batch = _models.setup(TRAIN_ROWS + VAL_ROWS)
+        train = jax.tree.map(lambda leaf: leaf[:TRAIN_ROWS], batch)
+        val = jax.tree.map(lambda leaf: leaf[TRAIN_ROWS:], batch)
+        yield lambda params, batch: jnp.mean(row_losses(params, batch)), (params, train, val)
+
+
+def figures(function, *args):
+    """XLA's FLOPs and bytes of scratch memory."""
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_cost_over_the_floor(setup):
+    loss_fn, args = setup
+    fn = value_grad_and_dots(loss_fn)
+
+    def floor(params, train, val):
+        return jax.value_and_grad(loss_fn)(params, train), jax.grad(loss_fn)(params, val)
+
+    def with_dots(params, train, val):
+        result = fn(params, train, direction=jax.grad(loss_fn)(params, val))
+        return result.value, result.grads, result.total()
+
+    forward_flops, _ = figures(lambda params, train, val: loss_fn(params, train), *args)
+    floor_flops, floor_bytes = figures(floor, *args)
+    flops, scratch_bytes = figures(with_dots, *args)
+    assert flops <= 1.01 * (floor_flops + forward_flops)
+    assert scratch_bytes <= 1.10 * floor_bytes
+    assert flops > floor_flops + 0.5 * forward_flops  # or XLA counts something else
+
+
+def test_cost_of_further_directions(setup):
+    """vmap over K directions repeats the tangent products and nothing else."""
+    loss_fn, (params, train, _) = setup
+    fn = value_grad_and_dots(loss_fn)
+
+    def many(params, train, directions):
+        def one(direction):
+            result = fn(params, train, direction=direction)
+            return result.value, result.grads, result.total()
+
+        return jax.vmap(one, out_axes=(None, None, 0))(directions)
+
+    def stacked(count):
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * count), params)
+
+    forward_flops, _ = figures(loss_fn, params, train)
+    one_flops, _ = figures(many, params, train, stacked(1))
+    four_flops, _ = figures(many, params, train, stacked(4))
+    assert four_flops - one_flops <= 1.01 * 3 * forward_flops
