@@ -3,9 +3,11 @@
 from ghostjax import directions as directions
 from ghostjax import linen as linen
 from ghostjax import testing as testing
+from ghostjax import weights as weights
 from ghostjax._aggregate import aggregate as aggregate
 from ghostjax._dots import GradDots as GradDots
 from ghostjax._dots import conservation_error as conservation_error
 from ghostjax._dots import value_grad_and_dots as value_grad_and_dots
 from ghostjax._types import EngineResult as EngineResult
 from ghostjax.linen import GradDotProdEngine as GradDotProdEngine
+from ghostjax.values import InRunValues as InRunValues

@@ -20,6 +20,8 @@ RANKS = {
     "directions": 3,
     "testing": 1,
     "linen": 3,
+    "values": 4,
+    "weights": 4,
     "runs": 5,
     "cli": 6,
     "__main__": 7,
