@@ -111,13 +111,15 @@ class TransposedTangents:
         def inner_product(cotangents):
             full = [cotangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
             return sum(
-                jnp.vdot(gradient, tangent) for gradient, tangent in zip(pull_back(full), direction)
+                jnp.sum(_paired(gradient, tangent))
+                for gradient, tangent in zip(pull_back(full), direction)
             )
 
         zeros = {
             k: jnp.zeros_like(output) for k, output in enumerate(outputs) if is_inexact(output)
         }
-        tangents = jax.grad(inner_product)(zeros)
+        value, gradient_of = jax.vjp(inner_product, zeros)
+        (tangents,) = gradient_of(jnp.ones_like(value))
         return [tangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
 
 
@@ -134,13 +136,24 @@ def _dense(tangent: Any) -> Any:
     return jnp.zeros(tangent.shape) if tangent.dtype == jax.dtypes.float0 else tangent
 
 
+def _paired(cotangents: Any, tangents: Any) -> jax.Array:
+    """The products that add up to <cotangents, tangents>, in float32 or wider.
+
+    Of complex values the real part, without a conjugate: that is what JAX's cotangents mean.
+    """
+    if jnp.iscomplexobj(cotangents) or jnp.iscomplexobj(tangents):
+        parts = [(jnp.real(array), jnp.imag(array)) for array in (cotangents, tangents)]
+        return _paired(parts[0][0], parts[1][0]) - _paired(parts[0][1], parts[1][1])
+    wide = jnp.float64 if cotangents.dtype == jnp.float64 else jnp.float32
+    return cotangents.astype(wide) * tangents.astype(wide)
+
+
 def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int) -> jax.Array:
     """sum of cotangents * tangents over everything but the rows, in float32 or wider: [B].
 
     A scalar where ``rows`` is None: the sum over everything.
     """
-    wide = jnp.float64 if cotangents.dtype == jnp.float64 else jnp.float32
-    product = cotangents.astype(wide) * tangents.astype(wide)
+    product = _paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from ghostjax import testing, value_grad_and_dots
-from tests.dots.checks import FEATURES, ROWS, activations, direction_like, draw
+from tests.dots.checks import (
+    FEATURES,
+    ROWS,
+    activations,
+    direction_like,
+    draw,
+    expected_dots,
+)
 
 PARAMS = {"w": draw(FEATURES, FEATURES), "b": draw(FEATURES), "gain": draw(1, FEATURES, seed=2)}
 DIRECTION = direction_like(PARAMS)
@@ -108,3 +115,39 @@ def test_bfloat16_parameters(standard_promotion):
     assert {leaf.dtype for leaf in jax.tree.leaves(result.grads)} == {jnp.dtype(jnp.bfloat16)}
     whole = [jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree) for tree in (params, batch)]
     testing.assert_dots_close(result.dots, dots_of(*whole, DIRECTION), rtol=5e-2)
+
+
+def spectral(params, x):
+    """Learned complex factors on the Fourier coefficients of each row."""
+    factors = params["real"] + 1j * params["imag"]
+    return jnp.fft.irfft(jnp.fft.rfft(x, axis=1) * factors[None], axis=1)
+
+
+@jax.custom_vjp
+def product(x, w):
+    return x @ w
+
+
+product.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda kept, c: (c @ kept[1].swapaxes(0, 1), kept[0].T @ c)
+)
+
+
+def own_rule(params, x):
+    return jnp.abs(product(x + 1j * jnp.sin(x), (params["real"] + 1j * params["imag"]).T))
+
+
+@pytest.mark.parametrize("model", [spectral, own_rule])
+def test_complex_values_on_the_way(model, standard_promotion):
+    x = draw(ROWS, 8, seed=1) if model is spectral else draw(ROWS, FEATURES, seed=1)
+    params = {"real": draw(5), "imag": draw(5, seed=2)}
+    if model is own_rule:
+        params = jax.tree.map(lambda leaf: jnp.outer(jnp.arange(1.0, 4.0), leaf), params)
+    direction = direction_like(params)
+
+    def losses(params, x):
+        return jnp.mean(jnp.square(jnp.sin(model(params, x))), axis=1)
+
+    fn = value_grad_and_dots(lambda params, x: jnp.mean(losses(params, x)))
+    result = jax.jit(fn)(params, x, direction=direction)
+    testing.assert_dots_close(result.dots, expected_dots(losses, params, x, direction))
