@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ghostjax._errors import BatchError, RowAxisError, UnsupportedModuleError
+from ghostjax._errors import ELSEWHERE, BatchError, RowAxisError, UnsupportedModuleError
 from ghostjax.linen._boxes import ParameterBox, is_box, is_leaf
 
 SCOPE = "ghostjax_frame_"
@@ -162,7 +162,7 @@ def _refuse_mixing_modules(context, args, kwargs) -> None:
         return
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     if not nn.merge_param("use_running_average", module.use_running_average, given):
-        raise UnsupportedModuleError(
+        raise RowAxisError(
             f"BatchNorm.__call__ ({'/'.join(module.path)}) is in training mode: it mixes the rows "
             "of a batch, so that no row has a gradient of its own (and validation rows would leak "
             "into training). Use LayerNorm or GroupNorm, or use_running_average=True."
@@ -225,12 +225,12 @@ def trace_at_two_sizes(loss_fn, params, batch, args, kwargs) -> tuple[Trace, Tra
         raise RowAxisError(
             f"loss_fn could be traced with {rows} rows but not with {2 * rows}, which is how row "
             "axes are told from others. Everything with a row axis must come in through batch, and "
-            f"loss_fn must take any number of rows. The error was: {error}"
+            f"loss_fn must take any number of rows. {ELSEWHERE} The error was: {error}"
         ) from error
     if [frame.key for frame in trace.frames] != [frame.key for frame in doubled.frames]:
         raise RowAxisError(
             f"loss_fn calls different modules for {rows} and for {2 * rows} rows. It must treat "
-            "every row alike, whatever their number."
+            f"every row alike, whatever their number. {ELSEWHERE}"
         )
     return trace, doubled
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_val_batch_size
-from ghostjax._errors import UnsupportedModuleError
+from ghostjax._errors import RowAxisError
 from ghostjax.linen._frames import Frame
 from ghostjax.linen._records import RowGradients, accumulation_dtype, contract
 
@@ -91,7 +91,7 @@ def refuse_norm_over_rows(frame: Frame, ndim: int, row_axis: int) -> None:
     reduced = _reduction_axes(module, ndim)
     features = _feature_axes(module, ndim)
     if row_axis in (*features, *reduced):
-        raise UnsupportedModuleError(
+        raise RowAxisError(
             f"{frame.name} normalizes over axes {sorted(reduced)} with features {features} of "
             f"an input of rank {ndim}, whose axis {row_axis} indexes the rows: it "
             "mixes rows, so that no row has a gradient of its own. Normalize over the other axes."

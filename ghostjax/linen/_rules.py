@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from ghostjax._errors import UnsupportedModuleError
+from ghostjax._errors import RowAxisError
 from ghostjax.linen._frames import Frame, is_array
 from ghostjax.linen._norms import NORMS, as_tuple, norm_rule, refuse_norm_over_rows
 from ghostjax.linen._records import (
@@ -79,7 +79,7 @@ def refuse_mixing_rows(frame: Frame, row_axis: int | None) -> None:
         sizes = as_tuple(module.kernel_size)
         window = row_axis - (ndim - 1 - len(sizes))
         if (0 <= window < len(sizes) and sizes[window] > 1) or row_axis == ndim - 1:
-            raise UnsupportedModuleError(
+            raise RowAxisError(
                 f"{frame.name} slides its window over axis {row_axis} of an input of rank {ndim}, "
                 "which indexes the rows: it mixes rows, so that no row has a gradient of its own. "
                 f"Give it an input [N, {'...' if len(sizes) > 1 else 'T'}, features]."

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghostjax import GradDotProdEngine
+from ghostjax import GradDotProdEngine, testing, value_grad_and_dots
 from tests.linen.cases import FEATURES, activations, ids, perturbed, squared
 
 ROWS, POSITIONS = 7, 5
@@ -21,6 +21,40 @@ def call_model(model, batch, params=None, **kwargs):
         return squared(model.apply({"params": params}, batch, **kwargs))
 
     return call(loss_fn, perturbed(model, batch) if params is None else params, batch)
+
+
+OUTER = nn.Dense(3)
+MADE_FOR_ROWS = jnp.linspace(0.5, 2, ROWS)[:, None, None]
+
+
+def merged_axes(params, x):
+    flat = OUTER.apply({"params": params}, x.reshape(-1, FEATURES))
+    return flat.reshape(*x.shape[:2], 3)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        merged_axes,
+        lambda params, x: OUTER.apply({"params": params}, x) @ params["kernel"].T,
+        lambda params, x: OUTER.apply({"params": jax.tree.map(jnp.sin, params)}, x),
+        lambda params, x: OUTER.apply({"params": params}, x) * MADE_FOR_ROWS,
+    ],
+    ids=["merged_axes", "read_from_the_tree", "changed", "constant_with_rows"],
+)
+def test_value_grad_and_dots_takes_what_the_engine_does_not(outputs):
+    def losses(params, batch):
+        return squared(outputs(params, batch))
+
+    batch = activations(ROWS, POSITIONS, FEATURES)
+    params = perturbed(OUTER, batch)
+    with pytest.raises(ValueError, match=r"ghostjax\.value_grad_and_dots, which takes any JAX"):
+        call(losses, params, batch)
+    fn = value_grad_and_dots(lambda params, batch: jnp.mean(losses(params, batch)))
+    dots = jax.jit(fn)(params, batch, direction=params).dots
+    rows = testing.per_example_grads(losses, params, batch)
+    expected = jax.tree.map(lambda g, v: np.tensordot(g, v, axes=v.ndim), rows, params)
+    testing.assert_dots_close(dots, expected)
 
 
 @pytest.mark.parametrize("positions", [POSITIONS, ROWS], ids=["T", "T_equals_N"])
@@ -150,8 +184,11 @@ def test_batchnorm_in_training_mode(by):
         state = {"params": params, "batch_stats": stats}
         return squared(Net().apply(state, batch, mutable=["batch_stats"])[0])
 
-    with pytest.raises(ValueError, match=r"BatchNorm.__call__ \(BatchNorm_0\).*mixes the rows"):
+    with pytest.raises(
+        ValueError, match=r"BatchNorm.__call__ \(BatchNorm_0\).*mixes the rows"
+    ) as e:
         call(loss_fn, params, batch)
+    assert not isinstance(e.value, EngineError)  # nor can any other method
 
 
 @pytest.mark.parametrize(
