@@ -184,11 +184,9 @@ def test_batchnorm_in_training_mode(by):
         state = {"params": params, "batch_stats": stats}
         return squared(Net().apply(state, batch, mutable=["batch_stats"])[0])
 
-    with pytest.raises(
-        ValueError, match=r"BatchNorm.__call__ \(BatchNorm_0\).*mixes the rows"
-    ) as e:
+    message = r"BatchNorm.__call__ \(BatchNorm_0\).*mixes the rows((?!Or use ghostjax).)*$"
+    with pytest.raises(ValueError, match=message):
         call(loss_fn, params, batch)
-    assert not isinstance(e.value, EngineError)  # nor can any other method
 
 
 @pytest.mark.parametrize(
