@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
 from tests.dots.checks import (
@@ -31,6 +30,7 @@ TABLE = [
     "attention",
     "lstm",
     "optimized_lstm",
+    "gru",
     "bidirectional",
     "recurrent_time_major",
     "shared_three_times",
@@ -116,27 +116,3 @@ def test_bfloat16_dots_are_float32(standard_promotion):
         lambda p, x: mean_squares(dense(p, x)), params, X.astype(jnp.bfloat16), params
     )
     testing.assert_dots_close(result.dots, rows, rtol=1e-2)
-
-
-def test_an_nnx_module():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.embed = nnx.Embed(11, 8, rngs=rngs)
-            self.norm = nnx.LayerNorm(8, rngs=rngs)
-            # Without biases: softmax makes the gradient of the keys' bias zero but for rounding.
-            self.attention = nnx.MultiHeadAttention(2, 8, decode=False, use_bias=False, rngs=rngs)
-            self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
-
-        def __call__(self, tokens):
-            x = self.embed(tokens)
-            x = x + self.attention(self.norm(x))
-            return self.embed.attend(jnp.tanh(self.conv(x)))
-
-    graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (ROWS, POSITIONS)))
-
-    def losses(params, tokens):
-        log_probs = jax.nn.log_softmax(nnx.merge(graph, params)(tokens))
-        return -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1).mean(axis=(1, 2))
-
-    check(losses, params, tokens)
