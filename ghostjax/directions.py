@@ -4,6 +4,7 @@ Dots are linear in their direction, so every score is a choice of it. All direct
 same way: positive dots belong to rows that lower the validation loss.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -176,6 +177,43 @@ def look_ahead(
     """
     check_direction(params, updates, "updates", dtypes=False)
     return jax.grad(loss_fn)(optax.apply_updates(params, updates), *args, **kwargs)
+
+
+def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn = value_grad_and_dots(...)`` over K directions at once, for several validation sets.
+
+        dots[p][k, i] = < d l_i / d p , direction[p][k] >
+
+    Returns:
+      A function like ``fn`` that takes ``direction`` with a leading axis K on every leaf. In its
+      result, ``value``, ``aux`` and ``grads`` are as for one direction; the leaves of ``dots`` are
+      [K, B] and those of ``shared`` [K]. ``jax.vmap(aggregate)(result.dots)`` is [K, B]. Only the
+      products with the directions are computed K times.
+
+    >>> import jax.numpy as jnp
+    >>> from ghostjax import value_grad_and_dots
+    >>> fn = stacked(value_grad_and_dots(lambda w, x: jnp.mean(x @ w)))
+    >>> result = fn(jnp.ones(2), jnp.eye(2), direction=jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> result.value, result.dots
+    (Array(1., dtype=float32), Array([[1., 2.], [3., 4.]], dtype=float32))
+    """
+
+    @functools.wraps(fn)
+    def over_directions(*args: Any, direction: Any, **kwargs: Any) -> Any:
+        results = []
+
+        def one(vector):
+            result = fn(*args, direction=vector, **kwargs)
+            results.append(result)
+            return (result.value, result.aux, result.grads), (result.dots, result.shared)
+
+        once, each = jax.vmap(one, out_axes=(None, 0))(direction)
+        (value, aux, grads), (dots, shared) = once, each
+        return dataclasses.replace(
+            results[-1], value=value, aux=aux, grads=grads, dots=dots, shared=shared
+        )
+
+    return over_directions
 
 
 def _update_function(tx, opt_state, params, extra_args):

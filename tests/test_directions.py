@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ghostjax import directions, testing, value_grad_and_dots
+from ghostjax import aggregate, directions, testing, value_grad_and_dots
 
 STEPS = 7
 
@@ -336,3 +336,26 @@ def test_scores_predict_what_leaving_a_row_out_changes(name, params):
         for row in range(5)
     ]
     testing.assert_dots_close(scores(grads, updates), np.array(changes), rtol=1e-6)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_stacked_directions_give_value_and_gradient_once(per_example, params):
+    x = jnp.asarray(np.random.default_rng(20).normal(size=(5, 4)))
+
+    def loss_fn(params, x):
+        losses = losses_of(params, x[None] if per_example else x)
+        return losses.mean(), x.sum()
+
+    fn = value_grad_and_dots(loss_fn, has_aux=True, per_example=per_example)
+    several = [draw_like(params, seed) for seed in (1, 2, 3)]
+    direction = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    result = jax.jit(lambda direction: directions.stacked(fn)(params, x, direction=direction))(
+        direction
+    )
+    total = jax.vmap(aggregate)(result.dots)
+    for place, vector in enumerate(several):
+        one = fn(params, x, direction=vector)
+        np.testing.assert_allclose(total[place], one.total(), rtol=1e-10)
+        chex.assert_trees_all_close(
+            (result.value, result.aux, result.grads), (one.value, one.aux, one.grads), rtol=1e-10
+        )
