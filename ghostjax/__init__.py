@@ -1,6 +1,7 @@
 """Per-example gradient inner products for JAX, exact and at close to the cost of a plain step."""
 
 from ghostjax import directions as directions
+from ghostjax import fidelity as fidelity
 from ghostjax import linen as linen
 from ghostjax import testing as testing
 from ghostjax import weights as weights

@@ -20,6 +20,7 @@ RANKS = {
     "directions": 3,
     "testing": 1,
     "linen": 3,
+    "fidelity": 4,
     "values": 4,
     "weights": 4,
     "runs": 5,
