@@ -2,36 +2,21 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from ghostjax.runs.documents import Document
+from ghostjax.runs.output import make_console as make_console
+from ghostjax.runs.output import plain_cell as _plain
+from ghostjax.runs.statistics import roc_auc as roc_auc
 from ghostjax.runs.training import Visits
 
 ROWS = 8  # documents in each of the two tables
-PLAIN_WIDTH = 120  # of output that is not a terminal
 PLAIN_LINES = 10  # of progress, where there is no bar
-
-
-def roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """The probability that a positive is above a negative, ties counting half.
-
-    ``(sum of the positives' ranks - P (P + 1) / 2) / (P Q)`` for P positives and Q negatives, tied
-    values sharing their mean rank.
-
-    >>> roc_auc(np.array([3.0, 1.0]), np.array([2.0, 1.0]))
-    0.625
-    """
-    count = len(positives)
-    values = np.concatenate([positives, negatives])
-    _, inverse, ties = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(ties) - (ties - 1) / 2)[inverse]
-    return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(negatives)))
 
 
 def scores_by_domain(
@@ -68,20 +53,6 @@ def prose_above_code(
     if not (prose & visited).any() or not (~prose & visited).any():
         return None
     return roc_auc(scores[prose & visited], scores[~prose & visited])
-
-
-def make_console(stream: TextIO) -> Console:
-    """A console that writes control characters to terminals only, whatever FORCE_COLOR says."""
-    if stream.isatty():
-        return Console(file=stream, highlight=False)
-    return Console(
-        file=stream,
-        highlight=False,
-        force_terminal=False,
-        color_system=None,
-        width=PLAIN_WIDTH,
-        legacy_windows=False,
-    )
 
 
 def follow(steps: Iterable[Visits], total: int, batch_size: int, console: Console) -> list[Visits]:
@@ -174,8 +145,3 @@ def _ranking(title, documents, scores, indices, console: Console) -> Table:
             _plain(document.excerpt(), console),
         )
     return table
-
-
-def _plain(text: str, console: Console) -> Text:
-    """Text that is neither markup nor beyond what the stream can encode."""
-    return Text(text.encode(console.encoding, "replace").decode(console.encoding))
