@@ -62,7 +62,17 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Forces the names in a directory to disk, where the system can."""
+    with contextlib.suppress(OSError):  # not every system lets a directory be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -279,12 +289,3 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{head}\n".encode())
         digest.update(data)
     return digest.hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system lets a directory be opened
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
