@@ -39,7 +39,7 @@ def layers_on_merged_axes():
         flat = jnp.tanh(x.reshape(-1, FEATURES) @ params["rows_first"])
         x = flat.reshape(x.shape)
         flat = jnp.tanh(jnp.swapaxes(x, 0, 1).reshape(-1, FEATURES) @ params["time_first"])
-        return mean_squares(jnp.swapaxes(flat.reshape(POSITIONS, ROWS, -1), 0, 1))
+        return mean_squares(jnp.swapaxes(flat.reshape(POSITIONS, len(x), -1), 0, 1))
 
     params = {"rows_first": draw(FEATURES, FEATURES), "time_first": draw(FEATURES, 4, seed=3)}
     return losses, params, activations()
@@ -109,7 +109,7 @@ def learned_initial_state():
             h = jnp.tanh(x @ params["w"] + h @ params["u"])
             return h, h
 
-        start = jnp.broadcast_to(params["start"], (ROWS, FEATURES))
+        start = jnp.broadcast_to(params["start"], (len(x), FEATURES))
         _, outputs = jax.lax.scan(cell, start, jnp.swapaxes(x, 0, 1))
         return mean_squares(jnp.swapaxes(outputs, 0, 1))
 

@@ -65,8 +65,6 @@ def test_functions(name, reduction):
 def test_per_example(name):
     """The loss of one row, vectorized: the same results without any tracking."""
     losses, params, batch = FUNCTIONS[name]()
-    if name in ("layers_on_merged_axes", "learned_initial_state"):
-        pytest.skip("is written for ROWS rows")
     direction = direction_like(params)
 
     def one(params, row):
