@@ -34,11 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
 
+    from ghostjax.runs import diff, rank
     from ghostjax.runs.config import TrainConfig, UsageError
     from ghostjax.runs.job import run
-    from ghostjax.runs.training import DivergedError
+    from ghostjax.runs.training import StoppedError
 
-    commands = {"train": (TrainConfig, run)}
+    commands = {
+        "train": (TrainConfig, run),
+        "rank": (rank.RankConfig, rank.run),
+        "diff": (diff.DiffConfig, diff.run),
+    }
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: options for name, (options, _) in commands.items()},
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone. Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (DivergedError, OSError) as error:
+    except (StoppedError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

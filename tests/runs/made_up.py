@@ -82,7 +82,13 @@ def write_run(
         "schema_version": schema.SCHEMA_VERSION,
         "sets": list(sets),
         "options": options,
-        "fingerprints": {"train": "made-up", "val": "made-up"},
+        "fingerprints": {"data": "made-up", "params": f"made-up {seed}"},
+        "task": "text",
+        "unit": "nats per token",
+        "kinds": list(KINDS),
+        "examples": len(ids),
+        "val_examples": dict.fromkeys(sets, 16),
+        "seed": seed,
         **metadata,
     }
     (path / "run.json").write_text(json.dumps(record))
