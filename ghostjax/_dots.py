@@ -178,6 +178,7 @@ def value_grad_and_dots(
             for path, _ in jax.tree_util.tree_leaves_with_path(named)
         ]
         taps, shared = _zeros(paths, params, (num_rows,)), _zeros(paths, params, ())
+        taps = jax.tree.map(lambda tap: _sharded_like_rows(tap, batch), taps)
 
         def objective(params, taps, shared):
             losses, aux = evaluate(
@@ -213,6 +214,15 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
     parameters = [found for found in parameters if found.name != "direction"]
     parameters.append(kind("direction", kind.KEYWORD_ONLY))
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
+
+
+def _sharded_like_rows(tap, batch):
+    """Rows of the batch may be sharded over explicit axes of a mesh, and then dots are, too."""
+    sharding = jax.typeof(jax.tree.leaves(batch)[0]).sharding
+    axes = sharding.spec[:1]
+    if not axes or axes[0] is None:
+        return tap
+    return jax.sharding.reshard(tap, sharding.update(spec=jax.sharding.PartitionSpec(*axes)))
 
 
 def _zeros(paths, params, shape):

@@ -175,6 +175,13 @@ one_per_row.defvjp(
 )
 
 
+def _sharded_as(array: jax.Array, sharding: Any) -> jax.Array:
+    """On a mesh of explicit axes, shardings are part of a type."""
+    if jax.typeof(array).sharding.spec == sharding.spec:
+        return array
+    return jax.sharding.reshard(array, sharding)
+
+
 def attach_channel(
     outputs: Sequence[Any],
     tangents: dict[str, Tangents],
@@ -192,13 +199,15 @@ def attach_channel(
         sums = {}
         for path, operands in residuals.items():
             moved = tangents[path](operands)
-            sums[path] = sum(
+            found = sum(
                 row_sums(cotangent, moved[position], where[position], num_rows)
                 for position, cotangent in zip(differentiable, cotangents)
             )
+            sums[path] = _sharded_as(found, shardings[path])
         return sums
 
     carried = {path: taps[path] for path in tangents}
+    shardings = {path: jax.typeof(tap).sharding for path, tap in carried.items()}
     residuals = jax.lax.stop_gradient({path: found.operands for path, found in tangents.items()})
     passed = channel(
         backward, [outputs[position] for position in differentiable], carried, residuals

@@ -223,10 +223,14 @@ def test_how_often_the_loss_is_traced():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded_parameters"])
-def test_a_batch_sharded_over_devices(sharded):
-    """Dots come out sharded as the rows are, gradients as the parameters are."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize(
+    ("axis_type", "sharded"),
+    [(AxisType.Auto, False), (AxisType.Auto, True), (AxisType.Explicit, False)],
+    ids=["replicated", "sharded_parameters", "explicit_axes"],
+)
+def test_a_batch_sharded_over_devices(axis_type, sharded):
+    """Dots come out sharded as the rows are."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     params = {"w": draw(8, 16), "b": draw(16)}
