@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
 
-    from ghostjax.runs import diff, rank
+    from ghostjax.runs import diff, html, rank
     from ghostjax.runs.config import TrainConfig, UsageError
     from ghostjax.runs.job import run
     from ghostjax.runs.training import StoppedError
 
     commands = {
         "train": (TrainConfig, run),
+        "report": (html.ReportConfig, html.run),
         "rank": (rank.RankConfig, rank.run),
         "diff": (diff.DiffConfig, diff.run),
     }

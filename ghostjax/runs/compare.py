@@ -49,7 +49,7 @@ class Comparison:
     @property
     def sign_changed(self) -> np.ndarray:
         """[m] bool: helped in one run and hurt in the other."""
-        return self.value_a * self.value_b < 0
+        return np.sign(self.value_a) * np.sign(self.value_b) < 0
 
     @property
     def rank_changed(self) -> np.ndarray:

@@ -77,8 +77,8 @@ class DiffConfig:
       quiet: Print the figures and tables without notes.
     """
 
-    run_a: Annotated[Path, tyro.conf.Positional]
-    run_b: Annotated[Path, tyro.conf.Positional]
+    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
+    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
     set: str | None = None
     domain: str | None = None
     count: int | None = None
@@ -157,7 +157,7 @@ def _notes(a: Run, b: Run) -> Iterator[str]:
             yield f"   {progress_note(source)}"
     different = differing_fingerprints(a.metadata, b.metadata)
     if different:
-        what = ", ".join({"params": "initial parameters"}.get(name, name) for name in different)
+        what = " and ".join({"params": "initial parameters"}.get(name, name) for name in different)
         yield f"The runs differ in their {what}."
     for letter, one, other in (("A", a, b), ("B", b, a)):
         alone = [name for name in one.sets if name not in other.sets]

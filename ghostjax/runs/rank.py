@@ -23,6 +23,7 @@ from ghostjax.runs.ranking import (
     is_finished,
     progress_note,
     read_values,
+    unit,
 )
 from ghostjax.runs.reading import read_run
 
@@ -74,7 +75,7 @@ class RankConfig:
       quiet: Print the tables without notes.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     set: str | None = None
     domain: str | None = None
     count: int | None = None
@@ -124,12 +125,13 @@ def run(config: RankConfig) -> None:
                 console.print(progress_note(source), markup=False)
             console.print(
                 output.encodable(
-                    "Value: decrease of the validation loss, in its unit, by the example's share "
-                    "of the updates, summed over its visits; positive helps. Followed by its "
-                    "standard error.",
+                    f"Value: decrease of the validation loss, in {output.plain(unit(source))}, by "
+                    "the example's share of the updates, summed over its visits; positive helps. "
+                    "Followed by its standard error.",
                     console,
                 ),
                 style="dim",
+                markup=False,
             )
 
 

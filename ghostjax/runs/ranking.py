@@ -71,6 +71,12 @@ def is_finished(run: Run) -> bool:
     return run.summary is not None and run.summary.get("finished", True) is not False
 
 
+def unit(run: Run) -> str:
+    """The unit of the loss, and so of the values, in words."""
+    found = run.metadata.get("unit")
+    return found if isinstance(found, str) and found else "the unit of the loss"
+
+
 def progress_note(run: Run) -> str:
     """One sentence for a run that is not over.
 

@@ -119,7 +119,7 @@ def _make_log(rng, sets, steps, ids, domains, error, changes) -> dict[str, dict[
         "undefined": np.zeros(steps, int),
     }
     kinds = {"step": [], "kind": [], "set": [], "score": []}
-    own = rng.normal(0, 1e-3, len(ids))
+    own = np.random.default_rng(7).normal(0, 1e-3, len(ids))  # the same in every run
     for k, name in enumerate(sets):
         mean = np.array([EFFECTS.get(domain, (1e-4, 1e-4))[k % 2] for domain in domains]) + own
         score = mean[which] * fading[visit_step] + rng.normal(0, error, len(which))

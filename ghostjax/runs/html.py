@@ -1,0 +1,250 @@
+"""``ghostjax report``: a run as one HTML page that needs neither network nor script."""
+
+import dataclasses
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ghostjax.runs import parts
+from ghostjax.runs.charts import (
+    by_domain,
+    by_kind,
+    distribution,
+    losses,
+    over_time,
+    predicted_and_actual,
+    single_steps,
+)
+from ghostjax.runs.config import UsageError
+from ghostjax.runs.judgement import Judgement, judge
+from ghostjax.runs.output import plain
+from ghostjax.runs.page import bullets, document, escape, paragraph, section, table
+from ghostjax.runs.pictures import number
+from ghostjax.runs.ranking import (
+    Valued,
+    both_ends,
+    check_count,
+    is_finished,
+    progress_note,
+    read_values,
+    unit,
+)
+from ghostjax.runs.reading import Run, read_run
+from ghostjax.runs.scale import Scale
+from ghostjax.runs.summary import measure_fidelity
+
+NAME = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Writes a run as one HTML page, report.html in the run directory, and prints its path.
+
+    The page needs no network and no script, and can be sent to others: it has the distribution of
+    values, values by domain and over training time, predicted against actual decrease of the
+    loss, the share of each kind of layer, the best and worst examples with excerpts, and in plain
+    words how far the values can be trusted. Of a run that goes on, it shows what there is so far.
+
+        ghostjax report run
+        xdg-open "$(ghostjax report run)"
+
+    Replaces the report.html of an earlier call, and no other file.
+
+    Attributes:
+      run: The run directory.
+      count: How many of the best and of the worst examples.
+      quiet: Do not print the path.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    count: int = 10
+    quiet: bool = False
+
+
+def run(config: ReportConfig) -> None:
+    """Writes the report.
+
+    Raises:
+      UsageError: an option, or the run directory, cannot be used.
+      OSError: the report cannot be written; an earlier one is unchanged.
+    """
+    check_count(config.count)
+    source = read_run(config.run)
+    text = make_report(source, config.count)
+    path = config.run / NAME
+    parts.write_file(path, lambda file: file.write(text.encode()))
+    if not config.quiet:
+        print(plain(str(path)))
+
+
+def make_report(source: Run, count: int = 10) -> str:
+    """The page, with ``count`` examples of either end per validation set.
+
+    Raises:
+      UsageError: the log holds no visits yet, or a table cannot be read.
+    """
+    values = read_values(source)
+    if not any(valued.visits.any() for valued in values.values()):
+        raise UsageError(f"{source.path}: no example was visited so far")
+    name = source.path.resolve().name
+    judged = {
+        which: judge(measure_fidelity(source, which, valued), source.end)
+        for which, valued in values.items()
+    }
+    main = [_trust(source, judged)]
+    main += [
+        _validation_set(source, which, valued, count, f"v{n}")
+        for n, (which, valued) in enumerate(values.items(), 1)
+    ]
+    main.append(_about(source))
+    return document(
+        title=f"{name}: values of training examples",
+        header=_header(source, name, values),
+        main="\n".join(main),
+        footer=paragraph(
+            f"Written by ghostjax {metadata.version('ghostjax')} from the run directory {name}."
+        ),
+    )
+
+
+def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
+    first = next(iter(values.values()))
+    sets = ", ".join(source.sets)
+    lead = (
+        "How much each training example helped or hurt while the model trained, measured by what "
+        "its share of every update did to the loss on the validation "
+        f"{'sets' if len(source.sets) > 1 else 'set'} {sets}."
+    )
+    facts = {"steps": f"{source.end}"}
+    if not is_finished(source):
+        total = source.metadata.get("options", {}).get("steps")
+        facts["steps so far"] = f"{facts.pop('steps')} of {total}" if total else f"{source.end}"
+    facts["training examples"] = f"{len(first)}"
+    facts["of them visited"] = f"{(first.visits > 0).sum()}"
+    facts["last training loss"] = number(source.steps["loss"][-1].as_py())
+    for which in source.sets:
+        loss = source.steps[f"val_loss_{which}"][-1].as_py()
+        facts[f"last loss on {which}"] = number(loss)
+    places = [("trust", "Can the values be trusted?")]
+    places += [
+        (f"v{n}", f"Validation set {which}" if len(source.sets) > 1 else "The values")
+        for n, which in enumerate(source.sets, 1)
+    ]
+    places.append(("about", "The run"))
+    links = "".join(f'<li><a href="#{place}">{escape(text)}</a></li>' for place, text in places)
+    notice = "" if is_finished(source) else paragraph(progress_note(source))
+    cells = "".join(
+        f"<div><dt>{escape(what)}</dt><dd>{escape(figure)}</dd></div>"
+        for what, figure in facts.items()
+    )
+    return (
+        f"<h1>{escape(name)}</h1>\n{paragraph(lead)}\n{notice}\n"
+        f'<dl class="facts">{cells}</dl>\n<nav aria-label="Contents"><ul>{links}</ul></nav>'
+    )
+
+
+def _trust(source: Run, judged: dict[str, Judgement]) -> str:
+    boxes = []
+    several = len(judged) > 1
+    for which, judgement in judged.items():
+        heading = f"{which}: {judgement.verdict[0].lower()}{judgement.verdict[1:]}"
+        reasons = bullets(judgement.reasons) if judgement.reasons else ""
+        boxes.append(
+            f'<section class="verdict {judgement.level}">\n'
+            f"<h3>{escape(heading if several else judgement.verdict)}</h3>\n{reasons}\n"
+            f"<details{'' if several else ' open'}><summary>What was measured</summary>\n"
+            f"{bullets(judgement.findings)}\n</details>\n</section>"
+        )
+    said = [reason for judgement in judged.values() for reason in judgement.reasons]
+    warnings = (source.summary or {}).get("warnings") or []
+    others = [
+        str(text) for text in warnings if not any(str(text).endswith(reason) for reason in said)
+    ]
+    body = "\n".join(boxes) + (bullets(others) if others else "")
+    return f'<section id="trust">\n<h2>Can the values be trusted?</h2>\n{body}\n</section>'
+
+
+def _validation_set(source: Run, which: str, valued: Valued, count: int, place: str) -> str:
+    scale = Scale.of(valued.values)
+    ranked = valued.ranked()
+    several = len(source.sets) > 1
+    heading = f"Validation set {which}" if several else "The values"
+    intro = (
+        "The value of an example sums, over its visits, the decrease of the loss on "
+        f"{which} by its share of the updates, in {unit(source)}. Positive values helped, "
+        "negative ones hurt. "
+    )
+    if scale.exponent:
+        intro += f"Values are given in units of {scale.words}."
+    charts = [
+        section("Distribution of the values", distribution(place, ranked, scale)),
+        section("Values by domain", by_domain(place, valued, scale)),
+        section("Values over training time", over_time(place, source, which)),
+        section("Predicted and actual decrease", predicted_and_actual(place, source, which)),
+        section("Single steps", single_steps(place, source, which)),
+        section("Share by kind of layer", by_kind(place, source, which)),
+    ]
+    first, last = both_ends(ranked, count)
+    last = last[ranked.values[last] < 0] if (ranked.values[last] < 0).any() else last
+    worst = "Most harmful examples"
+    if len(last) and not (ranked.values[last] < 0).any():
+        worst = "Least helpful examples (none of these hurt)"
+    lists = [section("Most helpful examples", _examples(ranked, first, scale))]
+    if len(last):
+        lists.append(section(worst, _examples(ranked, last, scale)))
+    return "\n".join(
+        [
+            f'<section id="{place}">',
+            f"<h2>{escape(heading)}</h2>",
+            paragraph(intro),
+            f'<div class="grid">\n{chr(10).join(charts)}\n</div>',
+            f'<div class="grid">\n{chr(10).join(lists)}\n</div>',
+            "</section>",
+        ]
+    )
+
+
+def _examples(ranked: Valued, indices: Any, scale: Scale) -> str:
+    cards = []
+    for n in indices:
+        visits = ranked.visits[n]
+        cards.append(
+            f'<li class="{"helps" if ranked.values[n] >= 0 else "hurts"}">'
+            f'<div class="head"><span class="number">{escape(scale.signed(ranked.values[n]))} '
+            f"± {escape(scale.plain(ranked.errors[n]))}</span> "
+            f"<strong><bdi>{escape(ranked.ids[n])}</bdi></strong> "
+            f'<span class="soft"><bdi>{escape(ranked.domains[n])}</bdi>, '
+            f"{visits} {'visit' if visits == 1 else 'visits'}, rank {n + 1}</span></div>"
+            f'<p class="excerpt" dir="auto">{escape(ranked.excerpts[n])}</p></li>'
+        )
+    note = f"Value ± its standard error{', in ' + scale.words if scale.exponent else ''}."
+    return f'{paragraph(note, "soft")}\n<ol class="examples">\n{chr(10).join(cards)}\n</ol>'
+
+
+def _about(source: Run) -> str:
+    options = source.metadata.get("options") or (source.summary or {}).get("options") or {}
+    rows = [(str(name), _text(value)) for name, value in options.items()]
+    seconds = (source.summary or {}).get("seconds")
+    if isinstance(seconds, int | float):
+        rows.append(("seconds of training", f"{seconds:.1f}"))
+    for group in ("versions", "fingerprints"):
+        entries = source.metadata.get(group)
+        for name, value in entries.items() if isinstance(entries, dict) else ():
+            rows.append((f"{name} ({group.rstrip('s')})", _text(value)))
+    body = section("Losses", losses(source))
+    listing = table("Options and versions", ("name", "setting"), rows)
+    body += section(
+        "Options and versions",
+        f"<details><summary>How the run was started</summary>\n{listing}\n</details>",
+    )
+    return f'<section id="about">\n<h2>The run</h2>\n<div class="grid">\n{body}\n</div>\n</section>'
+
+
+def _text(value: Any) -> str:
+    """A setting, on one line and not too long."""
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    text = "none" if value in (None, "") else str(value)
+    return text if len(text) <= 200 else text[:199] + "…"

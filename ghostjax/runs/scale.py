@@ -1,0 +1,53 @@
+"""Numbers of one kind in one unit, a power of a thousand, so that they are short and comparable."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ghostjax.runs.pictures import number
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class Scale(NamedTuple):
+    """Numbers in units of ``10 ** exponent``."""
+
+    exponent: int
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Scale":
+        """The unit in which the largest of the values is from 1 to 1000.
+
+        >>> Scale.of(np.array([0.0123, -0.002])).exponent
+        -3
+        """
+        sizes = np.abs(values[np.isfinite(values)])
+        largest = float(sizes.max()) if len(sizes) else 0.0
+        return cls(3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0)
+
+    @property
+    def words(self) -> str:
+        """The unit, as text: ``10⁻³``, or nothing where it is one."""
+        return f"10{str(self.exponent).translate(_SUPERSCRIPT)}" if self.exponent else ""
+
+    def label(self, what: str) -> str:
+        """What an axis shows, with the unit."""
+        return f"{what} ({self.words})" if self.exponent else what
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The values in this unit."""
+        return np.asarray(values, float) / 10.0**self.exponent
+
+    def plain(self, value: float) -> str:
+        """A value in this unit, to two places: all have as many, so that they can be compared."""
+        scaled = float(self(value))
+        if not math.isfinite(scaled):
+            return number(scaled)
+        text = f"{scaled:.2f}"
+        return "0.00" if float(text) == 0 else text.replace("-", "\u2212")
+
+    def signed(self, value: float) -> str:
+        """As ``plain``, with a plus for positive values."""
+        text = self.plain(value)
+        return f"+{text}" if text[0].isdigit() and text != "0.00" else text
