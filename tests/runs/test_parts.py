@@ -221,7 +221,7 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         parts.create_out(tmp_path / "run")
 
 
-TREE = {"a": np.float32([1, 2]), "b": [np.int32(3), jnp.zeros((2, 1), jnp.bfloat16)]}
+TREE = {"a": np.float32([1, 2]), "b": [np.int32(3), np.zeros((2, 1), jnp.bfloat16)]}
 
 
 @pytest.mark.parametrize(
