@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ghostjax.runs.config import UsageError
-from ghostjax.runs.documents import MIN_TOKENS, Document
+from ghostjax.runs.documents import MIN_BYTES, Document
 
 DOCUMENTS = 256  # per domain
-VAL_DOCUMENTS = 256
-HELD_OUT_EVERY = 5  # topics, in alphabetical order
+VAL_DOCUMENTS = 256  # per validation set
+HELD_OUT_EVERY = 5  # topics and modules, in alphabetical order
 
 
-def default_documents(size: int) -> tuple[list[Document], list[Document]]:
+def default_documents(size: int) -> tuple[list[Document], dict[str, list[Document]]]:
     """Training and held-out documents of at most ``size`` bytes, from the Python installation.
 
     Training: equally many of domain prose (sentences of the reference in ``pydoc_data.topics``,
     without its grammar and examples) and of domain code (source of the standard library's top-level
-    modules, without docstrings and comment lines). Held out: prose of other topics. The reference
-    repeats passages under several topics; what a held-out topic says is in no training document.
+    modules, without docstrings and comment lines). Held out, as validation sets prose and code:
+    other topics and other modules. The reference repeats passages under several topics; what a
+    held-out topic says is in no training document.
 
     Ids are ``domain:topic:index`` and ``domain:module:index``. The choice depends on the Python
     version and ``size`` alone, not on any seed.
@@ -30,12 +31,17 @@ def default_documents(size: int) -> tuple[list[Document], list[Document]]:
     Raises:
       UsageError: the installation has no reference texts or no sources.
     """
-    held_out, topics = _split_topics(_reference_topics())
+    held_topics, topics = _split_topics(_reference_topics())
+    modules = _module_sources()
+    held_modules = {name: modules.pop(name) for name in sorted(modules)[::HELD_OUT_EVERY]}
     prose = _cut_all("prose", topics, size)
-    code = _cut_all("code", _module_sources(), size)
+    code = _cut_all("code", modules, size)
     count = min(DOCUMENTS, len(prose), len(code))
-    train = _spread(prose, count) + _spread(code, count)
-    return train, _spread(_cut_all("prose", held_out, size), VAL_DOCUMENTS)
+    held_out = {
+        "prose": _spread(_cut_all("prose", held_topics, size), VAL_DOCUMENTS),
+        "code": _spread(_cut_all("code", held_modules, size), VAL_DOCUMENTS),
+    }
+    return _spread(prose, count) + _spread(code, count), held_out
 
 
 def _reference_topics() -> dict[str, str]:
@@ -133,7 +139,7 @@ def cut(text: bytes, size: int) -> list[bytes]:
             if space - start > size // 2:
                 stop = space
         piece = text[start:stop]
-        if len(piece) >= MIN_TOKENS and not piece.isspace():
+        if len(piece) >= MIN_BYTES and not piece.isspace():
             pieces.append(piece)
         start = stop
     return pieces

@@ -155,9 +155,9 @@ def predicted_and_actual(place: str, source: Run, which: str) -> str:
     sums = {"predicted": np.cumsum(predicted), "actual": np.cumsum(actual)}
     at = np.unique(np.linspace(0, source.end - 1, MAX_POINTS).round().astype(int))
     caption = (
-        f"Up to the last step, the updates were predicted to lower the loss on {which} by "
-        f"{number(predicted.sum())} and lowered it by {number(actual.sum())} (on the validation "
-        f"rows of each step, in {unit(source)})."
+        f"All in all, the updates were predicted to {_verb(predicted.sum())[0]} the loss on "
+        f"{which} by {number(abs(predicted.sum()))}; they {_verb(actual.sum())[1]} it by "
+        f"{number(abs(actual.sum()))} (on the validation rows of each step, in {unit(source)})."
     )
     scale = Scale.of(np.concatenate(list(sums.values())))
     chart = pictures.lines(
@@ -217,10 +217,10 @@ def by_kind(place: str, source: Run, which: str) -> str:
     caption = (
         "Of the summed scores, the parameters of these kinds of layers carry: "
         + ", ".join(f"{kind} {share}" for kind, share in shares.items())
-        + " (shares of the sum without signs)."
+        + " (shares of the sum of their sizes)."
     )
     if against:
-        caption += f" Negative in sum, so with a loss that rose: {', '.join(against)}."
+        caption += f" The sum is negative for {', '.join(against)}."
     scale = Scale.of(np.array(list(sums.values())))
     chart = pictures.bars(
         f"{place}-kinds",
@@ -262,6 +262,10 @@ def losses(source: Run) -> str:
         for n, (a, b) in enumerate(pairwise(bins))
     ]
     return figure(chart, caption, table("Mean losses", ("steps", *series), rows))
+
+
+def _verb(decrease: float) -> tuple[str, str]:
+    return ("lower", "lowered") if decrease >= 0 else ("raise", "raised")
 
 
 def _column(source: Run, name: str) -> np.ndarray:

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any, Literal
 
 from ghostjax.runs.models import SIZES, SizeName
+from ghostjax.runs.schema import SET_NAME
 
 
 class UsageError(ValueError):
@@ -13,50 +15,81 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Trains a GPT-2-shaped model on text and scores every training document.
+    """Trains a model and scores every training example.
 
-    The score says how much the document helped or hurt a held-out validation set. The first line
-    below needs no data: it trains on reference prose and source code cut from the Python
-    installation, with prose of other topics held out.
+    The score says how much the example helped or hurt a validation set. The first line below needs
+    no data: it trains on reference prose and source code cut from the Python installation, with
+    prose and code of other topics held out. The third hunts for wrong labels. The last goes on with
+    a run that was interrupted.
 
         ghostjax train --out run
         ghostjax train --out run --train forum.jsonl wiki.txt --val held_out.txt
+        ghostjax train --out run --train digits.npz --val clean=clean.npz
+        ghostjax train --out run --val prose=a.txt code=b.txt --optimizer "sgd(momentum=0.9)"
+        ghostjax train --out run --resume
 
-    The score of a document sums, over its visits, the first-order decrease of the mean validation
-    loss, in nats per token, by the document's share of the update. Positive helps. The update is
-    that of AdamW after clipping, linearised at the gradient of the step before.
+    The score of an example sums, over its visits, the first-order decrease of the mean validation
+    loss, in the unit of the loss, by the example's share of the update. Positive helps. The update
+    is that of the optimizer after clipping, linearised at the gradient of the step before.
 
-    The run directory gets documents.parquet, scores.parquet, steps.parquet and summary.json.
+    The run directory gets the log, in Parquet, and checkpoints while training goes on; in the end
+    values.parquet and summary.json.
 
     Attributes:
-      out: The run directory to write. It must be new or empty.
-      model: The model's size: GPT-2-shaped, over bytes; gpt2 has the shape of GPT-2 small.
-      train: Files to train on, .txt (one document per block of lines; blank lines separate blocks)
-        or .jsonl (one document per line). A document's domain is the file's stem and its id
-        stem:index, counted from 0.
-      val: Files with the held-out documents, in the same formats.
+      out: The run directory to write. It must be new or empty, but for --resume.
+      resume: Go on with the run in --out from its last checkpoint, with the options it was started
+        with.
+      model: The model's size. For texts a GPT-2-shaped decoder; gpt2 has the shape of GPT-2 small.
+        For arrays a perceptron.
+      train: Files to train on. Texts: .txt (one document per block of lines; blank lines separate
+        blocks) or .jsonl (one document per line). Arrays to classify: .npz with x [N, ...] and
+        integer labels y [N]. An example's id is stem:index, counted from 0; its domain is the
+        file's stem, or label-<y> for arrays.
+      val: Files with the held-out examples, in the same formats, of one validation set or, written
+        NAME=PATH, of several, for which examples are scored separately.
       text_field: The field of a .jsonl line that holds the text.
+      tokenizer: A tokenizer.json of Hugging Face tokenizers. None: tokens are bytes.
       steps: Training steps.
-      batch_size: Training documents per step (B).
-      val_batch_size: Held-out documents per step (V), drawn anew at every step.
+      batch_size: Training examples per step (B).
+      microbatches: How many parts of the batch are differentiated one after another, to save
+        memory.
+      val_batch_size: Held-out examples per step and validation set (V), even, drawn anew at every
+        step. Halves of them tell the sampling error of the scores.
       length: Positions per row (T). Shorter documents are padded; of a longer one, every visit
-        sees a window of T + 1 bytes at a random place. None: all of the model's positions.
-      learning_rate: Peak learning rate of AdamW, after a warm-up and before a cosine decay.
-        None: the model's own.
-      seed: Seed of the initial parameters, the order of the documents and all sampling.
+        sees a window of T + 1 tokens at a random place. None: all of the model's positions.
+      optimizer: An optimizer of optax by name, or with arguments: "adamw(b2=0.95)".
+      learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
+        model's own.
+      clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
+      order: 1, or 2 for scores that take the curvature along the previous update into account.
+      dtype: What is computed in. Parameters, sums and scores are float32.
+      remat: Recompute activations in the backward pass, to save memory.
+      audit_every: Every so many steps, two rows are redone by plain autodiff. 0: never.
+      checkpoint_every: Every so many steps, the log and a checkpoint are written to disk.
+      seed: Seed of the initial parameters, the order of the examples and all sampling.
       quiet: Print nothing but errors.
     """
 
     out: Path
+    resume: bool = False
     model: SizeName = "tiny"
     train: tuple[Path, ...] = ()
-    val: tuple[Path, ...] = ()
+    val: tuple[str, ...] = ()
     text_field: str = "text"
+    tokenizer: Path | None = None
     steps: int = 512
     batch_size: int = 16
+    microbatches: int = 1
     val_batch_size: int = 16
     length: int | None = None
+    optimizer: str = "adamw"
     learning_rate: float | None = None
+    clip: float = 1.0
+    order: Literal[1, 2] = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    audit_every: int = 64
+    checkpoint_every: int = 64
     seed: int = 0
     quiet: bool = False
 
@@ -71,14 +104,38 @@ class TrainConfig:
         default = SIZES[self.model].learning_rate
         return default if self.learning_rate is None else self.learning_rate
 
+    @property
+    def val_files(self) -> dict[str, list[Path]]:
+        """The files of each validation set. Those without a name are of the set ``val``."""
+        files: dict[str, list[Path]] = {}
+        for text in self.val:
+            name, separator, path = text.partition("=")
+            if not separator:
+                name, path = "val", text
+            if not SET_NAME.fullmatch(name):
+                raise UsageError(
+                    f"--val {text}: a validation set's name has letters, digits and hyphens alone"
+                )
+            files.setdefault(name, []).append(Path(path))
+        return files
+
     def check(self) -> None:
         """Raises ``UsageError`` for the first option that cannot be used."""
         if self.model not in SIZES:
             raise UsageError(f"unknown model {self.model!r}: expected one of {', '.join(SIZES)}")
-        for name in ("steps", "batch_size", "val_batch_size"):
-            if getattr(self, name) < 1:
+        least = {"steps": 1, "batch_size": 1, "microbatches": 1, "val_batch_size": 2}
+        least |= {"audit_every": 0, "checkpoint_every": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
                 option = name.replace("_", "-")
-                raise UsageError(f"--{option} must be at least 1, got {getattr(self, name)}")
+                raise UsageError(f"--{option} must be at least {bound}, got {getattr(self, name)}")
+        if self.val_batch_size % 2:
+            raise UsageError(f"--val-batch-size must be even, got {self.val_batch_size}")
+        if self.batch_size % self.microbatches:
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be divided into --microbatches "
+                f"{self.microbatches}"
+            )
         limit = SIZES[self.model].positions
         if not 1 <= self.positions <= limit:
             raise UsageError(
@@ -87,8 +144,41 @@ class TrainConfig:
             )
         if not (math.isfinite(self.peak_learning_rate) and self.peak_learning_rate > 0):
             raise UsageError(f"--learning-rate must be positive, got {self.learning_rate:g}")
+        if not (math.isfinite(self.clip) and self.clip >= 0):
+            raise UsageError(f"--clip must be positive, or 0 not to clip, got {self.clip:g}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if bool(self.train) != bool(self.val):
             given, missing = ("--train", "--val") if self.train else ("--val", "--train")
             raise UsageError(f"{given} needs {missing}: own data takes files for both")
+        _ = self.val_files
+
+    def as_json(self) -> dict[str, Any]:
+        """The options that make the run what it is, as ``run.json`` keeps them."""
+        options = dataclasses.asdict(self)
+        for name in ("out", "resume", "quiet"):
+            del options[name]
+        options["train"] = [str(path) for path in self.train]
+        options["val"] = list(self.val)
+        options["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
+        return options
+
+    def resumed(self, options: dict[str, Any]) -> "TrainConfig":
+        """The configuration of a run that was started with ``options``, to go on with it.
+
+        Raises:
+          UsageError: an option was given that the run does not have.
+        """
+        defaults, given = TrainConfig(self.out).as_json(), self.as_json()
+        known = {name: options.get(name, default) for name, default in defaults.items()}
+        for name, value in given.items():
+            if value not in (defaults[name], known[name]):
+                option = name.replace("_", "-")
+                raise UsageError(
+                    f"--resume goes on with the options of the run in {self.out}: it has "
+                    f"--{option} {known[name]}, not {value}"
+                )
+        known["train"] = tuple(Path(path) for path in known["train"])
+        known["val"] = tuple(known["val"])
+        known["tokenizer"] = None if known["tokenizer"] is None else Path(known["tokenizer"])
+        return dataclasses.replace(self, **known)

@@ -1,4 +1,4 @@
-"""Documents, and reading them from files. Tokens are bytes."""
+"""Documents, and reading them from files."""
 
 import dataclasses
 import json
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from ghostjax.runs.config import UsageError
 
-MIN_TOKENS = 2  # one token to read and one to predict
+MIN_BYTES = 2
 
 EXCERPT = 120  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text with its id and domain; ``tokens`` is its UTF-8 encoding, one token per byte."""
+    """A text, encoded in UTF-8, with its id and domain."""
 
     id: str
     domain: str
-    tokens: bytes
+    text: bytes
 
     def excerpt(self) -> str:
         """The beginning, on one line and printable: what is not becomes a blank.
@@ -26,7 +26,7 @@ class Document:
         >>> Document("a:0", "a", b"one\\n  two\\x1b[0m").excerpt()
         'one two [0m'
         """
-        text = self.tokens[:EXCERPT].decode(errors="replace")
+        text = self.text[:EXCERPT].decode(errors="replace")
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -38,7 +38,7 @@ def read_documents(paths: Iterable[Path], text_field: str = "text") -> list[Docu
     Raises:
       UsageError: a file is missing, unreadable, empty or of another kind, two files have one stem,
         a line is not a JSON object with a string in ``text_field``, or a text is shorter than two
-        tokens. The message names the file and, where there is one, the line.
+        bytes. The message names the file and, where there is one, the line.
     """
     documents = []
     stems: dict[str, Path] = {}
@@ -68,13 +68,13 @@ def _read_file(path: Path, text_field: str) -> list[Document]:
     documents = []
     for index, (line, text) in enumerate(texts):
         # JSON can hold lone surrogates, which UTF-8 cannot.
-        tokens = text.encode(errors="replace")
-        if len(tokens) < MIN_TOKENS:
+        encoded = text.encode(errors="replace")
+        if len(encoded) < MIN_BYTES:
             raise UsageError(
-                f"{path}, line {line}: a document of {len(tokens)} tokens (bytes), "
-                f"needs at least {MIN_TOKENS}"
+                f"{path}, line {line}: a document of {len(encoded)} bytes, "
+                f"needs at least {MIN_BYTES}"
             )
-        documents.append(Document(f"{path.stem}:{index}", path.stem, tokens))
+        documents.append(Document(f"{path.stem}:{index}", path.stem, encoded))
     return documents
 
 

@@ -154,7 +154,7 @@ def _trust(source: Run, judged: dict[str, Judgement]) -> str:
         boxes.append(
             f'<section class="verdict {judgement.level}">\n'
             f"<h3>{escape(heading if several else judgement.verdict)}</h3>\n{reasons}\n"
-            f"<details{'' if several else ' open'}><summary>What was measured</summary>\n"
+            f"<details{' open' if len(judged) <= 4 else ''}><summary>What was measured</summary>\n"
             f"{bullets(judgement.findings)}\n</details>\n</section>"
         )
     said = [reason for judgement in judged.values() for reason in judgement.reasons]
@@ -162,7 +162,9 @@ def _trust(source: Run, judged: dict[str, Judgement]) -> str:
     others = [
         str(text) for text in warnings if not any(str(text).endswith(reason) for reason in said)
     ]
-    body = "\n".join(boxes) + (bullets(others) if others else "")
+    body = f'<div class="grid">\n{chr(10).join(boxes)}\n</div>' + (
+        bullets(others) if others else ""
+    )
     return f'<section id="trust">\n<h2>Can the values be trusted?</h2>\n{body}\n</section>'
 
 

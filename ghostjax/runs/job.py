@@ -1,107 +1,217 @@
-"""The main job: documents in, a trained model and the documents' scores out."""
+"""The main job: examples in, a trained model and the examples' values out."""
 
-import dataclasses
+import contextlib
+import platform
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from ghostjax.runs import log, report
-from ghostjax.runs.builtin import default_documents
+from ghostjax.runs import checkpoints, parts, schema, terminal
+from ghostjax.runs.arrays import load_arrays
 from ghostjax.runs.config import TrainConfig, UsageError
-from ghostjax.runs.documents import Document, read_documents
-from ghostjax.runs.training import Visits, train
+from ghostjax.runs.output import make_console
+from ghostjax.runs.reading import read_run
+from ghostjax.runs.summary import make_summary
+from ghostjax.runs.tasks import Task
+from ghostjax.runs.text import load_texts
+from ghostjax.runs.training import Step, StoppedError, Trainer
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains, writes the run directory ``config.out``, prints a report; returns the summary.
 
     Everything that can be wrong with the options and the data is found before anything is written.
+    Whenever the process ends, the directory holds a run that ``--resume`` goes on with.
 
     Raises:
       UsageError: options or data cannot be used, or ``config.out`` is not empty.
-      DivergedError: a loss or a score is not finite; no results are written.
+      StoppedError: training cannot go on; what came before the step is kept.
+      KeyboardInterrupt: after the step at which it came was written.
     """
+    resumed = _read_started(config) if config.resume else None
+    if resumed is not None:
+        config = config.resumed(resumed["options"])
+    else:
+        parts.check_out(config.out)
     config.check()
-    log.check_out(config.out)
-    documents, val_documents = load_documents(config)
-    log.create_out(config.out)
+    task = load_task(config)
+    trainer = Trainer(config, task)
+    fingerprint = parts.fingerprint(task.contents())
+    params = trainer.init_params()
+    if resumed is None:
+        parts.create_out(config.out)
+        started = _metadata(config, task, trainer, fingerprint, parts.fingerprint(params))
+        parts.write_json(config.out / "run.json", started)
+    elif resumed["fingerprints"]["data"] != fingerprint:
+        raise UsageError(f"{config.out}: the data changed since the run began")
+    parts.write_table(config.out / "examples.parquet", _examples_table(task))
 
     begin = time.perf_counter()
-    steps = train(config, documents, val_documents)
-    if config.quiet:
-        visits = list(steps)
-    else:
-        progress = report.make_console(sys.stderr)
-        visits = report.follow(steps, config.steps, config.batch_size, progress)
-    seconds = time.perf_counter() - begin
-
-    scores = log.document_scores(visits, len(documents))
-    counts = log.visit_counts(visits, len(documents))
-    summary = make_summary(config, documents, len(val_documents), visits, scores, counts, seconds)
-    log.write_run(config.out, log.make_tables(documents, visits), summary)
+    _train(config, task, trainer, params)
+    done = read_run(config.out)
+    summary, values = make_summary(done, time.perf_counter() - begin)
+    parts.write_table(config.out / "values.parquet", values)
+    parts.write_json(config.out / "summary.json", summary)
     if not config.quiet:
-        console = report.make_console(sys.stdout)
-        report.print_report(console, documents, scores, counts, summary)
+        terminal.print_summary(make_console(sys.stdout), read_run(config.out))
     return summary
 
 
-def load_documents(config: TrainConfig) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents: the configured files, or those of the Python installation.
+def load_task(config: TrainConfig) -> Task:
+    """The data that the options name, or texts of the Python installation.
 
     Raises:
       UsageError: they cannot be read, or a batch is larger than the data.
     """
-    if config.train:
-        documents = read_documents(config.train, config.text_field)
-        val_documents = read_documents(config.val, config.text_field)
-    else:
-        documents, val_documents = default_documents(config.positions + 1)
-    for option, size, found in (
-        ("--batch-size", config.batch_size, len(documents)),
-        ("--val-batch-size", config.val_batch_size, len(val_documents)),
-    ):
+    files = [*config.train, *(path for paths in config.val_files.values() for path in paths)]
+    arrays = [path.suffix == ".npz" for path in files]
+    if any(arrays) and not all(arrays):
+        text = files[arrays.index(False)]
+        raise UsageError(f"{text}: expected .npz, as other files are: texts and arrays do not mix")
+    task = load_arrays(config) if any(arrays) else load_texts(config)
+    sizes = [("--batch-size", config.batch_size, "training examples", len(task.examples))]
+    for name, size in task.val_sizes.items():
+        what = f"examples of validation set {name}"
+        sizes.append(("--val-batch-size", config.val_batch_size, what, size))
+    for option, size, what, found in sizes:
         if size > found:
-            kind = "validation" if "val" in option else "training"
-            raise UsageError(f"{option} {size} is more than the {found} {kind} documents there are")
-    return documents, val_documents
+            raise UsageError(f"{option} {size} is more than the {found} {what} there are")
+    return task
 
 
-def make_summary(
-    config: TrainConfig,
-    documents: list[Document],
-    val_documents: int,
-    visits: list[Visits],
-    scores: np.ndarray,
-    counts: np.ndarray,
-    seconds: float,
+def _read_started(config: TrainConfig) -> dict[str, Any]:
+    done = read_run(config.out)
+    if done.summary is not None:
+        raise UsageError(f"{config.out} is a complete run: there is nothing to resume")
+    return done.metadata
+
+
+def _metadata(
+    config: TrainConfig, task: Task, trainer: Trainer, data: str, params: str
 ) -> dict[str, Any]:
-    """What ``summary.json`` holds; losses are those of the last step, before its update."""
-    domains = [document.domain for document in documents]
+    """What ``run.json`` holds."""
+    packages = ("ghostjax", "jax", "flax", "optax", "numpy", "pyarrow")
     return {
-        "schema_version": log.SCHEMA_VERSION,
-        "ghostjax_version": metadata.version("ghostjax"),
-        "loss": visits[-1].loss,
-        "val_loss": visits[-1].val_loss,
-        "auc": report.prose_above_code(domains, scores, counts),
-        "domains": report.scores_by_domain(domains, scores, counts),
-        "documents": len(documents),
-        "val_documents": val_documents,
-        "seconds": round(seconds, 1),
-        "options": _options(config),
+        "schema_version": schema.SCHEMA_VERSION,
+        "task": task.name,
+        "unit": task.unit,
+        "sets": list(task.val_sizes),
+        "kinds": trainer.kinds,
+        "examples": len(task.examples),
+        "val_examples": task.val_sizes,
+        "seed": config.seed,
+        "options": config.as_json(),
+        "command": sys.argv,
+        "fingerprints": {"data": data, "params": params},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
     }
 
 
-def _options(config: TrainConfig) -> dict[str, Any]:
-    options = dataclasses.asdict(config)
-    options.update(
-        out=str(config.out),
-        train=[str(path) for path in config.train],
-        val=[str(path) for path in config.val],
-        length=config.positions,
-        learning_rate=config.peak_learning_rate,
+def _examples_table(task: Task) -> pa.Table:
+    columns = zip(*task.examples)
+    fields = schema.table_schema("examples", ())
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, fields)]
+    return pa.table(arrays, schema=fields)
+
+
+def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> None:
+    """Makes the steps that are still to be made, and writes log and checkpoints."""
+    out, sets = config.out, list(task.val_sizes)
+    start = checkpoints.latest(out) or 0
+    writer = parts.LogWriter.resume(out, sets, start)
+    initial = trainer.init_state(params)
+    if start:
+        initial = checkpoints.restore(out, start, initial)
+    console = None if config.quiet else make_console(sys.stderr)
+    show = terminal.Progress(console, start, config.steps, config.batch_size)
+    end = start
+    with show, _interrupts() as is_interrupted:
+        try:
+            for state, step in trainer.steps(initial, start):
+                _append(writer, task, trainer, step)
+                show.step(step)
+                end = step.number + 1
+                is_last = end == config.steps
+                if end % config.checkpoint_every == 0 or is_last or is_interrupted():
+                    writer.flush(end)
+                    checkpoints.save(out, end, state)
+                if is_interrupted() and not is_last:
+                    raise KeyboardInterrupt
+        except StoppedError:
+            writer.flush(end)
+            raise
+
+
+def _append(writer: parts.LogWriter, task: Task, trainer: Trainer, step: Step) -> None:
+    record, batch = step.record, step.batch
+    sets = list(task.val_sizes)
+
+    def each(name, arrays):
+        return {f"{name}_{which}": array for which, array in zip(sets, arrays)}
+
+    common = {"step": step.number, "learning_rate": np.float32(step.learning_rate)}
+    writer.append(
+        "scores",
+        {
+            **common,
+            "id": [task.examples[index].id for index in batch.indices],
+            "start": batch.starts,
+            "loss": record.row_losses,
+            **each("score", record.scores),
+            **each("error", record.errors),
+        },
     )
-    del options["quiet"]
-    return options
+    audited = not np.isnan(record.audit_error)
+    writer.append(
+        "steps",
+        {
+            **common,
+            "loss": record.loss,
+            "conservation_error": record.conservation_error,
+            "audit_error": record.audit_error if audited else None,
+            "undefined": record.undefined,
+            **each("val_loss", record.val_loss),
+            **each("predicted", record.predicted),
+            **each("actual", record.actual),
+            **each("correlation", record.correlation),
+        },
+    )
+    writer.append(
+        "kinds",
+        {
+            "step": step.number,
+            "kind": trainer.kinds * len(sets),
+            "set": [which for which in sets for _ in trainer.kinds],
+            "score": record.kinds.reshape(-1),
+        },
+    )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the run after the step at hand, so that its state is whole; twice, at once."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -125,17 +125,17 @@ def _findings(fidelity: Fidelity) -> list[str]:
 
 def _prediction(ratio: float) -> str:
     if not math.isfinite(ratio):
-        return "No decrease of the validation loss was predicted."
+        return "In sum, no change of the validation loss was predicted."
     if ratio < 0:
         return (
-            "Summed over the steps, the updates moved the validation loss the other way than "
-            "predicted."
+            "Summed over the steps, the validation loss moved the other way than was predicted for "
+            "the updates."
         )
     return (
-        f"Summed over the steps, the validation loss fell by {_percent(ratio)} of what was "
-        "predicted for the updates."
+        "Summed over the steps, what the updates did to the validation loss is "
+        f"{_percent(ratio)} of what was predicted."
     )
 
 
 def _percent(part: float) -> str:
-    return number(100 * part, 2) + "%" if part < 9.995 else f"{number(part, 2)} times the size"
+    return f"{number(100 * part, 2)}%" if part < 9.995 else f"{number(part, 2)} times"

@@ -1,20 +1,21 @@
-"""The model zoo: one GPT-2-shaped module and its sizes."""
+"""The model zoo: a GPT-2-shaped decoder for text and a classifier for arrays, and their sizes."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-VOCABULARY = 256  # tokens are bytes
 
 SizeName = Literal["micro", "tiny", "small", "gpt2"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Layers, features, attention heads and positions of a GPT, and a peak learning rate for it."""
+    """Layers, features, attention heads and positions, and a peak learning rate for them.
+
+    A classifier has the layers and features alone.
+    """
 
     layers: int
     features: int
@@ -31,12 +32,30 @@ SIZES: dict[SizeName, Size] = {
 }
 assert tuple(SIZES) == get_args(SizeName)
 
+KINDS = ("LayerNorm", "attention", "MLP", "embedding")
+
+
+def kind_of(path: str) -> str:
+    """The kind of layer a parameter belongs to, by the names that the models below give.
+
+    >>> kind_of("['block_0']['norm_1']['scale']"), kind_of("['block_0']['qkv']['kernel']")
+    ('LayerNorm', 'attention')
+    >>> kind_of("['tokens']['embedding']"), kind_of("['block_0']['up']['bias']")
+    ('embedding', 'MLP')
+    """
+    if "norm" in path:
+        return "LayerNorm"
+    if "'qkv'" in path or "'attention'" in path:
+        return "attention"
+    return "embedding" if "embedding" in path else "MLP"
+
 
 class GPT(nn.Module):
     """A GPT-2-shaped decoder: pre-LayerNorm blocks, learned positions, output head tied to the
     token embedding, no dropout.
 
-    Calling it, ``tokens [N, T] -> logits [N, T, 256]``, in float32.
+    Calling it, ``tokens [N, T] -> logits [N, T, vocabulary]``. Parameters are float32; ``dtype`` is
+    that of the computation, and of the logits.
 
     >>> import jax, jax.numpy as jnp
     >>> ids, model = jnp.zeros((1, 2), jnp.int32), GPT(SIZES["micro"])
@@ -46,24 +65,39 @@ class GPT(nn.Module):
     """
 
     size: Size
+    vocabulary: int = 256  # tokens are bytes
+    dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         size = self.size
-        embed = nn.Embed(VOCABULARY, size.features, embedding_init=_normal(0.02), name="tokens")
+        embed = nn.Embed(
+            self.vocabulary,
+            size.features,
+            embedding_init=_normal(0.02),
+            dtype=self.dtype,
+            name="tokens",
+        )
         where = nn.Embed(
-            size.positions, size.features, embedding_init=_normal(0.01), name="positions"
+            size.positions,
+            size.features,
+            embedding_init=_normal(0.01),
+            dtype=self.dtype,
+            name="positions",
         )
         x = embed(tokens) + where(jnp.arange(tokens.shape[1]))[None]
+        block = nn.remat(Block) if self.remat else Block
         for layer in range(size.layers):
-            x = Block(size, name=f"block_{layer}")(x)
-        return embed.attend(nn.LayerNorm(epsilon=1e-5, name="norm")(x))
+            x = block(size, self.dtype, name=f"block_{layer}")(x)
+        return embed.attend(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
 
 
 class Block(nn.Module):
     """Causal self-attention, then a two-layer perceptron, each added to its input [N, T, F]."""
 
     size: Size
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,15 +105,49 @@ class Block(nn.Module):
         # GPT-2 keeps the variance of the residual stream from growing with depth.
         residual = _normal(0.02 / (2 * self.size.layers) ** 0.5)
 
-        y = nn.LayerNorm(epsilon=1e-5, name="norm_1")(x)
-        y = nn.Dense(3 * features, kernel_init=_normal(0.02), name="qkv")(y)
+        def dense(count, init, name):
+            return nn.Dense(count, kernel_init=init, dtype=self.dtype, name=name)
+
+        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_1")(x)
+        y = dense(3 * features, _normal(0.02), "qkv")(y)
         query, key, value = jnp.split(y.reshape(*y.shape[:-1], 3 * heads, -1), 3, axis=-2)
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(x.shape)
-        x = x + nn.Dense(features, kernel_init=residual, name="attention")(y)
+        x = x + dense(features, residual, "attention")(y)
 
-        y = nn.LayerNorm(epsilon=1e-5, name="norm_2")(x)
-        y = nn.gelu(nn.Dense(4 * features, kernel_init=_normal(0.02), name="up")(y))
-        return x + nn.Dense(features, kernel_init=residual, name="down")(y)
+        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_2")(x)
+        y = nn.gelu(dense(4 * features, _normal(0.02), "up")(y))
+        return x + dense(features, residual, "down")(y)
+
+
+class Classifier(nn.Module):
+    """A perceptron with a LayerNorm behind every hidden layer.
+
+    Calling it, ``x [N, D] -> logits [N, classes]``.
+    """
+
+    size: Size
+    classes: int
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.remat(Hidden) if self.remat else Hidden
+        for layer in range(self.size.layers):
+            x = hidden(self.size.features, self.dtype, name=f"hidden_{layer}")(x)
+        return nn.Dense(self.classes, dtype=self.dtype, name="classes")(x)
+
+
+class Hidden(nn.Module):
+    """One hidden layer of the classifier."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Dense(self.features, dtype=self.dtype, name="dense")(x))
+        return nn.LayerNorm(dtype=self.dtype, name="norm")(x)
 
 
 def _normal(stddev: float):

@@ -122,7 +122,7 @@ ol.examples li.hurts { border-color: var(--hurts); }
 .examples .excerpt { margin: .2rem 0 0; font: .85rem/1.45 ui-monospace, "SF Mono", Menlo,
   Consolas, monospace; }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  fill: var(--soft); }
+  fill: var(--soft); paint-order: stroke; stroke: var(--page); stroke-width: 3px; }
 svg text.strong { fill: var(--ink); }
 svg .rule { stroke: var(--line); stroke-width: 1; fill: none; }
 svg .zero { stroke: var(--soft); stroke-width: 1; fill: none; }

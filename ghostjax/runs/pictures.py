@@ -12,6 +12,7 @@ from ghostjax.runs.page import SERIES, escape
 
 WIDTH = 400
 _LEFT, _RIGHT, _PLOT = 46, 390, 190  # of the plot: its edges and its height
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LETTER = 6.6  # average width of a letter, for what has to fit
 
 
@@ -25,11 +26,20 @@ def number(value: float, digits: int = 3) -> str:
         return "undefined"
     size = abs(value)
     if size and not 1e-4 <= size < 1e7:
-        text = f"{value:.{digits - 1}e}"
+        text, power = f"{value:.{digits - 1}e}".split("e")
+        text += f"\u00d7{power_of_ten(int(power))}"
     else:
         places = max(0, digits - 1 - math.floor(math.log10(size))) if size else 0
         text = f"{value:.{places}f}"
     return text.replace("-", "\u2212")
+
+
+def power_of_ten(exponent: int) -> str:
+    """
+    >>> power_of_ten(-3)
+    '10⁻³'
+    """
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -90,8 +100,10 @@ def _rule(x1: float, y1: float, x2: float, y2: float, style: str = "rule") -> st
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _x_axis(low: float, high: float, x, top: float, bottom: float, label: str) -> list[str]:
-    values = ticks(low, high)
+def _x_axis(
+    low: float, high: float, x, top: float, bottom: float, label: str, *, whole: bool = False
+) -> list[str]:
+    values = [value for value in ticks(low, high) if not whole or value == round(value)]
     parts = [_rule(x(v), top, x(v), bottom, "zero" if v == 0 else "rule") for v in values]
     parts += [
         _text(min(max(x(v), _LEFT * 0.4), WIDTH - 14), bottom + 16, t, "middle")
@@ -100,8 +112,8 @@ def _x_axis(low: float, high: float, x, top: float, bottom: float, label: str) -
     return [*parts, _text(_RIGHT, bottom + 33, label, "end")]
 
 
-def _y_axis(low: float, high: float, y, label: str, top: float) -> list[str]:
-    values = ticks(low, high)
+def _y_axis(low: float, high: float, y, label: str, top: float, whole: bool = False) -> list[str]:
+    values = [value for value in ticks(low, high) if not whole or value == round(value)]
     parts = [_rule(_LEFT, y(v), _RIGHT, y(v), "zero" if v == 0 else "rule") for v in values]
     parts += [_text(_LEFT - 6, y(v) + 4, t, "end") for v, t in zip(values, _labels(values))]
     return [*parts, _text(2, top - 10, label)]
@@ -116,7 +128,7 @@ def histogram(
     most = float(counts.max()) * 1.05
     y = _scale(0, most, bottom, top)
     parts = _x_axis(edges[0], edges[-1], x, top, bottom, label)
-    parts += _y_axis(0, most, y, "examples", top)
+    parts += _y_axis(0, most, y, "examples", top, whole=True)
     for left, right, count in zip(edges, edges[1:], counts):
         if count:
             kind = "helps" if left + right > 0 else "hurts"
@@ -185,7 +197,7 @@ def lines(
     *,
     zero: bool = True,
 ) -> str:
-    """Up to six lines, by name, each of points (x [n], y [n]); ``zero`` keeps zero in the plot."""
+    """Up to six lines over steps, by name: (x [n], y [n]); ``zero`` keeps zero in the plot."""
     legend, rows = _legend(list(series)[:SERIES])
     top = 30 + 20 * rows
     bottom = top + _PLOT
@@ -195,7 +207,7 @@ def lines(
     if first == last:
         first, last = first - 0.5, last + 0.5
     x, y = _scale(first, last, _LEFT, _RIGHT), _scale(low, high, bottom, top)
-    parts = [*legend, *_x_axis(first, last, x, top, bottom, x_label)]
+    parts = [*legend, *_x_axis(first, last, x, top, bottom, x_label, whole=True)]
     parts += _y_axis(low, high, y, y_label, top)
     for n, (xs, ys) in enumerate(list(series.values())[:SERIES]):
         keep = np.isfinite(ys)
@@ -246,6 +258,11 @@ def _legend(names: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _shorten(text: str, taken: int = 0) -> str:
-    """As much of a text as fits in a line of which so many letters are taken."""
-    room = int(WIDTH / _LETTER) - taken - 2
-    return text if len(text) <= room else text[: room - 1] + "\u2026"
+    """A text in a line of which so many letters are taken; without its middle, if it must be.
+
+    >>> _shorten("a" * 40 + "b" * 60, 30)
+    'aaaaaaaaaaaaaa…bbbbbbbbbbbbbb'
+    """
+    room = int(WIDTH / _LETTER) - taken - 1
+    half = (room - 1) // 2
+    return text if len(text) <= room else f"{text[:half]}\u2026{text[-half:]}"

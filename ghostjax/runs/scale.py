@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ghostjax.runs.pictures import number
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+from ghostjax.runs.pictures import number, power_of_ten
 
 
 class Scale(NamedTuple):
@@ -29,7 +27,7 @@ class Scale(NamedTuple):
     @property
     def words(self) -> str:
         """The unit, as text: ``10⁻³``, or nothing where it is one."""
-        return f"10{str(self.exponent).translate(_SUPERSCRIPT)}" if self.exponent else ""
+        return power_of_ten(self.exponent) if self.exponent else ""
 
     def label(self, what: str) -> str:
         """What an axis shows, with the unit."""

@@ -1,16 +1,15 @@
 """One small run, shared: compiling is most of its time."""
 
 import json
-from types import SimpleNamespace
 
 import jax
-import pyarrow.parquet as pq
 import pytest
 
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.job import run
+from ghostjax.runs.reading import read_run
 
-STEPS, BATCH_SIZE, VAL_BATCH_SIZE, LENGTH = 6, 4, 3, 16
+STEPS, BATCH_SIZE, VAL_BATCH_SIZE, LENGTH = 6, 4, 2, 16
 
 
 @pytest.fixture(scope="session")
@@ -41,28 +40,21 @@ def micro_config(tmp_path_factory, write_data):
         forum_jsonl="\n".join(lines),
         wiki_txt="\n\n".join(blocks),
         held_txt="\n\n".join(f"{n} of the forum and of the wiki" for n in range(4)),
+        other_txt="\n\n".join(f"{n} of quite another kind" for n in range(3)),
     )
     return TrainConfig(
         out=tmp_path_factory.mktemp("runs") / "micro",
         model="micro",
         train=(paths["forum_jsonl"], paths["wiki_txt"]),
-        val=(paths["held_txt"],),
+        val=(f"held={paths['held_txt']}", f"other={paths['other_txt']}"),
         steps=STEPS,
         batch_size=BATCH_SIZE,
         val_batch_size=VAL_BATCH_SIZE,
         length=LENGTH,
+        audit_every=2,
+        checkpoint_every=4,
         quiet=True,
     )
-
-
-def read_run(out):
-    """The tables and the summary of a run directory."""
-    tables = {name: pq.read_table(out / f"{name}.parquet") for name in _TABLES}
-    summary = json.loads((out / "summary.json").read_text())
-    return SimpleNamespace(out=out, summary=summary, **tables)
-
-
-_TABLES = ("documents", "steps", "scores")
 
 
 @pytest.fixture(scope="session")

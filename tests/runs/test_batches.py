@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from ghostjax.runs.batches import draw_starts, make_rows, visit_order
-from ghostjax.runs.documents import Document
 
-LONG = Document("a:0", "a", bytes(range(10)))
-SHORT = Document("a:1", "a", b"xyz")
+LONG = np.arange(10)
+SHORT = np.frombuffer(b"xyz", np.uint8)
 
 
 @pytest.mark.parametrize(("documents", "batch_size"), [(7, 1), (7, 3), (7, 5), (7, 7), (6, 2)])
@@ -38,7 +37,7 @@ def test_rows_are_windows_with_the_tokens_that_follow():
 
 
 def test_a_document_of_exactly_one_window_is_seen_whole():
-    rows = make_rows([Document("a:0", "a", b"abcde")], [0], 4)
+    rows = make_rows([np.frombuffer(b"abcde", np.uint8)], [0], 4)
     assert bytes(rows["inputs"][0].tolist()) == b"abcd"
     assert rows["mask"].all()
 

@@ -19,15 +19,17 @@ def defaults():
 
 
 def topics(documents):
-    return {document.id.split(":")[1] for document in documents if document.domain == "prose"}
+    """The topics of prose and the modules of code."""
+    return {document.id.rsplit(":", 1)[0] for document in documents}
 
 
-def test_no_topic_is_in_both_sets(defaults):
+def test_no_topic_or_module_is_in_both_sets(defaults):
     train, held_out = defaults
-    assert topics(train)
-    assert topics(held_out)
-    assert not topics(train) & topics(held_out)
-    assert {document.domain for document in held_out} == {"prose"}
+    assert list(held_out) == ["prose", "code"]
+    for name, documents in held_out.items():
+        assert {document.domain for document in documents} == {name}
+        assert len(topics(documents)) > 10
+        assert not topics(train) & topics(documents)
 
 
 def test_what_a_held_out_topic_says_is_in_no_training_topic():
@@ -52,15 +54,17 @@ def test_no_passage_of_the_reference_is_in_both_sets():
 
 def test_ids_are_unique_and_domains_balanced(defaults):
     train, held_out = defaults
-    ids = [document.id for document in train + held_out]
+    ids = [document.id for document in sum(held_out.values(), train)]
     assert len(set(ids)) == len(ids)
     domains = [document.domain for document in train]
     assert domains.count("prose") == domains.count("code") == builtin.DOCUMENTS
-    assert len(held_out) == builtin.VAL_DOCUMENTS
+    assert {len(part) for part in held_out.values()} == {builtin.VAL_DOCUMENTS}
 
 
 def test_documents_are_about_one_row(defaults):
-    assert all(SIZE // 2 < len(document.tokens) <= SIZE for part in defaults for document in part)
+    train, held_out = defaults
+    documents = sum(held_out.values(), train)
+    assert all(SIZE // 2 < len(document.text) <= SIZE for document in documents)
 
 
 def test_the_choice_does_not_depend_on_the_process(defaults):

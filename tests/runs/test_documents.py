@@ -21,7 +21,7 @@ def test_text_files_have_one_document_per_block(write_data):
 
 def test_windows_line_ends_and_a_byte_order_mark_are_no_text(write_data):
     paths = write_data(wiki_txt=b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
-    assert [tokens for _, _, tokens in read(paths.values())] == [b"one\ntwo", b"three"]
+    assert [text for _, _, text in read(paths.values())] == [b"one\ntwo", b"three"]
 
 
 def test_json_lines_have_one_document_each(write_data):
@@ -48,8 +48,8 @@ BAD_FILES = {
     "empty jsonl": ("a_jsonl", "", "no documents in it"),
     "suffix": ("a_csv", "x,y", r"expected a \.txt or \.jsonl file"),
     "not UTF-8": ("a_txt", b"ab\xff", r"not UTF-8 text \(byte 2\)"),
-    "one token": ("a_txt", "one\n\nb\n", "line 3: a document of 1 tokens .* needs at least 2"),
-    "no text": ("a_jsonl", '{"text": ""}', "line 1: a document of 0 tokens"),
+    "one byte": ("a_txt", "one\n\nb\n", "line 3: a document of 1 bytes, needs at least 2"),
+    "no text": ("a_jsonl", '{"text": ""}', "line 1: a document of 0 bytes"),
     "bad JSON": ("a_jsonl", '{"text": "one"}\n{"text": \n', "line 2: not valid JSON"),
     "no object": ("a_jsonl", '["one"]', "line 1: expected a JSON object, found list"),
     "no field": ("a_jsonl", '\n{"body": "one"}', "line 2: no field 'text' .set --text-field"),

@@ -1,0 +1,218 @@
+"""The jitted training step: one update, the scores of its rows, and how good they are."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ghostjax import (
+    GradDots,
+    aggregate,
+    conservation_error,
+    directions,
+    fidelity,
+    value_grad_and_dots,
+)
+
+PARTS = 2  # of a step's validation rows, for the sampling error of the scores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What one step hands to the next.
+
+    Attributes:
+      params, opt_state: as in any optax loop.
+      grads: of the step before, where the optimizer's update is linearised: it is known before the
+        pass over the training rows. At the start, those of the first batch.
+      updates: of the step before, for second-order scores; at the start zero. () for first order.
+    """
+
+    params: Any
+    opt_state: Any
+    grads: Any
+    updates: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What a step found out. K validation sets, G kinds of layers; losses before the update.
+
+    Attributes:
+      loss: mean loss of the rows;  row_losses: [B].
+      scores: [K, B], the first-order decrease of each validation loss by row i's share of the
+        update;  errors: [K, B], their standard errors.
+      kinds: [K, G], the scores summed over the rows, by kind of layer.
+      val_loss, predicted, actual: [K]; the decrease of val_loss by the whole update.
+      correlation: [K], of the scores with plain inner products of gradients.
+      conservation_error, audit_error: scalars; audit_error is NaN without an audit.
+      undefined: int32, coordinates of the update without a finite derivative.
+    """
+
+    loss: Any
+    row_losses: Any
+    scores: Any
+    errors: Any
+    kinds: Any
+    val_loss: Any
+    predicted: Any
+    actual: Any
+    correlation: Any
+    conservation_error: Any
+    audit_error: Any
+    undefined: Any
+
+
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    row_losses: Callable,
+    train_rows: Any,
+    order: int,
+) -> TrainState:
+    """The state before the first step, which is to see ``train_rows``."""
+    grads = jax.jit(jax.grad(lambda params: jnp.mean(row_losses(params, train_rows))))(params)
+    updates = jax.tree.map(jnp.zeros_like, params) if order == 2 else ()
+    return TrainState(params, jax.jit(optimizer.init)(params), grads, updates)
+
+
+def make_step(
+    row_losses: Callable[[Any, Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    kinds: Sequence[int],
+    *,
+    order: int = 1,
+    microbatches: int = 1,
+):
+    """The jitted step ``(state, train_rows, val_rows, audited) -> (state, StepRecord)``.
+
+    The update is that of plain training on ``mean(row_losses(params, train_rows))``; the buffers of
+    the old state are reused.
+
+    Args:
+      kinds: for every leaf of the parameters, the number of its kind.
+      order: 1, or 2 for validation gradients half-way along the update of the step before.
+      microbatches: how many parts of the batch are differentiated one after another.
+
+    ``train_rows`` are [B, ...], ``val_rows`` [K, PARTS, V / PARTS, ...]; ``audited`` are the rows
+    to be redone by plain autodiff, [n], or all -1 for none.
+    """
+
+    def loss_fn(params, rows):
+        losses = row_losses(params, rows)
+        return jnp.mean(losses), losses
+
+    def mean_loss(params, rows):
+        return loss_fn(params, rows)[0]
+
+    def validate(state, rows):
+        """Losses [K * PARTS] and gradients stacked alike, part by part."""
+
+        def one(rows):
+            loss, grads = jax.value_and_grad(mean_loss)(state.params, rows)
+            if order == 2:
+                grads = directions.second_order(mean_loss, state.params, state.updates, rows)
+            return loss, grads
+
+        return jax.lax.map(one, rows)
+
+    def train(params, rows, direction):
+        """One pass; or several, one after another, of parts of the batch."""
+        fn = directions.stacked(value_grad_and_dots(loss_fn, has_aux=True))
+        parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
+
+        def one(rows):
+            return fn(params, rows, direction=direction)
+
+        if microbatches == 1:
+            return one(rows)
+
+        def add(total, rows):
+            result = one(rows)
+            sums = jax.tree.map(jnp.add, total, (result.value, result.grads, result.shared))
+            return sums, (result.aux, result.dots)
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            (shapes.value, shapes.grads, shapes.shared),
+        )
+        sums, (losses, dots) = jax.lax.scan(add, zeros, parts)
+        value, grads, shared = jax.tree.map(lambda leaf: leaf / microbatches, sums)
+        dots = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1), dots)
+        return GradDots(value, losses.reshape(-1), grads, dots, shared, "mean")
+
+    def step(state, train_rows, val_rows, audited):
+        params, opt_state = state.params, state.opt_state
+        sets = jax.tree.leaves(val_rows)[0].shape[0]
+        flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
+        val_losses, part_grads = validate(state, flat_rows)
+        val_grads = jax.tree.map(
+            lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1), part_grads
+        )
+        by_part = jax.vmap(
+            lambda grads: directions.through_optimizer(
+                optimizer, opt_state, params, state.grads, grads
+            )
+        )(part_grads)
+        # The plain gradients are there for comparison alone.
+        direction = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, val_grads)
+        result = train(params, train_rows, direction)
+
+        updates, new_opt_state = optimizer.update(result.grads, opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        new_losses = jax.lax.map(lambda rows: mean_loss(new_params, rows), flat_rows)
+
+        rows = result.aux.shape[0]
+        scores = jax.vmap(aggregate)(result.dots) / rows
+        parts, plain = jnp.split(scores, [sets * PARTS])
+        parts = parts.reshape(sets, PARTS, rows)
+        own = parts.mean(1)
+
+        first = jax.tree.map(lambda leaf: leaf[0], (result.dots, result.shared, direction))
+        one_direction = dataclasses.replace(result, dots=first[0], shared=first[1])
+        conservation = conservation_error(one_direction, first[2])
+        audit_error = jax.lax.cond(
+            audited[0] >= 0,
+            lambda: fidelity.audit(
+                mean_loss,
+                params,
+                train_rows,
+                direction=first[2],
+                dots=one_direction.total(),
+                rows=audited,
+            ),
+            lambda: jnp.float32(jnp.nan),
+        )
+        record = StepRecord(
+            loss=result.value,
+            row_losses=result.aux,
+            scores=own,
+            errors=jax.vmap(fidelity.standard_error)(parts),
+            kinds=_by_kind(result.dots, kinds, sets) / rows,
+            val_loss=val_losses.reshape(sets, PARTS).mean(1),
+            predicted=jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))(val_grads, updates),
+            actual=(val_losses - new_losses).reshape(sets, PARTS).mean(1),
+            correlation=fidelity.correlation(own, plain),
+            conservation_error=jnp.max(jnp.stack(jax.tree.leaves(conservation))),
+            audit_error=audit_error,
+            undefined=directions.count_undefined(optimizer, opt_state, params, state.grads),
+        )
+        kept_updates = updates if order == 2 else ()
+        return TrainState(new_params, new_opt_state, result.grads, kept_updates), record
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _by_kind(dots: Any, kinds: Sequence[int], sets: int) -> jax.Array:
+    """[K, G]: summed over the rows, the mean over the parts, by kind of layer."""
+    sums = jnp.stack([leaf[: sets * PARTS].sum(1) for leaf in jax.tree.leaves(dots)])
+    groups = np.zeros((max(kinds) + 1, len(kinds)), np.float32)
+    groups[list(kinds), range(len(kinds))] = 1
+    return (groups @ sums).reshape(-1, sets, PARTS).mean(2).T

@@ -1,0 +1,131 @@
+"""Texts: a GPT-2-shaped decoder predicts the next token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ghostjax.runs.batches import draw_starts, make_rows
+from ghostjax.runs.builtin import default_documents
+from ghostjax.runs.config import TrainConfig, UsageError
+from ghostjax.runs.documents import Document, read_documents
+from ghostjax.runs.models import GPT, SIZES
+from ghostjax.runs.tasks import Example
+
+MIN_TOKENS = 2  # one token to read and one to predict
+
+
+class TextTask:
+    """Documents and a decoder. A row is a window of T + 1 tokens."""
+
+    name = "text"
+    unit = "nats per token"
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        tokens: list[np.ndarray],
+        val_tokens: dict[str, list[np.ndarray]],
+        model: GPT,
+        length: int,
+    ):
+        self.examples = [
+            Example(document.id, document.domain, len(own), document.excerpt())
+            for document, own in zip(documents, tokens)
+        ]
+        self.val_sizes = {name: len(texts) for name, texts in val_tokens.items()}
+        self._tokens = tokens
+        self._val_tokens = val_tokens
+        self._model = model
+        self._length = length
+
+    def init_params(self, seed: int) -> Any:
+        ids = jnp.zeros((1, self._length), jnp.int32)
+        return jax.jit(self._model.init)(jax.random.key(seed), ids)["params"]
+
+    def row_losses(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        """Mean cross-entropy over the masked positions of every row, in nats per token.
+
+        ``losses[r] = sum_t mask[r, t] * nll[r, t] / sum_t mask[r, t]``
+        """
+        logits = self._model.apply({"params": params}, rows["inputs"]).astype(jnp.float32)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
+        return jnp.sum(nll * rows["mask"], axis=-1) / jnp.sum(rows["mask"], axis=-1)
+
+    def train_rows(self, indices, rng):
+        texts = [self._tokens[index] for index in indices]
+        starts = draw_starts(texts, self._length, rng)
+        return make_rows(texts, starts, self._length), starts
+
+    def val_rows(self, name, indices, rng):
+        texts = [self._val_tokens[name][index] for index in indices]
+        return make_rows(texts, draw_starts(texts, self._length, rng), self._length)
+
+    def contents(self) -> list[Any]:
+        return [[example.id for example in self.examples], self._tokens, self._val_tokens]
+
+
+def load_texts(config: TrainConfig) -> TextTask:
+    """The documents of the configured files, or of the Python installation.
+
+    Raises:
+      UsageError: files or tokenizer cannot be read, or a document has fewer than two tokens.
+    """
+    if config.train:
+        documents = read_documents(config.train, config.text_field)
+        val_documents = {
+            name: read_documents(paths, config.text_field)
+            for name, paths in config.val_files.items()
+        }
+    else:
+        documents, val_documents = default_documents(config.positions + 1)
+    encode, vocabulary = _byte_tokens, 256
+    if config.tokenizer is not None:
+        encode, vocabulary = _load_tokenizer(config.tokenizer)
+    tokens = [_tokens(encode, document) for document in documents]
+    val_tokens = {
+        name: [_tokens(encode, document) for document in own] for name, own in val_documents.items()
+    }
+    dtype = jnp.dtype(config.dtype)
+    model = GPT(SIZES[config.model], vocabulary, dtype, config.remat)
+    return TextTask(documents, tokens, val_tokens, model, config.positions)
+
+
+def _byte_tokens(text: bytes) -> np.ndarray:
+    return np.frombuffer(text, np.uint8)
+
+
+def _tokens(encode, document: Document) -> np.ndarray:
+    tokens = encode(document.text)
+    if len(tokens) < MIN_TOKENS:
+        raise UsageError(
+            f"document {document.id} has {len(tokens)} tokens, needs at least {MIN_TOKENS}"
+        )
+    return tokens
+
+
+def _load_tokenizer(path: Path):
+    """A function from texts to tokens, and the size of the vocabulary."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise UsageError('--tokenizer needs tokenizers: pip install "ghostjax[tokenizer]"') from (
+            error
+        )
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UsageError(f"{path}: no tokenizer.json ({' '.join(str(error).split())})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(text: bytes) -> np.ndarray:
+        return np.array(tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
+
+    return encode, tokenizer.get_vocab_size()

@@ -1,0 +1,198 @@
+"""The jitted step: training unchanged, and scores against per-row autodiff."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ghostjax import directions, testing
+from ghostjax.runs.batches import make_rows
+from ghostjax.runs.models import GPT, SIZES
+from ghostjax.runs.optimizers import make_optimizer, make_schedule
+from ghostjax.runs.step import PARTS, init_state, make_step
+from ghostjax.runs.text import TextTask
+
+# optax.adamw raises a Python float to the power of an int32 count.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+NUM_TRAIN, LENGTH, SETS = 4, 16, 2
+TEXTS = [
+    np.frombuffer(text, np.uint8)
+    for text in (b"one and two", b"two and three and four", b"x = y[0]", b"for x in y:", b"to, fro")
+]
+TASK = TextTask([], [], {}, GPT(SIZES["micro"]), LENGTH)
+ROW_LOSSES = jax.jit(TASK.row_losses)
+NOBODY = np.full(2, -1, np.int32)
+
+
+def rows_of(*indices):
+    return make_rows([TEXTS[n] for n in indices], [0] * len(indices), LENGTH)
+
+
+BATCHES = [rows_of(0, 1, 2, 3), rows_of(3, 4, 1, 0), rows_of(2, 1, 0, 4)]
+HELD_OUT = [rows_of(4, 1, 0, 2), rows_of(2, 2, 3, 0)]  # one for each of the validation sets
+VAL = jax.tree.map(
+    lambda *leaves: np.stack(leaves).reshape(SETS, PARTS, 2, *leaves[0].shape[1:]), *HELD_OUT
+)
+
+
+def mean_loss(params, rows):
+    return jnp.mean(TASK.row_losses(params, rows))
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    params = jax.eval_shape(lambda: TASK.init_params(0))
+    with jax.numpy_dtype_promotion("standard"):
+        return make_optimizer("adamw", make_schedule(1e-2, len(BATCHES)), 1.0, params)
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    return list(range(len(jax.tree.leaves(TASK.init_params(0)))))
+
+
+@pytest.fixture(scope="module")
+def step(optimizer, kinds):
+    return make_step(TASK.row_losses, optimizer, kinds)
+
+
+def start(optimizer, order=1):
+    return init_state(TASK.init_params(0), optimizer, TASK.row_losses, BATCHES[0], order)
+
+
+def difference(left, right):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), left, right)))
+
+
+def test_a_row_loss_is_the_mean_over_its_own_tokens():
+    params = TASK.init_params(0)
+    padded = ROW_LOSSES(params, rows_of(0))
+    exact = ROW_LOSSES(params, make_rows([TEXTS[0]], [0], len(TEXTS[0]) - 1))
+    np.testing.assert_allclose(padded, exact, rtol=1e-5)
+    np.testing.assert_allclose(padded, np.log(256), rtol=0.02)
+
+
+def test_the_step_is_that_without_scores(optimizer, step):
+    @jax.jit
+    def plain_step(params, opt_state, rows):
+        loss, grads = jax.value_and_grad(mean_loss)(params, rows)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    state, plain = start(optimizer), TASK.init_params(0)
+    opt_state = optimizer.init(plain)
+    for rows in BATCHES:
+        plain, opt_state, loss = plain_step(plain, opt_state, rows)
+        before = [mean_loss(state.params, held_out) for held_out in HELD_OUT]
+        state, record = step(state, rows, VAL, NOBODY)
+        after = [mean_loss(state.params, held_out) for held_out in HELD_OUT]
+        np.testing.assert_allclose(record.loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(record.val_loss, before, rtol=1e-5)
+        np.testing.assert_allclose(record.actual, np.subtract(before, after), atol=2e-6)
+        assert record.conservation_error < 1e-4
+        assert np.isnan(record.audit_error)
+    assert difference(plain, TASK.init_params(0)) > 1e-3
+    # Adam divides by the root of squares, which makes much of rounding where gradients vanish.
+    assert difference(plain, state.params) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def warm(optimizer, step):
+    """Makes states after two steps: at the first, Adam's derivative is rounding."""
+    with jax.numpy_dtype_promotion("standard"):
+
+        def make(order=1):
+            state = start(optimizer)
+            for rows in BATCHES[:2]:
+                params = jax.tree.map(jnp.copy, state.params)
+                state, _ = step(state, rows, VAL, NOBODY)
+            updates = jax.tree.map(jnp.subtract, state.params, params)
+            return state if order == 1 else dataclasses.replace(state, updates=updates)
+
+        yield make
+
+
+def expected_scores(optimizer, state, val_grads):
+    """The decrease of the validation loss per share of a row in the update, by forward mode."""
+    rows = testing.per_example_grads(TASK.row_losses, state.params, BATCHES[2])
+
+    @jax.jit
+    def decrease(row):
+        def update(grads):
+            return optimizer.update(grads, state.opt_state, state.params)[0]
+
+        share = jax.tree.map(lambda leaf: leaf / NUM_TRAIN, row)
+        moved = jax.jvp(update, (state.grads,), (share,))[1]
+        # Bytes that have not occurred yet: 0 * inf, by definition zero.
+        moved = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), moved)
+        return -optax.tree.vdot(val_grads, moved)
+
+    return np.array(
+        [decrease(jax.tree.map(lambda leaf, n=n: leaf[n], rows)) for n in range(NUM_TRAIN)]
+    )
+
+
+def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
+    state = warm()
+    expected = [
+        expected_scores(optimizer, state, jax.grad(mean_loss)(state.params, held_out))
+        for held_out in HELD_OUT
+    ]
+    half = jax.tree.map(lambda leaf: leaf[:2], HELD_OUT[0])
+    of_half = expected_scores(optimizer, state, jax.grad(mean_loss)(state.params, half))
+    val_grads = jax.grad(mean_loss)(state.params, HELD_OUT[0])
+    plain = [
+        optax.tree.vdot(val_grads, jax.grad(mean_loss)(state.params, one))
+        for one in (jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(4))
+    ]
+    before = jax.tree.map(jnp.copy, state.params)
+    after, record = step(state, BATCHES[2], VAL, np.array([1, 3], np.int32))
+    for scores, wanted in zip(record.scores, expected):
+        testing.assert_dots_close(scores, wanted, rtol=1e-4)
+    # Of two halves, the standard error of their mean is half of their difference.
+    testing.assert_dots_close(record.errors[0], np.abs(of_half - expected[0]), rtol=1e-3)
+    np.testing.assert_allclose(record.kinds.sum(axis=1), record.scores.sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        record.correlation[0], np.corrcoef(plain, record.scores[0])[0, 1], rtol=1e-4
+    )
+    updates = jax.tree.map(jnp.subtract, after.params, before)
+    np.testing.assert_allclose(record.predicted[0], -optax.tree.vdot(val_grads, updates), rtol=1e-3)
+    np.testing.assert_allclose(record.row_losses, ROW_LOSSES(before, BATCHES[2]), rtol=1e-5)
+    assert record.audit_error < 1e-4
+
+
+def test_microbatches_change_nothing_but_memory(optimizer, step, warm, kinds):
+    split = make_step(TASK.row_losses, optimizer, kinds, microbatches=2)
+    state, record = step(warm(), BATCHES[2], VAL, NOBODY)
+    found_state, found = split(warm(), BATCHES[2], VAL, NOBODY)
+    for name in ("scores", "errors"):
+        for one, other in zip(getattr(found, name), getattr(record, name)):
+            testing.assert_dots_close(one, other, rtol=1e-4)
+    np.testing.assert_allclose(found.row_losses, record.row_losses, rtol=1e-5)
+    assert found.conservation_error < 1e-4
+    assert difference(found_state.params, state.params) < 1e-5
+
+
+def test_second_order_goes_half_way_along_the_update_before(optimizer, warm, kinds):
+    step = make_step(TASK.row_losses, optimizer, kinds, order=2)
+    state = warm(order=2)
+    expected = []
+    for held_out in HELD_OUT:
+        middle = directions.second_order(mean_loss, state.params, state.updates, held_out)
+        expected.append(expected_scores(optimizer, state, middle))
+    _, record = step(state, BATCHES[2], VAL, NOBODY)
+    for scores, wanted in zip(record.scores, expected):
+        testing.assert_dots_close(scores, wanted, rtol=1e-4)
+
+
+def test_kinds_are_sums_over_their_parameters(optimizer, step, warm, kinds):
+    halves = [number % 2 for number in kinds]
+    grouped = make_step(TASK.row_losses, optimizer, halves)
+    _, each = step(warm(), BATCHES[2], VAL, NOBODY)
+    _, both = grouped(warm(), BATCHES[2], VAL, NOBODY)
+    expected = np.stack([each.kinds[:, ::2].sum(1), each.kinds[:, 1::2].sum(1)], axis=1)
+    np.testing.assert_allclose(both.kinds, expected, rtol=1e-3, atol=1e-7)
