@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -156,6 +157,29 @@ def test_resuming_drops_what_comes_after_the_checkpoint(tmp_path):
         schema.part_name(table, 0, 2) for table in schema.LOG_TABLES
     )
     assert ".run.json.partial" not in names(out)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_resuming_can_be_interrupted_too(tmp_path, monkeypatch, call):
+    out = small_run.write(tmp_path / "run", steps=8)
+    left = [call]
+
+    def unlink(path, remove=os.unlink):
+        if left[0] == 0:
+            raise Stop
+        left[0] -= 1
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises(Stop):
+            parts.LogWriter.resume(out, small_run.SETS, 2)
+    parts.LogWriter.resume(out, small_run.SETS, 2)
+    assert read_run(out).end == 2
 
 
 BAD_LOGS = {
