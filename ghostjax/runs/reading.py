@@ -157,7 +157,8 @@ def read_run(path: Path) -> Run:
     parts = {table: find_parts(path, table) for table in LOG_TABLES}
     ends = {table: found[-1].end if found else 0 for table, found in parts.items()}
     if summary is not None:
-        last = max(ends.values())
+        stated = summary.get("steps")
+        last = max(*ends.values(), stated if isinstance(stated, int) else 0)
         for table, end in ends.items():
             if end < last:
                 raise missing_steps(path, table, end, last)

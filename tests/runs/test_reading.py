@@ -41,8 +41,8 @@ def test_a_run_has_its_tables(whole):
 
 
 def test_a_run_that_is_over_has_a_summary(out):
-    parts.write_json(out / "summary.json", {"loss": 1.5})
-    assert read_run(out).summary == {"loss": 1.5}
+    parts.write_json(out / "summary.json", {"steps": STEPS})
+    assert read_run(out).summary == {"steps": STEPS}
 
 
 def test_values_are_the_sums_of_the_visits(whole):
@@ -120,7 +120,7 @@ def change_metadata(**changes):
 
 def finish_without(*removed):
     def spoil(out):
-        parts.write_json(out / "summary.json", {})
+        parts.write_json(out / "summary.json", {"steps": STEPS})
         for table in removed:
             part(out, table, 6, 8).unlink()
 
@@ -146,6 +146,7 @@ BAD_RUNS = {
     ),
     "first": (lambda out: part(out, "kinds", 0, 2).unlink(), "log/kinds: steps 0 to 1 are missing"),
     "last": (finish_without("scores"), "log/scores: steps 6 to 7 are missing"),
+    "last of all": (finish_without(*schema.LOG_TABLES), "log/scores: steps 6 to 7 are missing"),
     "last two": (finish_without("steps", "kinds"), "log/steps: steps 6 to 7 are missing"),
 }
 
