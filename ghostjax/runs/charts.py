@@ -54,9 +54,10 @@ def distribution(place: str, ranked: Valued, scale: Scale) -> str:
 def _edges(values: np.ndarray) -> np.ndarray:
     """Edges of bars of a round width, with one at zero; a few far out values do not stretch it."""
     low, high = min(values.min(), 0.0), max(values.max(), 0.0)
-    inner = np.quantile(values, [0.01, 0.99])
-    room = 2 * max(inner[1] - inner[0], 1e-9)
-    low, high = max(low, min(inner[0] - room, 0)), min(high, max(inner[1] + room, 0))
+    first, third = np.quantile(values, [0.25, 0.75])
+    if third > first:  # five standard deviations of a normal distribution
+        room = 4 * (third - first)
+        low, high = max(low, min(first - room, 0.0)), min(high, max(third + room, 0.0))
     if not high > low:
         low, high = -1.0, 1.0
     marks = pictures.ticks(low, high, BARS)

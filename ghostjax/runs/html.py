@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ghostjax.fidelity import Fidelity
 from ghostjax.runs import parts
 from ghostjax.runs.charts import (
     by_domain,
@@ -18,13 +19,13 @@ from ghostjax.runs.charts import (
     single_steps,
 )
 from ghostjax.runs.config import UsageError
-from ghostjax.runs.judgement import Judgement, judge
+from ghostjax.runs.judgement import judge
 from ghostjax.runs.output import plain
 from ghostjax.runs.page import bullets, document, escape, paragraph, section, table
 from ghostjax.runs.pictures import number
 from ghostjax.runs.ranking import (
     Valued,
-    both_ends,
+    best_and_worst,
     check_count,
     is_finished,
     progress_note,
@@ -89,11 +90,8 @@ def make_report(source: Run, count: int = 10) -> str:
     if not any(valued.visits.any() for valued in values.values()):
         raise UsageError(f"{source.path}: no example was visited so far")
     name = source.path.resolve().name
-    judged = {
-        which: judge(measure_fidelity(source, which, valued), source.end)
-        for which, valued in values.items()
-    }
-    main = [_trust(source, judged)]
+    measured = {which: measure_fidelity(source, which, valued) for which, valued in values.items()}
+    main = [_trust(source, measured)]
     main += [
         _validation_set(source, which, valued, count, f"v{n}")
         for n, (which, valued) in enumerate(values.items(), 1)
@@ -145,23 +143,23 @@ def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
     )
 
 
-def _trust(source: Run, judged: dict[str, Judgement]) -> str:
+def _trust(source: Run, measured: dict[str, Fidelity]) -> str:
+    judged = {which: judge(fidelity, source.end) for which, fidelity in measured.items()}
     boxes = []
-    several = len(judged) > 1
     for which, judgement in judged.items():
-        heading = f"{which}: {judgement.verdict[0].lower()}{judgement.verdict[1:]}"
+        heading = judgement.verdict
+        if len(judged) > 1:
+            heading = f"{which}: {heading[0].lower()}{heading[1:]}"
         reasons = bullets(judgement.reasons) if judgement.reasons else ""
         boxes.append(
-            f'<section class="verdict {judgement.level}">\n'
-            f"<h3>{escape(heading if several else judgement.verdict)}</h3>\n{reasons}\n"
+            f'<section class="verdict {judgement.level}">\n<h3>{escape(heading)}</h3>\n{reasons}\n'
             f"<details{' open' if len(judged) <= 4 else ''}><summary>What was measured</summary>\n"
             f"{bullets(judgement.findings)}\n</details>\n</section>"
         )
-    said = [reason for judgement in judged.values() for reason in judgement.reasons]
-    warnings = (source.summary or {}).get("warnings") or []
-    others = [
-        str(text) for text in warnings if not any(str(text).endswith(reason) for reason in said)
-    ]
+    # The summary's warnings are those of the fidelity, after the name of their set, and others.
+    judged_already = [text for fidelity in measured.values() for text in fidelity.warnings()]
+    warnings = [str(text) for text in (source.summary or {}).get("warnings") or []]
+    others = [text for text in warnings if not text.endswith(tuple(judged_already))]
     body = f'<div class="grid">\n{chr(10).join(boxes)}\n</div>' + (
         bullets(others) if others else ""
     )
@@ -169,7 +167,7 @@ def _trust(source: Run, judged: dict[str, Judgement]) -> str:
 
 
 def _validation_set(source: Run, which: str, valued: Valued, count: int, place: str) -> str:
-    scale = Scale.of(valued.values)
+    scale = Scale.typical(valued.values)
     ranked = valued.ranked()
     several = len(source.sets) > 1
     heading = f"Validation set {which}" if several else "The values"
@@ -188,14 +186,10 @@ def _validation_set(source: Run, which: str, valued: Valued, count: int, place: 
         section("Single steps", single_steps(place, source, which)),
         section("Share by kind of layer", by_kind(place, source, which)),
     ]
-    first, last = both_ends(ranked, count)
-    last = last[ranked.values[last] < 0] if (ranked.values[last] < 0).any() else last
-    worst = "Most harmful examples"
-    if len(last) and not (ranked.values[last] < 0).any():
-        worst = "Least helpful examples (none of these hurt)"
-    lists = [section("Most helpful examples", _examples(ranked, first, scale))]
-    if len(last):
-        lists.append(section(worst, _examples(ranked, last, scale)))
+    lists = [
+        section(f"Examples: {title[0].lower()}{title[1:]}", _examples(ranked, indices, scale))
+        for title, indices in best_and_worst(ranked.values, count)
+    ]
     return "\n".join(
         [
             f'<section id="{place}">',

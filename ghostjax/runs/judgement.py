@@ -1,5 +1,6 @@
 """Whether the scores of a run can be trusted, in plain words."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -35,7 +36,10 @@ _VERDICTS = {
 
 def judge(fidelity: Fidelity, steps: int) -> Judgement:
     """Judges the values for one validation set after so many steps."""
-    reasons = fidelity.warnings()
+    told = fidelity
+    if steps < FEW_STEPS:  # neither for nor against
+        told = dataclasses.replace(fidelity, prediction_correlation=1.0, prediction_error=0.0)
+    reasons = told.warnings()
     poor = _is_poor(fidelity, steps)
     if _exceeds(fidelity.audit_error, MAX_CONSERVATION_ERROR):
         reasons.append(

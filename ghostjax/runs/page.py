@@ -69,16 +69,16 @@ SERIES = 6  # colours and dashes for lines
 
 _CSS = """
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
+body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main, body > header, body > footer { max-width: 70rem; margin: 0 auto; padding: 0 1rem; }
 body > header { padding-top: 1.5rem; }
 body > footer { padding-bottom: 2rem; color: var(--soft); font-size: .9rem; }
-h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; margin: 1.8rem 0 .6rem; }
+h1, h2, h3 { line-height: 1.25; margin: 1.8rem 0 .6rem; }
 h1 { font-size: 1.7rem; margin-top: 0; }
 h2 { font-size: 1.35rem; border-top: 1px solid var(--line); padding-top: 1.4rem; }
 h3 { font-size: 1.1rem; }
-p, li { max-width: 44rem; overflow-wrap: anywhere; }
+p, li { max-width: 44rem; }
 p { margin: .5rem 0; }
 a { color: var(--s1); }
 .soft, figcaption { color: var(--soft); }
@@ -89,7 +89,7 @@ dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem,
 dl.facts div { background: var(--panel); border-radius: .5rem; padding: .6rem .8rem;
   display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 dl.facts dt { color: var(--soft); font-size: .85rem; }
-dl.facts dd { margin: 0; font-size: 1.25rem; font-weight: 600; overflow-wrap: anywhere; }
+dl.facts dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
 .verdict { background: var(--panel); border-left: .35rem solid var(--soft);
   border-radius: .3rem; padding: .7rem 1rem; margin: 1rem 0; }
 .verdict h3, .verdict p, .verdict ul { margin: .2rem 0; }
@@ -106,11 +106,13 @@ figcaption { font-size: .95rem; max-width: 44rem; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 .scroll { overflow-x: auto; max-height: 24rem; overflow-y: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; overflow-wrap: normal; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
   text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; max-width: 16rem; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; min-width: 6.5rem; max-width: 16rem;
+  overflow-wrap: anywhere; }
 ol.examples { list-style: none; padding: 0; margin: .5rem 0; }
 ol.examples li { background: var(--panel); border-left: .3rem solid var(--soft);
   border-radius: .3rem; padding: .5rem .8rem; margin: 0 0 .6rem; }

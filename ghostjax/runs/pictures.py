@@ -13,13 +13,13 @@ from ghostjax.runs.page import SERIES, escape
 WIDTH = 400
 _LEFT, _RIGHT, _PLOT = 46, 390, 190  # of the plot: its edges and its height
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_LETTER = 6.6  # average width of a letter, for what has to fit
+_LETTER = 7.4  # width of a letter in the wider of the usual fonts, for what has to fit
 
 
 def number(value: float, digits: int = 3) -> str:
     """A number for readers, to so many digits, with a real minus and no exponent where it fits.
 
-    >>> number(0.01234), number(1234.5), number(0.0), number(float("nan"))
+    >>> number(0.01234), number(1234.6), number(0.0), number(float("nan"))
     ('0.0123', '1235', '0', 'undefined')
     """
     if not math.isfinite(value):
@@ -61,6 +61,8 @@ def _labels(values: Sequence[float]) -> list[str]:
     places = 0
     while places < 9 and abs(round(step, places) - step) > 1e-6 * step:
         places += 1
+    if places > 4:
+        return [number(value, 2) for value in values]
     return [f"{value + 0.0:.{places}f}".replace("-", "\u2212") for value in values]
 
 
@@ -261,7 +263,7 @@ def _shorten(text: str, taken: int = 0) -> str:
     """A text in a line of which so many letters are taken; without its middle, if it must be.
 
     >>> _shorten("a" * 40 + "b" * 60, 30)
-    'aaaaaaaaaaaaaa…bbbbbbbbbbbbbb'
+    'aaaaaaaaaaa…bbbbbbbbbbb'
     """
     room = int(WIDTH / _LETTER) - taken - 1
     half = (room - 1) // 2

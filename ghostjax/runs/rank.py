@@ -16,6 +16,7 @@ from ghostjax.runs.config import UsageError
 from ghostjax.runs.ranking import (
     By,
     Valued,
+    best_and_worst,
     both_ends,
     check_choice,
     check_count,
@@ -163,17 +164,11 @@ def _rows(values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, A
 def _print_set(name: str, valued: Valued, config: RankConfig, console: Console) -> None:
     ranked = valued.ranked(config.by)
     measured, errors = ranked.measured(config.by)
-    first, last = both_ends(ranked, config.count or DEFAULT_COUNT)
     about = f"validation set {name}"
     if config.domain is not None:
         about += f", domain {config.domain}"
-    console.print(_ranking(f"Most helpful: {about}", ranked, first, config.by, console))
-    hurt = last[measured[last] < 0]
-    if len(hurt):
-        console.print(_ranking(f"Most harmful: {about}", ranked, hurt, config.by, console))
-    elif len(last):
-        title = f"Least helpful (none of these hurt): {about}"
-        console.print(_ranking(title, ranked, last, config.by, console))
+    for title, indices in best_and_worst(measured, config.count or DEFAULT_COUNT):
+        console.print(_ranking(f"{title}: {about}", ranked, indices, config.by, console))
     if config.domain is None:
         console.print(_by_domain(f"By domain: {about}", valued, config.by, console))
     if not config.quiet:

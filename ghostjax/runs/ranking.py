@@ -112,3 +112,27 @@ def both_ends(ranked: Valued, count: int) -> tuple[np.ndarray, np.ndarray]:
     first = np.arange(min(count, len(ranked)))
     last = np.arange(max(len(ranked) - count, len(first)), len(ranked))[::-1]
     return first, last
+
+
+def best_and_worst(measured: np.ndarray, count: int) -> list[tuple[str, np.ndarray]]:
+    """Titles and indices of the ``count`` that helped most, and of those that hurt most.
+
+    Where none helped or none hurt, the title says so and the list has what comes nearest to it.
+
+    Args:
+      measured: Values or values per visit, the most helpful first.
+
+    >>> best_and_worst(np.array([3.0, 2.0, -1.0]), 1)
+    [('Most helpful', array([0])), ('Most harmful', array([2]))]
+    """
+    everything = np.arange(len(measured))
+    helped = np.flatnonzero(measured > 0)[:count]
+    hurt = np.flatnonzero(measured < 0)[::-1][:count]
+    lists = [("Most helpful", helped), ("Most harmful", hurt)]
+    if not len(helped):
+        nearest = np.setdiff1d(everything, hurt)[:count]
+        lists[0] = ("Least harmful, as none helped", nearest)
+    if not len(hurt):
+        nearest = np.setdiff1d(everything, lists[0][1])[::-1][:count]
+        lists[1] = ("Least helpful, as none hurt", nearest)
+    return [(title, indices) for title, indices in lists if len(indices)]

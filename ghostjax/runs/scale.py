@@ -24,6 +24,12 @@ class Scale(NamedTuple):
         largest = float(sizes.max()) if len(sizes) else 0.0
         return cls(3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0)
 
+    @classmethod
+    def typical(cls, values: np.ndarray) -> "Scale":
+        """The unit for all but the largest tenth, so that a few large ones do not hide the rest."""
+        sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+        return cls.of(np.quantile(sizes, [0.9])) if len(sizes) else cls(0)
+
     @property
     def words(self) -> str:
         """The unit, as text: ``10⁻³``, or nothing where it is one."""

@@ -19,7 +19,7 @@ SETS = ("prose", "code")
 DOMAINS = ("wiki", "scripts", "noise")
 KINDS = ("attention", "mlp", "layernorm", "embedding")
 EXAMPLES, STEPS, BATCH_SIZE, PARTS = 40, 30, 8, (0, 16, 30)
-EFFECTS = {"wiki": (3e-3, 5e-4), "scripts": (-3e-4, 3e-3), "noise": (-2e-3, -1e-3)}
+EFFECTS = {"wiki": (3e-3, 1e-3), "scripts": (5e-4, 3e-3), "noise": (-1e-3, -8e-4)}
 
 _EXCERPTS = {
     "wiki": "The river rises in the hills north of the town and is joined by two streams, ",
