@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StoppedError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted; ghostjax train --resume goes on", 130)
     return 0
 
 

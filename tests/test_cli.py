@@ -9,7 +9,9 @@ import pytest
 
 from ghostjax.cli import main
 from ghostjax.runs.config import TrainConfig
-from tests.runs.conftest import micro_config, micro_run, read_run, write_data
+from ghostjax.runs.reading import read_run
+from ghostjax.runs.schema import LOG_TABLES
+from tests.runs.conftest import micro_config, micro_run, write_data
 
 __all__ = ["micro_config", "micro_run", "write_data"]  # fixtures
 
@@ -47,7 +49,18 @@ BAD_OPTIONS = {
     "no steps": ({"steps": 0}, "--steps must be at least 1, got 0"),
     "negative steps": ({"steps": -3}, "--steps must be at least 1, got -3"),
     "no batch": ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
-    "no validation": ({"val_batch_size": 0}, "--val-batch-size must be at least 1, got 0"),
+    "no validation": ({"val_batch_size": 0}, "--val-batch-size must be at least 2, got 0"),
+    "no halves": ({"val_batch_size": 3}, "--val-batch-size must be even, got 3"),
+    "microbatches": ({"microbatches": 3}, "--batch-size 4 cannot be divided into --microbatches 3"),
+    "clip": ({"clip": -1.0}, "--clip must be positive, or 0 not to clip, got -1"),
+    "audit": ({"audit_every": -1}, "--audit-every must be at least 0, got -1"),
+    "checkpoint": ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1, got 0"),
+    "optimizer": ({"optimizer": "adamm"}, "optax has no optimizer 'adamm'"),
+    "sign-based": (
+        {"optimizer": "lion"},
+        "--optimizer lion: the optimizer's update has derivative",
+    ),
+    "set name": ({"val": ("a_b=x.txt",)}, "--val a_b=x.txt: a validation set's name has letters"),
     "no length": ({"length": 0}, "--length must be from 1 to 32"),
     "length": ({"length": 33}, "--length must be from 1 to 32, the positions of model micro"),
     "rate zero": ({"learning_rate": 0.0}, "--learning-rate must be positive, got 0"),
@@ -55,8 +68,8 @@ BAD_OPTIONS = {
     "seed": ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
     "train alone": ({"val": ()}, "--train needs --val"),
     "val alone": ({"train": ()}, "--val needs --train"),
-    "batch": ({"batch_size": 11}, "--batch-size 11 is more than the 10 training documents"),
-    "val batch": ({"val_batch_size": 5}, "--val-batch-size 5 is more than the 4 validation doc"),
+    "batch": ({"batch_size": 11}, "--batch-size 11 is more than the 10 training examples"),
+    "val batch": ({"val_batch_size": 4}, "4 is more than the 3 examples of validation set other"),
     "text field": ({"text_field": "body"}, "line 1: no field 'body' (set --text-field)"),
     "file": ({"val": ("none.txt",)}, "none.txt: No such file or directory"),
 }
@@ -72,7 +85,7 @@ def test_options_that_cannot_be_used(micro_config, tmp_path, capsys, changes, me
 BAD_DATA = {
     "empty": ("a_txt", "", "no documents in it"),
     "bad JSON": ("a_jsonl", '{"text": "one"}\n{', "line 2: not valid JSON"),
-    "short": ("a_txt", "x", "line 1: a document of 1 tokens"),
+    "short": ("a_txt", "x", "line 1: a document of 1 bytes"),
 }
 
 
@@ -82,7 +95,7 @@ def test_data_that_cannot_be_used(
     micro_config, write_data, tmp_path, capsys, option, name, content, message
 ):
     path = write_data(**{name: content})[name]
-    argv = command(micro_config, out=tmp_path / "run", **{option: (path,)})
+    argv = command(micro_config, out=tmp_path / "run", **{option: (str(path),)})
     assert f"{path}" in fails(argv, capsys)
     assert message in fails(argv, capsys)
     assert not (tmp_path / "run").exists()
@@ -127,36 +140,37 @@ def test_two_runs_of_one_seed_are_equal_and_plain_output_is_plain(
         assert line.isprintable(), line
     assert "step 6/6  loss " in err
     assert "forum:0" in out
-    assert "Score by domain" in out
+    assert "Value by domain for validation set held" in out
 
     again = read_run(tmp_path / "run")
-    for name in ("documents", "steps", "scores"):
+    for name in ("examples", *LOG_TABLES):
         assert getattr(again, name).equals(getattr(micro_run, name), check_metadata=True)
 
 
 def test_one_quiet_step_is_a_run_that_prints_nothing(micro_config, tmp_path, capsys):
     assert main(command(micro_config, out=tmp_path / "run", steps=1)) == 0
     assert capsys.readouterr() == ("", "")
-    assert read_run(tmp_path / "run").documents["visits"].to_pylist().count(1) == 4
+    assert read_run(tmp_path / "run").values()[0].tolist().count(1) == 4
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "ghostjax: error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "ghostjax: error: interrupted"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )
-def test_a_run_that_stops_leaves_no_results(
+def test_exit_codes_of_a_run_that_stops(
     micro_config, tmp_path, capsys, monkeypatch, error, code, message
 ):
     def stop(*args):
         raise error
 
-    monkeypatch.setattr("ghostjax.runs.job.train", stop)
+    monkeypatch.setattr("ghostjax.runs.training.Trainer.steps", stop)
     assert main(command(micro_config, out=tmp_path / "run")) == code
     assert message in capsys.readouterr().err
-    assert list((tmp_path / "run").iterdir()) == []
+    assert main(["rank", str(tmp_path / "run")]) == 2
+    assert "no steps in the log yet" in capsys.readouterr().err
 
 
 def test_version_and_help(capsys):
@@ -207,7 +221,9 @@ def test_the_default_job_puts_prose_above_code(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["auc"] > 0.7
-    assert summary["val_loss"] < 2.6
-    assert summary["domains"]["prose"]["score"] > summary["domains"]["code"]["score"]
-    assert f"AUC of prose above code {summary['auc']:.3f}" in done.stdout
+    for own, other in (("prose", "code"), ("code", "prose")):
+        assert summary["auc"][own] > 0.7
+        assert summary["val_loss"][own] < 2.6
+        domains = summary["domains"][own]
+        assert domains[own]["value"] > domains[other]["value"]
+        assert f"AUC of {own} above all else" in done.stdout

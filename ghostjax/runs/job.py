@@ -96,7 +96,7 @@ def _metadata(
     config: TrainConfig, task: Task, trainer: Trainer, data: str, params: str
 ) -> dict[str, Any]:
     """What ``run.json`` holds."""
-    packages = ("ghostjax", "jax", "flax", "optax", "numpy", "pyarrow")
+    packages = ("ghostjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "pyarrow")
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "task": task.name,
@@ -127,10 +127,11 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> No
     """Makes the steps that are still to be made, and writes log and checkpoints."""
     out, sets = config.out, list(task.val_sizes)
     start = checkpoints.latest(out) or 0
-    writer = parts.LogWriter.resume(out, sets, start)
     initial = trainer.init_state(params)
     if start:
         initial = checkpoints.restore(out, start, initial)
+    # Last, as it drops what the log has beyond the checkpoint.
+    writer = parts.LogWriter.resume(out, sets, start)
     console = None if config.quiet else make_console(sys.stderr)
     show = terminal.Progress(console, start, config.steps, config.batch_size)
     end = start

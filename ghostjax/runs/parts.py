@@ -26,12 +26,17 @@ def check_out(out: Path) -> None:
     """Raises ``UsageError`` unless ``out`` is new or an empty directory."""
     try:
         if out.is_dir():
-            if any(out.iterdir()):
+            if any(not _is_partial(path.name) for path in out.iterdir()):
                 raise UsageError(f"{out} is not empty: give a new directory")
         elif out.exists() or out.is_symlink():
             raise UsageError(f"{out} is not a directory: give a new one")
     except OSError as error:
         raise UsageError(f"{out}: {error.strerror or error}") from error
+
+
+def _is_partial(name: str) -> bool:
+    """Left by a process that was killed while it wrote."""
+    return name.startswith(".") and name.endswith(".partial")
 
 
 def create_out(out: Path) -> None:

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ghostjax import (
-    GradDots,
-    aggregate,
-    conservation_error,
-    directions,
-    fidelity,
-    value_grad_and_dots,
-)
+from ghostjax import directions, fidelity
+from ghostjax._aggregate import aggregate
+from ghostjax._dots import GradDots, conservation_error, value_grad_and_dots
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 

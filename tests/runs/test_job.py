@@ -1,0 +1,201 @@
+"""A whole run on disk: what it writes, and that an interrupted one goes on undisturbed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ghostjax.runs import job, training
+from ghostjax.runs.config import UsageError
+from ghostjax.runs.reading import read_run
+from ghostjax.runs.schema import LOG_TABLES
+from tests.runs.conftest import BATCH_SIZE, LENGTH, STEPS
+
+# optax.adamw raises a Python float to the power of an int32 count.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def same_log(one, other):
+    for table in LOG_TABLES:
+        assert getattr(one, table).equals(getattr(other, table)), table
+
+
+def test_the_run_directory_holds_what_is_documented(micro_run):
+    names = {path.name for path in micro_run.path.iterdir()}
+    assert names == {
+        *("run.json", "examples.parquet", "log", "checkpoints", "values.parquet", "summary.json")
+    }
+    assert len(micro_run.scores) == STEPS * BATCH_SIZE
+    assert micro_run.sets == ("held", "other")
+    assert sorted(path.name for path in (micro_run.path / "log").glob("scores*")) == [
+        "scores-00000000-00000004.parquet",
+        "scores-00000004-00000006.parquet",
+    ]
+
+
+def test_the_log_says_what_happened(micro_run):
+    scores, steps = micro_run.scores.to_pydict(), micro_run.steps.to_pydict()
+    for name in micro_run.sets:
+        assert any(score != 0 for score in scores[f"score_{name}"])
+        assert all(error >= 0 for error in scores[f"error_{name}"])
+    by_step = np.reshape(scores["loss"], (STEPS, BATCH_SIZE)).mean(axis=1)
+    np.testing.assert_allclose(by_step, steps["loss"], rtol=1e-5)
+    assert [error is None for error in steps["audit_error"]] == [False, True] * 3
+    assert max(error for error in steps["audit_error"] if error is not None) < 1e-3
+    assert max(steps["conservation_error"]) < 1e-3
+    assert min(steps["learning_rate"]) > 0
+    starts = dict(zip(*(micro_run.examples[name].to_pylist() for name in ("id", "size"))))
+    for start, name in zip(scores["start"], scores["id"]):
+        assert 0 <= start <= max(0, starts[name] - (LENGTH + 1))
+    assert any(scores["start"])
+
+
+def test_kinds_add_up_to_the_scores(micro_run):
+    kinds, scores = micro_run.kinds, micro_run.scores
+    step, which, part = (kinds[name].to_numpy() for name in ("step", "set", "score"))
+    for name in micro_run.sets:
+        by_step = scores[f"score_{name}"].to_numpy().reshape(STEPS, BATCH_SIZE)
+        for number in range(STEPS):
+            total = part[(step == number) & (which == name)].sum()
+            size = np.abs(by_step[number]).sum()
+            assert abs(total - by_step[number].sum()) <= 1e-4 * size
+
+
+def test_values_are_the_sums_of_the_log(micro_run):
+    table = pq.read_table(micro_run.path / "values.parquet").to_pydict()
+    visits, values, errors = micro_run.values()
+    assert table["visits"] == visits.tolist()
+    assert table["value_other"] == values[:, 1].tolist()
+    assert table["error_held"] == errors[:, 0].tolist()
+    assert visits.max() - visits.min() <= 1
+
+
+def test_the_summary_agrees_with_the_tables(micro_run):
+    summary = micro_run.summary
+    assert summary["finished"] is True
+    assert summary["steps"] == STEPS
+    assert summary["loss"] == micro_run.steps["loss"][-1].as_py()
+    assert summary["auc"] is None
+    _, values, _ = micro_run.values()
+    for k, name in enumerate(micro_run.sets):
+        domains = summary["domains"][name]
+        assert set(domains) == {"forum", "wiki"}
+        total = sum(figures["value"] for figures in domains.values())
+        np.testing.assert_allclose(total, values[:, k].sum(), rtol=1e-9)
+        assert sum(figures["visits"] for figures in domains.values()) == STEPS * BATCH_SIZE
+        assert summary["fidelity"][name]["conservation_error"] < 1e-3
+
+
+def test_run_json_tells_how_the_run_was_started(micro_config, micro_run):
+    metadata = micro_run.metadata
+    assert metadata["options"]["steps"] == STEPS
+    assert metadata["seed"] == 0
+    assert len(metadata["fingerprints"]["data"]) == 64
+    assert {"jax", "flax", "optax", "ghostjax", "python"} <= set(metadata["versions"])
+    assert micro_config.resumed(metadata["options"]) == micro_config
+
+
+def interrupted_after(monkeypatch, steps):
+    """Sends the process what Ctrl-C does while step ``steps`` is under way."""
+    make = training.Trainer.steps
+
+    def interrupted(self, *args):
+        for state, step in make(self, *args):
+            if step.number + 1 == steps:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield state, step
+
+    monkeypatch.setattr(training.Trainer, "steps", interrupted)
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, monkeypatch):
+    config = dataclasses.replace(micro_config, out=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(config)
+    assert read_run(config.out).end == 3
+    assert read_run(config.out).summary is None
+    job.run(dataclasses.replace(config, resume=True))
+    same_log(read_run(config.out), micro_run)
+    with pytest.raises(UsageError, match="complete run: there is nothing to resume"):
+        job.run(dataclasses.replace(config, resume=True))
+
+
+def test_a_run_that_stops_keeps_what_it_has(micro_config, tmp_path, monkeypatch):
+    config = dataclasses.replace(micro_config, out=tmp_path / "run")
+    check = training.Trainer._check
+
+    def stop(self, step):
+        check(self, step)
+        if step.number == 5:
+            raise training.StoppedError("stopped at step 5")
+
+    monkeypatch.setattr(training.Trainer, "_check", stop)
+    with pytest.raises(training.StoppedError):
+        job.run(config)
+    assert read_run(config.out).end == 5
+    assert read_run(config.out).summary is None
+
+
+def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path):
+    config = dataclasses.replace(micro_config, out=tmp_path, resume=True)
+    with pytest.raises(UsageError, match=r"no run|run\.json"):
+        job.run(config)
+    (tmp_path / "run.json").write_text((micro_run.path / "run.json").read_text())
+    with pytest.raises(UsageError, match="it has --steps 6, not 7"):
+        job.run(dataclasses.replace(config, steps=7))
+    metadata = json.loads((tmp_path / "run.json").read_text())
+    metadata["fingerprints"]["data"] = "0" * 64
+    (tmp_path / "run.json").write_text(json.dumps(metadata))
+    with pytest.raises(UsageError, match="the data changed since the run began"):
+        job.run(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(micro_config, tmp_path):
+    """The log of a run killed again and again equals that of an undisturbed one, row for row."""
+    config = dataclasses.replace(micro_config, steps=40, checkpoint_every=3, quiet=True)
+
+    def command(out, *more):
+        argv = ["train", "--out", str(out), "--model", "micro", "--quiet", "--length", str(LENGTH)]
+        argv += ["--train", *map(str, config.train), "--val", *config.val]
+        argv += ["--steps", "40", "--batch-size", "4", "--val-batch-size", "2"]
+        argv += ["--checkpoint-every", "3", "--audit-every", "4", *more]
+        return [sys.executable, "-m", "ghostjax", *argv]
+
+    subprocess.run(command(tmp_path / "whole"), check=True)
+    whole, out = read_run(tmp_path / "whole"), tmp_path / "killed"
+    rng = np.random.default_rng()
+    kills = 0
+    for _ in range(40):
+        started = (out / "run.json").exists()
+        process = subprocess.Popen(command(out, *["--resume"] if started else []))
+        # Not before something is on disk; then at a random moment of the next seconds.
+        before = set((out / "log").glob("*")) if out.exists() else set()
+        limit = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < limit:
+            if out.exists() and set((out / "log").glob("*")) != before:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+        if not (out / "run.json").exists():
+            for path in out.glob("*"):
+                path.unlink()
+    assert process.returncode == 0
+    assert kills >= 3
+    same_log(read_run(out), whole)
+    assert (out / "values.parquet").read_bytes() == (tmp_path / "whole/values.parquet").read_bytes()
