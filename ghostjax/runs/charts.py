@@ -131,8 +131,8 @@ def over_time(place: str, source: Run, which: str) -> str:
     first, last = (np.nanmean(scores[(steps >= a) & (steps < b)]) for a, b in (bins[:2], bins[-2:]))
     caption = (
         "How much one visit of an example helped, on average over the visits of a stretch of "
-        f"steps. Over all examples it was {scale.plain(first)} in the first stretch and "
-        f"{scale.plain(last)} in the last."
+        f"steps. Over all examples it was {number(float(scale(first)))} in the first stretch and "
+        f"{number(float(scale(last)))} in the last."
     )
     chart = pictures.lines(
         f"{place}-time",
@@ -160,6 +160,13 @@ def predicted_and_actual(place: str, source: Run, which: str) -> str:
         f"{which} by {number(abs(predicted.sum()))}; they {_verb(actual.sum())[1]} it by "
         f"{number(abs(actual.sum()))} (on the validation rows of each step, in {unit(source)})."
     )
+    scored = source.scores[f"score_{which}"].to_numpy().astype(float).sum()
+    if abs(scored - predicted.sum()) > 0.1 * abs(predicted.sum()):
+        caption += (
+            f" The scores add up to {number(scored)}: they are what the rows of a step change of "
+            "its update, and the rest of the update is what the optimizer remembers of earlier "
+            "steps or does without any gradient."
+        )
     scale = Scale.of(np.concatenate(list(sums.values())))
     chart = pictures.lines(
         f"{place}-decrease",

@@ -9,20 +9,24 @@ from ghostjax.runs.pictures import number, power_of_ten
 
 
 class Scale(NamedTuple):
-    """Numbers in units of ``10 ** exponent``."""
+    """Numbers in units of ``10 ** exponent``; ``places`` after the point where they are listed."""
 
     exponent: int
+    places: int = 2
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Scale":
-        """The unit in which the largest of the values is from 1 to 1000.
+        """The unit in which the largest of the values is from 1 to 1000, in three digits.
 
-        >>> Scale.of(np.array([0.0123, -0.002])).exponent
-        -3
+        >>> Scale.of(np.array([0.0123, -0.002]))
+        Scale(exponent=-3, places=1)
         """
         sizes = np.abs(values[np.isfinite(values)])
         largest = float(sizes.max()) if len(sizes) else 0.0
-        return cls(3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0)
+        if not largest > 0:
+            return cls(0)
+        power = math.floor(math.log10(largest))
+        return cls(3 * (power // 3), 2 - power % 3)
 
     @classmethod
     def typical(cls, values: np.ndarray) -> "Scale":
@@ -44,14 +48,14 @@ class Scale(NamedTuple):
         return np.asarray(values, float) / 10.0**self.exponent
 
     def plain(self, value: float) -> str:
-        """A value in this unit, to two places: all have as many, so that they can be compared."""
+        """A value in this unit: all have as many places, so that they can be compared."""
         scaled = float(self(value))
         if not math.isfinite(scaled):
             return number(scaled)
-        text = f"{scaled:.2f}"
-        return "0.00" if float(text) == 0 else text.replace("-", "\u2212")
+        text = f"{scaled:.{self.places}f}"
+        return (text if float(text) else text.lstrip("-")).replace("-", "\u2212")
 
     def signed(self, value: float) -> str:
         """As ``plain``, with a plus for positive values."""
         text = self.plain(value)
-        return f"+{text}" if text[0].isdigit() and text != "0.00" else text
+        return f"+{text}" if text[0].isdigit() and float(text) else text

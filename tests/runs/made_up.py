@@ -40,6 +40,7 @@ def write_run(
     excerpts: dict[int, str] | None = None,
     changes: dict[str, float] | None = None,
     ids: tuple[str, ...] | None = None,
+    memory: float = 1.0,
     **metadata: Any,
 ) -> Path:
     """Writes a run directory.
@@ -52,6 +53,7 @@ def write_run(
       excerpts: Texts of some examples, by their number.
       changes: What is added to every score of an example, by its id.
       ids: Of the examples.
+      memory: How much larger the decrease by an update is than the sum of the scores.
       metadata: Further entries of run.json.
     """
     rng = np.random.default_rng(seed)
@@ -70,7 +72,7 @@ def write_run(
         sets,
         {"id": ids, "domain": domains, "size": [len(text) for text in texts], "excerpt": texts},
     )
-    log = _make_log(rng, sets, steps, ids, domains, error, changes or {})
+    log = _make_log(rng, sets, steps, ids, domains, error, changes or {}, memory)
     cuts = sorted({min(cut, steps) for cut in (*PARTS, steps)})
     for first, end in itertools.pairwise(cuts):
         for name, columns in log.items():
@@ -97,7 +99,9 @@ def write_run(
     return path
 
 
-def _make_log(rng, sets, steps, ids, domains, error, changes) -> dict[str, dict[str, np.ndarray]]:
+def _make_log(
+    rng, sets, steps, ids, domains, error, changes, memory
+) -> dict[str, dict[str, np.ndarray]]:
     step = np.arange(steps)
     fading = 1 / (1 + step / 10)
     orders = [rng.permutation(len(ids)) for _ in range(steps * BATCH_SIZE // len(ids) + 1)]
@@ -126,7 +130,7 @@ def _make_log(rng, sets, steps, ids, domains, error, changes) -> dict[str, dict[
         score += [changes.get(ids[n], 0.0) for n in which]
         scores[f"score_{name}"] = score
         scores[f"error_{name}"] = error * rng.uniform(0.7, 1.3, len(which))
-        predicted = np.bincount(visit_step, score, steps)
+        predicted = memory * np.bincount(visit_step, score, steps)
         table[f"val_loss_{name}"] = 3.0 + k + fading
         table[f"predicted_{name}"] = predicted
         table[f"actual_{name}"] = 0.9 * predicted + rng.normal(0, 1e-3, steps)
@@ -135,7 +139,7 @@ def _make_log(rng, sets, steps, ids, domains, error, changes) -> dict[str, dict[
             kinds["step"].append(step)
             kinds["kind"].append(np.full(steps, kind, object))
             kinds["set"].append(np.full(steps, name, object))
-            kinds["score"].append(part * predicted)
+            kinds["score"].append(part * predicted / memory)
     joined = {name: np.concatenate(parts) for name, parts in kinds.items()}
     order = np.argsort(joined["step"], kind="stable")
     return {"scores": scores, "steps": table, "kinds": {k: v[order] for k, v in joined.items()}}

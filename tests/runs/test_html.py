@@ -270,6 +270,14 @@ def test_many_domains_and_kinds_of_values(tmp_path):
     assert "all others" in text
 
 
+def test_updates_that_rows_do_not_account_for_are_told(made_up, report, tmp_path):
+    assert "The scores add up to" not in report
+    path = write_run(tmp_path / "run", sets=("val",), memory=3.0)
+    source = read_run(path)
+    total = source.scores["score_val"].to_numpy().astype(float).sum()
+    assert f"The scores add up to {number(total)}: " in make_report(source)
+
+
 def test_warnings_of_the_summary_are_shown_once(tmp_path):
     path = write_run(tmp_path / "run", error=0.1, sets=("prose",))
     summary = json.loads((path / "summary.json").read_text())
@@ -379,9 +387,9 @@ def test_numbers_and_scales():
     assert number(-0.5) == "\u22120.500"
     scale = Scale.of(np.array([-2e-5, np.nan, 1e-6]))
     assert scale.words == "10⁻⁶"
-    assert scale.signed(-2e-5) == "\u221220.00"
-    assert scale.signed(1e-6) == "+1.00"
-    assert scale.signed(1e-12) == "0.00"
+    assert scale.signed(-2e-5) == "\u221220.0"
+    assert scale.signed(1e-6) == "+1.0"
+    assert scale.signed(1e-12) == scale.signed(-1e-12) == "0.0"
     assert Scale.of(np.zeros(3)).words == Scale.typical(np.zeros(3)).words == ""
     assert Scale.typical(np.array([*[0.001] * 19, 1e6])).words == "10⁻³"
     assert scale.plain(float("nan")) == "undefined"
