@@ -69,8 +69,7 @@ def _edges(values: np.ndarray) -> np.ndarray:
 def by_domain(place: str, valued: Valued, scale: Scale) -> str:
     """The range of the values in each domain."""
     found, rows = {}, []
-    for domain in dict.fromkeys(valued.domains):
-        part = valued.select(valued.domains == domain)
+    for domain, part in valued.by_domain().items():
         visited = scale(part.values[part.visits > 0])
         if len(visited):
             found[domain] = np.quantile(visited, [0.05, 0.25, 0.5, 0.75, 0.95])

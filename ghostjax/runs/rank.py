@@ -209,14 +209,12 @@ def _by_domain(title: str, valued: Valued, by: By, console: Console) -> Table:
     columns = {"domain": {"ratio": 1}, "examples": right, "visits": right, "sum of values": right}
     columns |= {f"mean {what}": right, f"median {what}": right, "helped": right}
     table = output.plain_table(title, columns, console)
-    means = {}
-    for domain in set(valued.domains):
-        ranked = valued.select(valued.domains == domain).ranked(by)
-        measured = ranked.measured(by)[0]
-        means[domain] = (-np.mean(measured) if len(measured) else np.inf, domain)
-    for domain in sorted(means, key=means.get)[:MAX_DOMAINS]:
-        part = valued.select(valued.domains == domain)
+    found = []
+    for domain, part in valued.by_domain().items():
         measured = part.ranked(by).measured(by)[0]
+        found.append((-np.mean(measured) if len(measured) else np.inf, domain, part, measured))
+    found.sort(key=lambda entry: entry[:2])
+    for _, domain, part, measured in found[:MAX_DOMAINS]:
         some = len(measured) > 0
         table.add_row(
             output.plain_cell(domain, console),
@@ -227,6 +225,6 @@ def _by_domain(title: str, valued: Valued, by: By, console: Console) -> Table:
             f"{np.median(measured):+.2e}" if some else "-",
             f"{(measured > 0).mean():.0%}" if some else "-",
         )
-    if len(means) > MAX_DOMAINS:
-        table.caption = f"and {len(means) - MAX_DOMAINS} more domains with lower means"
+    if len(found) > MAX_DOMAINS:
+        table.caption = f"and {len(found) - MAX_DOMAINS} more domains with lower means"
     return table

@@ -48,6 +48,16 @@ class Valued:
         # NaN goes last.
         return visited.select(np.argsort(-visited.measured(by)[0], kind="stable"))
 
+    def by_domain(self) -> dict[str, "Valued"]:
+        """The examples of each domain, in the order of the domains' names."""
+        if not len(self):
+            return {}
+        names, place, counts = np.unique(
+            self.domains.astype(str), return_inverse=True, return_counts=True
+        )
+        groups = np.split(np.argsort(place, kind="stable"), np.cumsum(counts)[:-1])
+        return {str(name): self.select(group) for name, group in zip(names, groups)}
+
 
 def read_values(run: Run) -> dict[str, Valued]:
     """The examples of a run, in the order of ``run.examples``, for every validation set.

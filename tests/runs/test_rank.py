@@ -133,6 +133,26 @@ def test_by_domain_sums_up_what_the_rows_say(made_up, capsys):
         assert figure in line
 
 
+def test_examples_are_grouped_by_domain(made_up):
+    valued = read_values(read_run(made_up))["code"]
+    groups = valued.by_domain()
+    assert list(groups) == sorted(DOMAINS)
+    for domain, part in groups.items():
+        expected = valued.select(valued.domains == domain)
+        assert list(part.ids) == list(expected.ids)
+        np.testing.assert_array_equal(part.values, expected.values)
+    assert valued.select(slice(0)).by_domain() == {}
+
+
+def test_of_many_domains_the_best_are_printed(tmp_path, capsys):
+    path = write_run(tmp_path / "run", domains=tuple(f"d{n}" for n in range(EXAMPLES)))
+    table = ranked(path, capsys, "--set", "prose").split("By domain")[1]
+    assert "and 20 more domains with lower means" in table
+    best = read_values(read_run(path))["prose"].ranked().domains[:20]
+    rows = [line.split()[1] for line in table.splitlines() if " d" in line and "│" in line]
+    assert rows == list(best)
+
+
 def test_titles_do_not_claim_what_is_not_so():
     def titles(*values):
         return {title: list(n) for title, n in best_and_worst(np.array(values, float), 2)}

@@ -1,0 +1,49 @@
+import dataclasses
+
+import pytest
+
+from ghostjax.fidelity import Fidelity
+from ghostjax.runs.judgement import judge
+
+GOOD = Fidelity(
+    prediction_correlation=0.95,
+    prediction_error=0.1,
+    prediction_ratio=0.9,
+    plain_correlation=0.5,
+    sampling_error=0.2,
+    conservation_error=1e-6,
+    audit_error=1e-6,
+)
+
+
+@pytest.mark.parametrize(
+    ("level", "changes", "words"),
+    [
+        ("good", {}, "90% of what was predicted"),
+        ("good", {"audit_error": None}, "No step was audited"),
+        ("good", {"plain_correlation": float("nan")}, "certificate"),
+        ("fair", {"prediction_correlation": 0.6}, "only loosely"),
+        ("fair", {"prediction_ratio": 3.0}, "another size"),
+        ("fair", {"prediction_ratio": -0.5}, "the other way"),
+        ("fair", {"sampling_error": 0.7}, "compare groups of examples"),
+        ("fair", {"sampling_error": 1.5}, "1.5 times as large"),
+        ("fair", {"prediction_error": 0.9}, "did not do what the scores predict"),
+        ("poor", {"prediction_correlation": 0.1}, "did not do what the scores predict"),
+        ("poor", {"prediction_correlation": float("nan")}, "did not do what the scores predict"),
+        ("poor", {"sampling_error": 3.0}, "sampling error"),
+        ("poor", {"conservation_error": 0.5}, "do not add up"),
+        ("poor", {"conservation_error": float("nan")}, "do not add up"),
+        ("poor", {"audit_error": 0.5}, "came out differently"),
+    ],
+)
+def test_judgements(level, changes, words):
+    found = judge(dataclasses.replace(GOOD, **changes), steps=100)
+    assert found.level == level
+    assert words in " ".join(found.reasons + found.findings)
+    assert bool(found.reasons) == (level != "good")
+
+
+def test_few_steps_are_a_reason_for_caution():
+    assert judge(GOOD, steps=1).level == "fair"
+    assert "1 step is too few" in judge(GOOD, steps=1).reasons[0]
+    assert judge(GOOD, steps=9).level == "fair"
