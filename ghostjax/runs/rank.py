@@ -167,10 +167,11 @@ def _print_set(name: str, valued: Valued, config: RankConfig, console: Console) 
     about = f"validation set {name}"
     if config.domain is not None:
         about += f", domain {config.domain}"
+    per_visit = ", mean and median per visit" if config.by == "mean" else ""
     for title, indices in best_and_worst(measured, config.count or DEFAULT_COUNT):
         console.print(_ranking(f"{title}: {about}", ranked, indices, config.by, console))
     if config.domain is None:
-        console.print(_by_domain(f"By domain: {about}", valued, config.by, console))
+        console.print(_by_domain(f"By domain: {about}{per_visit}", valued, config.by, console))
     if not config.quiet:
         apart = np.abs(measured) > 2 * errors
         console.print(
@@ -205,9 +206,8 @@ def _ranking(title: str, ranked: Valued, indices: np.ndarray, by: By, console: C
 
 def _by_domain(title: str, valued: Valued, by: By, console: Console) -> Table:
     right = {"justify": "right"}
-    what = "value" if by == "value" else "value per visit"
-    columns = {"domain": {"ratio": 1}, "examples": right, "visits": right, "sum of values": right}
-    columns |= {f"mean {what}": right, f"median {what}": right, "helped": right}
+    columns = {"domain": {"ratio": 1, "min_width": 12}, "examples": right, "visits": right}
+    columns |= {"sum": right, "mean": right, "median": right, "helped": right}
     table = output.plain_table(title, columns, console)
     found = []
     for domain, part in valued.by_domain().items():
