@@ -1,6 +1,8 @@
 """Settings for every test, made before JAX is imported."""
 
 import os
+import shutil
+import tempfile
 
 # Eight virtual devices are for the sharding tests. Without excess precision bfloat16 means the same
 # in two compiled programs, so that they can be compared. Compiling is most of the suite's time, and
@@ -15,11 +17,22 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-import jax
-import pytest
+# What one test or worker has compiled, no other compiles again.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp(prefix="ghostjax-tests-")
+if _OWN_CACHE is not None:
+    os.environ[_CACHE] = _OWN_CACHE
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_unconfigure():
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

@@ -163,22 +163,23 @@ def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path)
 @pytest.mark.slow
 def test_kill_9_at_any_moment(micro_config, tmp_path):
     """The log of a run killed again and again equals that of an undisturbed one, row for row."""
-    config = dataclasses.replace(micro_config, steps=40, checkpoint_every=3, quiet=True)
 
     def command(out, *more):
         argv = ["train", "--out", str(out), "--model", "micro", "--quiet", "--length", str(LENGTH)]
-        argv += ["--train", *map(str, config.train), "--val", *config.val]
+        argv += ["--train", *map(str, micro_config.train), "--val", *micro_config.val]
         argv += ["--steps", "40", "--batch-size", "4", "--val-batch-size", "2"]
         argv += ["--checkpoint-every", "3", "--audit-every", "4", *more]
         return [sys.executable, "-m", "ghostjax", *argv]
 
-    subprocess.run(command(tmp_path / "whole"), check=True)
+    # A cache of its own: an entry that is being written when the process is killed may be broken.
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run(command(tmp_path / "whole"), check=True, env=environment)
     whole, out = read_run(tmp_path / "whole"), tmp_path / "killed"
     rng = np.random.default_rng()
     kills = 0
     for _ in range(40):
         started = (out / "run.json").exists()
-        process = subprocess.Popen(command(out, *["--resume"] if started else []))
+        process = subprocess.Popen(command(out, *["--resume"] if started else []), env=environment)
         # Not before something is on disk; then at a random moment of the next seconds.
         before = set((out / "log").glob("*")) if out.exists() else set()
         limit = time.monotonic() + 120
