@@ -64,7 +64,7 @@ def stack(trees: list[Any]) -> Any:
 
 
 def batches(seed: int, num_rows: int, batch_size: int, steps: int) -> np.ndarray:
-    """Places of rows, [steps, batch_size]: every epoch a new order, its incomplete rest left out."""
+    """Places of rows, [steps, batch_size]: every epoch a new order, without its rest."""
     generator = np.random.default_rng([seed, 1])
     per_epoch = num_rows // batch_size
     epochs = [
