@@ -85,6 +85,8 @@ class InRunValues:
             )
         if not jnp.issubdtype(scores.dtype, jnp.floating):
             raise TypeError(f"scores must be floating point, got {scores.dtype}.")
+        if ids.dtype.itemsize < 4:  # n_examples must fit
+            ids = ids.astype(jnp.int32)
         is_row = ids >= 0
         # Index n_examples is out of bounds, and mode "drop" leaves it out; a negative one would
         # count from the end.
@@ -95,7 +97,7 @@ class InRunValues:
             visits=self.visits.at[places].add(1, mode="drop"),
             rejected=self.rejected + jnp.sum(ids >= count, dtype=jnp.int32),
         )
-        if not isinstance(ids, jax.core.Tracer):
+        if not isinstance(added.rejected, jax.core.Tracer):
             added.check()
         return added
 

@@ -33,7 +33,8 @@ def top_k(scores: jax.Array, k: int) -> jax.Array:
     """The k rows with the largest scores alike, weight 0 for the others.
 
     Args:
-      scores: [B]. Of equal scores, the first rows are kept.
+      scores: [B]. Of equal scores, the first rows are kept; NaN scores are dropped, also where
+        fewer than k are left.
       k: static, 1 <= k <= B.
 
     Returns:
@@ -49,8 +50,8 @@ def top_k(scores: jax.Array, k: int) -> jax.Array:
     scores = _checked(scores)
     if not 1 <= k <= scores.shape[0]:
         raise ValueError(f"k must be from 1 to the number of rows, {scores.shape[0]}, got {k}.")
-    _, places = jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores), k)
-    return _mean_one(jnp.zeros(scores.shape).at[places].set(1))
+    places = jnp.argsort(-scores, stable=True)[:k]  # NaN last
+    return _mean_one(jnp.zeros(scores.shape, bool).at[places].set(True) & ~jnp.isnan(scores))
 
 
 def softmax(scores: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -59,7 +60,7 @@ def softmax(scores: jax.Array, temperature: float = 1.0) -> jax.Array:
         weights = B * softmax(scores / (temperature * std(scores)))
 
     Args:
-      scores: [B].
+      scores: [B]. Rows whose score is NaN or infinite are dropped.
       temperature: > 0. Large: all rows alike; small: the best row alone.
 
     Returns:
@@ -75,9 +76,12 @@ def softmax(scores: jax.Array, temperature: float = 1.0) -> jax.Array:
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     scores = _checked(scores)
-    spread = jnp.std(scores)
+    is_finite = jnp.isfinite(scores)
+    scores = jnp.where(is_finite, scores, 0)
+    spread = jnp.std(scores, where=is_finite)
     scaled = scores / jnp.where(spread > 0, temperature * spread, 1)
-    return scores.shape[0] * jax.nn.softmax(scaled)
+    weights = scores.shape[0] * jax.nn.softmax(scaled, where=is_finite)
+    return jnp.where(is_finite, weights, 0)
 
 
 def _checked(scores: jax.Array) -> jax.Array:
