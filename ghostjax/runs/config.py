@@ -29,8 +29,7 @@ class TrainConfig:
         ghostjax train --out run --resume
 
     The score of an example sums, over its visits, the first-order decrease of the mean validation
-    loss, in the unit of the loss, by the example's share of the update. Positive helps. The update
-    is that of the optimizer after clipping, linearised at the gradient of the step before.
+    loss, in the unit of the loss, by the example's share of the optimizer's update. Positive helps.
 
     The run directory gets the log, in Parquet, and checkpoints while training goes on; in the end
     values.parquet and summary.json.
@@ -52,7 +51,7 @@ class TrainConfig:
       steps: Training steps.
       batch_size: Training examples per step (B).
       microbatches: How many parts of the batch are differentiated one after another, to save
-        memory.
+        memory; more than 1 takes a second pass.
       val_batch_size: Held-out examples per step and validation set (V), even, drawn anew at every
         step. Halves of them tell the sampling error of the scores.
       length: Positions per row (T). Shorter documents are padded; of a longer one, every visit
@@ -61,7 +60,7 @@ class TrainConfig:
       learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
         model's own.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
-      order: 1, or 2 for scores that take the curvature along the previous update into account.
+      order: 1, or 2 for scores that take the curvature along the update into account.
       dtype: What is computed in. Parameters, sums and scores are float32.
       remat: Recompute activations in the backward pass, to save memory.
       audit_every: Every so many steps, two rows are redone by plain autodiff. 0: never.

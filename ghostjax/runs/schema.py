@@ -92,7 +92,12 @@ _FIELDS = {
         ("step", pa.int64(), "Step, from 0."),
         ("kind", pa.string(), "Kind of layer."),
         ("set", pa.string(), "Validation set."),
-        ("score", pa.float32(), "The part of the rows' summed score that its parameters carry."),
+        (
+            "score",
+            pa.float32(),
+            "What its parameters have in the summed size of the step's scores: over the rows, the "
+            "sum of their part of the score times the score's sign.",
+        ),
     ],
     "values": [
         ("id", pa.string(), "Unique id of the training example."),

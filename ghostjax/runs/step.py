@@ -19,19 +19,10 @@ PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What one step hands to the next.
-
-    Attributes:
-      params, opt_state: as in any optax loop.
-      grads: of the step before, where the optimizer's update is linearised: it is known before the
-        pass over the training rows. At the start, those of the first batch.
-      updates: of the step before, for second-order scores; at the start zero. () for first order.
-    """
+    """What one step hands to the next, as in any optax loop."""
 
     params: Any
     opt_state: Any
-    grads: Any
-    updates: Any
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +34,8 @@ class StepRecord:
       loss: mean loss of the rows;  row_losses: [B].
       scores: [K, B], the first-order decrease of each validation loss by row i's share of the
         update;  errors: [K, B], their standard errors.
-      kinds: [K, G], the scores summed over the rows, by kind of layer.
+      kinds: [K, G], what each kind of layer has in the summed size of the scores: over the rows,
+        the sum of its part of the score times the score's sign.
       val_loss, predicted, actual: [K]; the decrease of val_loss by the whole update.
       correlation: [K], of the scores with plain inner products of gradients.
       conservation_error, audit_error: scalars; audit_error is NaN without an audit.
@@ -64,19 +56,6 @@ class StepRecord:
     undefined: Any
 
 
-def init_state(
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    row_losses: Callable,
-    train_rows: Any,
-    order: int,
-) -> TrainState:
-    """The state before the first step, which is to see ``train_rows``."""
-    grads = jax.jit(jax.grad(lambda params: jnp.mean(row_losses(params, train_rows))))(params)
-    updates = jax.tree.map(jnp.zeros_like, params) if order == 2 else ()
-    return TrainState(params, jax.jit(optimizer.init)(params), grads, updates)
-
-
 def make_step(
     row_losses: Callable[[Any, Any], jax.Array],
     optimizer: optax.GradientTransformation,
@@ -92,8 +71,10 @@ def make_step(
 
     Args:
       kinds: for every leaf of the parameters, the number of its kind.
-      order: 1, or 2 for validation gradients half-way along the update of the step before.
-      microbatches: how many parts of the batch are differentiated one after another.
+      order: 1, or 2 for validation gradients half-way along the update.
+      microbatches: how many parts of the batch are differentiated one after another. XLA merges the
+        two backward passes over the training rows, for the update and for its scores, into one;
+        but not two loops.
 
     ``train_rows`` are [B, ...], ``val_rows`` [K, PARTS, V / PARTS, ...]; ``audited`` are the rows
     to be redone by plain autodiff, [n], or all -1 for none.
@@ -106,21 +87,33 @@ def make_step(
     def mean_loss(params, rows):
         return loss_fn(params, rows)[0]
 
-    def validate(state, rows):
+    def validate(params, updates, rows):
         """Losses [K * PARTS] and gradients stacked alike, part by part."""
 
         def one(rows):
-            loss, grads = jax.value_and_grad(mean_loss)(state.params, rows)
+            loss, grads = jax.value_and_grad(mean_loss)(params, rows)
             if order == 2:
-                grads = directions.second_order(mean_loss, state.params, state.updates, rows)
+                grads = directions.second_order(mean_loss, params, updates, rows)
             return loss, grads
 
         return jax.lax.map(one, rows)
 
+    def in_parts(rows):
+        return jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
+
+    def gradient(params, rows):
+        if microbatches == 1:
+            return jax.grad(mean_loss)(params, rows)
+
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, jax.grad(mean_loss)(params, rows)), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), in_parts(rows))
+        return jax.tree.map(lambda leaf: leaf / microbatches, total)
+
     def train(params, rows, direction):
         """One pass; or several, one after another, of parts of the batch."""
         fn = directions.stacked(value_grad_and_dots(loss_fn, has_aux=True))
-        parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
 
         def one(rows):
             return fn(params, rows, direction=direction)
@@ -133,6 +126,7 @@ def make_step(
             sums = jax.tree.map(jnp.add, total, (result.value, result.grads, result.shared))
             return sums, (result.aux, result.dots)
 
+        parts = in_parts(rows)
         shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -147,20 +141,21 @@ def make_step(
         params, opt_state = state.params, state.opt_state
         sets = jax.tree.leaves(val_rows)[0].shape[0]
         flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        val_losses, part_grads = validate(state, flat_rows)
+        grads = gradient(params, train_rows)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        val_losses, part_grads = validate(params, updates, flat_rows)
         val_grads = jax.tree.map(
             lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1), part_grads
         )
         by_part = jax.vmap(
-            lambda grads: directions.through_optimizer(
-                optimizer, opt_state, params, state.grads, grads
+            lambda val_grads: directions.through_optimizer(
+                optimizer, opt_state, params, grads, val_grads
             )
         )(part_grads)
         # The plain gradients are there for comparison alone.
         direction = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, val_grads)
         result = train(params, train_rows, direction)
 
-        updates, new_opt_state = optimizer.update(result.grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
         new_losses = jax.lax.map(lambda rows: mean_loss(new_params, rows), flat_rows)
 
@@ -190,24 +185,25 @@ def make_step(
             row_losses=result.aux,
             scores=own,
             errors=jax.vmap(fidelity.standard_error)(parts),
-            kinds=_by_kind(result.dots, kinds, sets) / rows,
+            kinds=_by_kind(result.dots, kinds, own),
             val_loss=val_losses.reshape(sets, PARTS).mean(1),
             predicted=jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))(val_grads, updates),
             actual=(val_losses - new_losses).reshape(sets, PARTS).mean(1),
             correlation=fidelity.correlation(own, plain),
             conservation_error=jnp.max(jnp.stack(jax.tree.leaves(conservation))),
             audit_error=audit_error,
-            undefined=directions.count_undefined(optimizer, opt_state, params, state.grads),
+            undefined=directions.count_undefined(optimizer, opt_state, params, grads),
         )
-        kept_updates = updates if order == 2 else ()
-        return TrainState(new_params, new_opt_state, result.grads, kept_updates), record
+        return TrainState(new_params, new_opt_state), record
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _by_kind(dots: Any, kinds: Sequence[int], sets: int) -> jax.Array:
-    """[K, G]: summed over the rows, the mean over the parts, by kind of layer."""
-    sums = jnp.stack([leaf[: sets * PARTS].sum(1) for leaf in jax.tree.leaves(dots)])
+def _by_kind(dots: Any, kinds: Sequence[int], scores: jax.Array) -> jax.Array:
+    """[K, G]: what each kind of layer has in the size of the rows' scores [K, B]."""
+    sets, rows = scores.shape
+    leaves = jnp.stack([leaf[: sets * PARTS] for leaf in jax.tree.leaves(dots)]) / rows
     groups = np.zeros((max(kinds) + 1, len(kinds)), np.float32)
     groups[list(kinds), range(len(kinds))] = 1
-    return (groups @ sums).reshape(-1, sets, PARTS).mean(2).T
+    by_kind = jnp.einsum("gp,pkb->gkb", groups, leaves).reshape(-1, sets, PARTS, rows).mean(2)
+    return jnp.einsum("gkb,kb->kg", by_kind, jnp.sign(scores))

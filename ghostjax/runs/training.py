@@ -12,7 +12,7 @@ from ghostjax.runs.batches import visit_order
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.models import KINDS, kind_of
 from ghostjax.runs.optimizers import make_optimizer, make_schedule
-from ghostjax.runs.step import PARTS, StepRecord, TrainState, init_state, make_step
+from ghostjax.runs.step import PARTS, StepRecord, TrainState, make_step
 from ghostjax.runs.tasks import Task
 
 AUDITED_ROWS = 2
@@ -102,10 +102,7 @@ class Trainer:
 
     def init_state(self, params: Any) -> TrainState:
         """The state before the first step; ``params`` are used up."""
-        first = next(batches(self._config, self._task))
-        return init_state(
-            params, self._optimizer, self._task.row_losses, first.train_rows, self._config.order
-        )
+        return TrainState(params, jax.jit(self._optimizer.init)(params))
 
     def steps(self, state: TrainState, start: int) -> Iterator[tuple[TrainState, Step]]:
         """Makes the steps from ``start`` to the end; yields the state after each, to be used before
