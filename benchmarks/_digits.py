@@ -10,10 +10,9 @@ import optax
 
 try:
     from sklearn.datasets import load_digits
+    from sklearn.metrics import roc_auc_score as roc_auc_score
 except ImportError as error:
-    raise ImportError(
-        "this benchmark takes its data from scikit-learn: pip install 'ghostjax[bench]'"
-    ) from error
+    raise ImportError("this benchmark needs scikit-learn: pip install 'ghostjax[bench]'") from error
 
 CLASSES = 10
 TEST_ROWS = 500

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.metrics import roc_auc_score
 
 from benchmarks._common import save
-from benchmarks._digits import batches, draw, init, mean_loss, row_losses
+from benchmarks._digits import batches, draw, init, mean_loss, roc_auc_score, row_losses
 from ghostjax import directions, value_grad_and_dots
 from ghostjax.values import InRunValues
 
