@@ -39,9 +39,10 @@ def through_optimizer(
     Args:
       tx: any optax transformation whose update has a useful derivative.
       opt_state: the state that the update of this step starts from.
-      grads: where the update is linearised. The current gradient is the most exact choice; the
-        previous step's, with the current ``opt_state``, is known before the training pass, so that
-        one pass gives gradient and dots.
+      grads: where the update is linearised: the gradient that the step takes. Compute it by
+        ``jax.grad`` beside ``value_grad_and_dots`` in one jitted step: XLA merges the two backward
+        passes into one (not those of ``jax.checkpoint``ed functions or of loops, which run twice).
+        The previous step's gradient, with the current ``opt_state``, saves that second pass there.
       val_grads: gradient of the mean validation loss, or what ``second_order`` or ``look_ahead``
         give. Several: ``jax.vmap`` over stacked ones.
       extra_args: passed on to ``tx.update``.
@@ -132,8 +133,7 @@ def second_order(
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
-      updates: what will be added to ``params``, such as the updates of optax; those of the previous
-        step where one pass has to do.
+      updates: what will be added to ``params``, such as the updates of optax.
 
     Returns:
       A tree like ``params``. One Hessian-vector product gives it: about twice a gradient.
@@ -159,9 +159,7 @@ def look_ahead(
 
         v = d loss_fn / d params   at   params + updates
 
-    It tells what taking one row out of the update changes, when all others stay in it. With the
-    current updates it takes two passes over the training rows; the previous step's are a guess that
-    costs nothing, and a good one where updates change slowly.
+    It tells what taking one row out of the update changes, when all others stay in it.
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.

@@ -18,6 +18,14 @@ def test_python_snippets(standard_promotion):
         exec(compile(snippet, str(README), "exec"), namespace)
     assert namespace["scores"].shape == (16,)
     assert namespace["dots"]["scale"].shape == (16,)
+    assert (namespace["values"].visits == 1).all()
+    assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding
+
+
+def test_the_loop_is_short():
+    loop = snippets(README.read_text())[0]
+    assert "InRunValues" in loop
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 40
 
 
 def test_a_broken_snippet_would_be_run():
@@ -30,4 +38,5 @@ def test_both_commands_are_single_lines_that_ci_runs():
         assert len(re.findall(pattern, text, flags=re.MULTILINE)) == 1
     ci = (README.parent / ".ci" / "run").read_text()
     assert "grep -m1 'ghostjax train --out' README.md" in ci
+    assert "grep -m1 'ghostjax report runs/first' README.md" in ci
     assert "grep -m1 'pytest -n' README.md" in ci

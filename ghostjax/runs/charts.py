@@ -222,7 +222,7 @@ def by_kind(place: str, source: Run, which: str) -> str:
     shares = {kind: f"{abs(sums[kind]) / whole:.0%}" for kind in order}
     against = [kind for kind in order if sums[kind] < 0]
     caption = (
-        "Of the summed scores, the parameters of these kinds of layers carry: "
+        "Of the size of the scores, the parameters of these kinds of layers carry: "
         + ", ".join(f"{kind} {share}" for kind, share in shares.items())
         + " (shares of the sum of their sizes)."
     )

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -98,6 +101,18 @@ def test_run_json_tells_how_the_run_was_started(micro_config, micro_run):
     assert len(metadata["fingerprints"]["data"]) == 64
     assert {"jax", "flax", "optax", "ghostjax", "python"} <= set(metadata["versions"])
     assert micro_config.resumed(metadata["options"]) == micro_config
+
+
+def test_the_readme_reads_the_log_with_sql(micro_run, monkeypatch):
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    (query,) = re.findall(r"^```sql\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    query = query.replace("runs/first", str(micro_run.path)).replace("prose", "held")
+    found = dict(duckdb.sql(query).fetchall())
+    _, values, _ = micro_run.values()
+    expected = dict(zip(micro_run.examples["id"].to_pylist(), values[:, 0]))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-9)
 
 
 def interrupted_after(monkeypatch, steps):
