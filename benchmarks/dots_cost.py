@@ -2,8 +2,8 @@
 validation gradient, the floor of any exact method.
 
 The GPT-2 shape, B = V = 8 and B = 16, V = 1. The direction through AdamW is linearised at the
-current gradient, for which XLA merges two backward passes. Rivals: forward mode, vmap(grad), and a scan over
-rows, of whose FLOPs XLA counts one row only.
+current gradient, for which XLA merges two backward passes. Rivals: forward mode, vmap(grad), and a
+scan over rows, of whose FLOPs XLA counts one row only.
 
     python -m benchmarks.dots_cost
 """

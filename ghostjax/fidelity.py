@@ -162,9 +162,10 @@ class Fidelity:
                 f"reached {self.conservation_error:.1e}. Numbers may be out of range, or a use of "
                 "a parameter is missing."
             )
-        if not (
-            self.prediction_error <= MAX_PREDICTION_ERROR
-            and self.prediction_correlation >= MIN_PREDICTION_CORRELATION
+        # NaN, where there is too little to tell, is no reason by itself.
+        if (
+            self.prediction_error > MAX_PREDICTION_ERROR
+            or self.prediction_correlation < MIN_PREDICTION_CORRELATION
         ):
             found.append(
                 "The validation loss did not do what the scores predict (correlation over the "
@@ -172,7 +173,7 @@ class Fidelity:
                 f"{self.prediction_error:.0%} of the actual decrease): the steps are too large "
                 "for the first order. Lower the learning rate, or use second-order scores."
             )
-        if not self.sampling_error <= MAX_SAMPLING_ERROR:
+        if self.sampling_error > MAX_SAMPLING_ERROR:
             found.append(
                 f"The sampling error of the values is {self.sampling_error:.1f} times as large as "
                 "the differences between examples: use more validation rows per step, or train "

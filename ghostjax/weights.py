@@ -5,6 +5,8 @@
 so that the mean of ``weights * row losses`` keeps the size of an ordinary mean loss, and learning
 rates need no change. Where no row is kept, all weights are 0. They are constants: no gradient flows
 through them into the scores.
+
+A weight of 0 does not silence a row whose loss is NaN, as 0 * NaN is NaN: take such rows out.
 """
 
 import jax
