@@ -1,8 +1,8 @@
 """Can the scores be trusted? What a run measures of itself, and what it says in words.
 
-Scores are first-order predictions made from a sample of validation rows. A run can know how good
-they are: by what the validation loss really did, by the spread between halves of the validation
-rows, by the certificate (``conservation_error``), and by redoing some rows with plain autodiff.
+Scores are predictions made from a sample of validation rows. A run can know how good they are: by
+what the validation loss really did, by the spread between halves of the validation rows, by the
+certificate (``conservation_error``), and by redoing some rows with plain autodiff.
 """
 
 import dataclasses

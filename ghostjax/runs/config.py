@@ -28,7 +28,7 @@ class TrainConfig:
         ghostjax train --out run --val prose=a.txt code=b.txt --optimizer "sgd(momentum=0.9)"
         ghostjax train --out run --resume
 
-    The score of an example sums, over its visits, the first-order decrease of the mean validation
+    The score of an example sums, over its visits, the predicted decrease of the mean validation
     loss, in the unit of the loss, by the example's share of the optimizer's update. Positive helps.
 
     The run directory gets the log, in Parquet, and checkpoints while training goes on; in the end
@@ -60,7 +60,8 @@ class TrainConfig:
       learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
         model's own.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
-      order: 1, or 2 for scores that take the curvature along the update into account.
+      order: 1, or 2 for scores that take the curvature of the validation loss along the update
+        into account, for about two more gradients of the validation rows.
       dtype: What is computed in. Parameters, sums and scores are float32.
       remat: Recompute activations in the backward pass, to save memory.
       audit_every: Every so many steps, two rows are redone by plain autodiff. 0: never.
@@ -84,7 +85,7 @@ class TrainConfig:
     optimizer: str = "adamw"
     learning_rate: float | None = None
     clip: float = 1.0
-    order: Literal[1, 2] = 1
+    order: Literal[1, 2] = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     audit_every: int = 64

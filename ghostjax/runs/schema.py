@@ -27,7 +27,7 @@ LOG_TABLES = ("scores", "steps", "kinds")
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")  # no underscore: it ends a column's own name
 
 _DECREASE = (
-    "First-order decrease of the mean loss of the validation set, in the unit of the loss, caused "
+    "Predicted decrease of the mean loss of the validation set, in the unit of the loss, caused "
     "by this row's share of the optimizer's update; positive helps."
 )
 
@@ -77,8 +77,8 @@ _FIELDS = {
         (
             "predicted_{}",
             pa.float32(),
-            "First-order decrease of val_loss by the whole update: minus the inner product of the "
-            "validation gradient with the update.",
+            "Predicted decrease of val_loss by the whole update: minus the inner product of the "
+            "validation gradient (of order 2: half-way along the update) with the update.",
         ),
         ("actual_{}", pa.float32(), "What val_loss of the same rows did decrease by."),
         (

@@ -32,7 +32,7 @@ class StepRecord:
 
     Attributes:
       loss: mean loss of the rows;  row_losses: [B].
-      scores: [K, B], the first-order decrease of each validation loss by row i's share of the
+      scores: [K, B], the predicted decrease of each validation loss by row i's share of the
         update;  errors: [K, B], their standard errors.
       kinds: [K, G], what each kind of layer has in the summed size of the scores: over the rows,
         the sum of its part of the score times the score's sign.

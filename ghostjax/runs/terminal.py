@@ -78,7 +78,7 @@ def print_summary(console: Console, run: Run) -> None:
             _print_ranking(console, title, ranked, worst)
         _print_domains(console, f"Value by domain{about}", summary["domains"][name])
     console.print(
-        f"Value: first-order decrease of the validation loss ({summary['unit']}) by the example's "
+        f"Value: predicted decrease of the validation loss ({summary['unit']}) by the example's "
         "share of the optimizer's updates, summed over its visits; positive helps.",
         style="dim",
         markup=False,

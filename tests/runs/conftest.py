@@ -51,6 +51,7 @@ def micro_config(tmp_path_factory, write_data):
         batch_size=BATCH_SIZE,
         val_batch_size=VAL_BATCH_SIZE,
         length=LENGTH,
+        order=1,  # compiles faster
         audit_every=2,
         checkpoint_every=4,
         quiet=True,

@@ -149,7 +149,7 @@ def test_kinds_of_layers(micro_config, task):
 
 
 def test_parameters_in_float32_whatever_is_computed_in(micro_config):
-    config = dataclasses.replace(micro_config, dtype="bfloat16", remat=True)
+    config = dataclasses.replace(micro_config, dtype="bfloat16", remat=True, order=2)
     task = load_task(config)
     params = task.init_params(0)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
