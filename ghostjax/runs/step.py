@@ -88,15 +88,19 @@ def make_step(
         return loss_fn(params, rows)[0]
 
     def validate(params, updates, rows):
-        """Losses [K * PARTS] and gradients stacked alike, part by part."""
+        """Losses [K * PARTS], and stacked alike, part by part, the plain gradients and those of the
+        order asked for.
+        """
 
         def one(rows):
-            loss, grads = jax.value_and_grad(mean_loss)(params, rows)
+            loss, plain = jax.value_and_grad(mean_loss)(params, rows)
+            grads = [plain]
             if order == 2:
-                grads = directions.second_order(mean_loss, params, updates, rows)
+                grads.append(directions.second_order(mean_loss, params, updates, rows))
             return loss, grads
 
-        return jax.lax.map(one, rows)
+        losses, grads = jax.lax.map(one, rows)
+        return losses, grads[0], grads[-1]
 
     def in_parts(rows):
         return jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
@@ -143,9 +147,10 @@ def make_step(
         flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
         grads = gradient(params, train_rows)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        val_losses, part_grads = validate(params, updates, flat_rows)
-        val_grads = jax.tree.map(
-            lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1), part_grads
+        val_losses, plain_grads, part_grads = validate(params, updates, flat_rows)
+        plain_grads, val_grads = jax.tree.map(
+            lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1),
+            (plain_grads, part_grads),
         )
         by_part = jax.vmap(
             lambda val_grads: directions.through_optimizer(
@@ -153,7 +158,7 @@ def make_step(
             )
         )(part_grads)
         # The plain gradients are there for comparison alone.
-        direction = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, val_grads)
+        direction = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, plain_grads)
         result = train(params, train_rows, direction)
 
         new_params = optax.apply_updates(params, updates)

@@ -134,6 +134,12 @@ def expected_scores(optimizer, state, val_grads):
     )
 
 
+def plain_scores(params, held_out):
+    val_grads = jax.grad(mean_loss)(params, held_out)
+    rows = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(NUM_TRAIN)]
+    return [optax.tree.vdot(val_grads, jax.grad(mean_loss)(params, one)) for one in rows]
+
+
 def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     state = warm()
     expected = [
@@ -143,10 +149,7 @@ def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     half = jax.tree.map(lambda leaf: leaf[:2], HELD_OUT[0])
     of_half = expected_scores(optimizer, state, jax.grad(mean_loss)(state.params, half))
     val_grads = jax.grad(mean_loss)(state.params, HELD_OUT[0])
-    plain = [
-        optax.tree.vdot(val_grads, jax.grad(mean_loss)(state.params, one))
-        for one in (jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(4))
-    ]
+    plain = plain_scores(state.params, HELD_OUT[0])
     before = jax.tree.map(jnp.copy, state.params)
     after, record = step(state, BATCHES[2], VAL, np.array([1, 3], np.int32))
     for scores, wanted in zip(record.scores, expected):
@@ -183,6 +186,7 @@ def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):
     grads = jax.grad(mean_loss)(state.params, BATCHES[2])
     updates = optimizer.update(grads, state.opt_state, state.params)[0]
     expected, predicted = [], []
+    plain = [plain_scores(state.params, held_out) for held_out in HELD_OUT]
     for held_out in HELD_OUT:
         middle = directions.second_order(mean_loss, state.params, updates, held_out)
         expected.append(expected_scores(optimizer, state, middle))
@@ -191,6 +195,8 @@ def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):
     for scores, wanted in zip(record.scores, expected):
         testing.assert_dots_close(scores, wanted, rtol=1e-4)
     np.testing.assert_allclose(record.predicted, predicted, rtol=1e-3)
+    correlations = [np.corrcoef(pair)[0, 1] for pair in zip(plain, record.scores)]
+    np.testing.assert_allclose(record.correlation, correlations, rtol=1e-4)
     # Better than the first order, which leaves the curvature out.
     params = warm().params
     first = np.array(
