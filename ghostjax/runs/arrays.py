@@ -1,6 +1,7 @@
 """Arrays: a perceptron classifies rows of numbers, such as tables or small images."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import optax
 from ghostjax.runs.config import TrainConfig, UsageError
 from ghostjax.runs.models import SIZES, Classifier
 from ghostjax.runs.tasks import Example
+
+MAX_CLASSES = 2**20  # every label up to the largest is an output of the model
 
 
 class Arrays(NamedTuple):
@@ -72,8 +75,9 @@ def load_arrays(config: TrainConfig) -> ArrayTask:
     Raises:
       UsageError: a file cannot be read, or files do not fit together; or an option is for texts.
     """
-    if config.tokenizer is not None:
-        raise UsageError("--tokenizer is for texts, and --train has arrays")
+    for option, value in (("--tokenizer", config.tokenizer), ("--length", config.length)):
+        if value is not None:
+            raise UsageError(f"{option} is for texts, and --train has arrays")
     train = read_arrays(config.train)
     val = {name: read_arrays(paths) for name, paths in config.val_files.items()}
     for name, arrays in val.items():
@@ -92,10 +96,17 @@ def read_arrays(paths: Iterable[Path]) -> Arrays:
 
     Raises:
       UsageError: a file cannot be read, or has not x [N, ...], finite numbers, and y [N], integers
-        from 0; or files disagree on the shape of an example.
+        from 0; or files disagree on the shape of an example, or two have one stem.
     """
     ids, xs, ys = [], [], []
+    stems: dict[str, Path] = {}
     for path in paths:
+        if path.stem in stems:
+            raise UsageError(
+                f"{stems[path.stem]} and {path} have the same name up to the suffix, "
+                "so their examples would have the same ids: rename one"
+            )
+        stems[path.stem] = path
         x, y = _read_file(path)
         if xs and x.shape[1] != xs[0].shape[1]:
             raise UsageError(
@@ -116,17 +127,21 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
             x, y = file["x"], file["y"]
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, zipfile.BadZipFile, AttributeError) as error:
+    # TypeError: an .npy file by another name is no context manager.
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{path}: not an .npz file of numbers") from error
     if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0:
         raise UsageError(f"{path}: y must be integers from 0, [N]; found {y.dtype}{list(y.shape)}")
-    if x.ndim < 2 or len(x) != len(y) or x.dtype.kind not in "iuf":
+    if y.max() >= MAX_CLASSES:
+        raise UsageError(f"{path}: y must be less than {MAX_CLASSES}; found {y.max()}")
+    if x.ndim < 2 or len(x) != len(y) or not x.size or x.dtype.kind not in "iuf":
         raise UsageError(
             f"{path}: x must be numbers, [{len(y)}, ...] like y; found {x.dtype}{list(x.shape)}"
         )
-    x = x.reshape(len(x), -1).astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused
+        x = x.reshape(len(x), -1).astype(np.float32)
     if not np.isfinite(x).all():
         bad = int(np.flatnonzero(~np.isfinite(x).all(axis=1))[0])
         raise UsageError(f"{path}: x[{bad}] has a number that is not finite")

@@ -128,4 +128,5 @@ def _load_tokenizer(path: Path):
     def encode(text: bytes) -> np.ndarray:
         return np.array(tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
 
-    return encode, tokenizer.get_vocab_size()
+    # Not get_vocab_size(): some vocabularies have gaps.
+    return encode, 1 + max(tokenizer.get_vocab().values(), default=0)

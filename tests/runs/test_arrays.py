@@ -58,6 +58,9 @@ BAD = {
     "lengths": ({"x": np.zeros((2, 2)), "y": np.zeros(3, int)}, r"x must be numbers, \[3, ...\]"),
     "rank": ({"x": np.zeros(3), "y": np.zeros(3, int)}, "x must be numbers"),
     "objects": ({"x": np.array([[None]]), "y": np.zeros(1, int)}, "not an .npz file of numbers"),
+    "no numbers": ({"x": np.zeros((2, 0)), "y": np.zeros(2, int)}, "x must be numbers"),
+    "labels": ({"x": np.zeros((1, 2)), "y": np.array([2**32])}, "less than 1048576; found 4294967"),
+    "huge": ({"x": np.full((1, 2), 1e300), "y": np.zeros(1, int)}, r"x\[0\] has a number"),
     "nan": ({"x": np.array([[0.0], [np.nan]]), "y": np.zeros(2, int)}, r"x\[1\] has a number"),
 }
 
@@ -77,6 +80,29 @@ def test_a_file_that_is_no_archive(tmp_path):
         read_arrays([tmp_path / "none.npz"])
 
 
+def test_damaged_archives_and_lone_arrays(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, **blobs(64, 0))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:400] + b"\xff" * 20 + whole[420:])
+    with pytest.raises(UsageError, match=r"a\.npz: not an \.npz file of numbers"):
+        read_arrays([path])
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UsageError, match=r"a\.npz: not an \.npz file of numbers"):
+        read_arrays([path])
+
+
+def test_files_of_one_name(tmp_path):
+    """Their ids would be equal, which a run would notice only when it is over."""
+    paths = [tmp_path / "a.npz", tmp_path / "more" / "a.npz"]
+    paths[1].parent.mkdir()
+    for path in paths:
+        np.savez(path, **blobs(4, 0))
+    with pytest.raises(UsageError, match=r"a\.npz and .*a\.npz have the same name"):
+        read_arrays(paths)
+
+
 def test_files_that_do_not_fit_together(config, tmp_path):
     np.savez(tmp_path / "wide.npz", x=np.zeros((40, 7)), y=np.zeros(40, int))
     wide = f"clean={tmp_path / 'wide.npz'}"
@@ -86,6 +112,8 @@ def test_files_that_do_not_fit_together(config, tmp_path):
         load_task(dataclasses.replace(config, val=("a.txt",)))
     with pytest.raises(UsageError, match="--tokenizer is for texts"):
         load_task(dataclasses.replace(config, tokenizer=tmp_path / "t.json"))
+    with pytest.raises(UsageError, match="--length is for texts"):
+        load_task(dataclasses.replace(config, length=16))
 
 
 def test_a_tokenizer_of_hugging_face(micro_config, tmp_path):
@@ -101,6 +129,17 @@ def test_a_tokenizer_of_hugging_face(micro_config, tmp_path):
     rows, _ = task.train_rows(np.array([5]), np.random.default_rng(0))
     assert rows["inputs"][0, :4].tolist() == [6, 0, 2, 3]
     assert rows["targets"][0, :4].tolist() == [0, 2, 3, 5]
+
+
+def test_a_vocabulary_with_gaps(micro_config, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "forum": 9}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    task = load_task(dataclasses.replace(micro_config, tokenizer=tmp_path / "tokenizer.json"))
+    assert task.init_params(0)["tokens"]["embedding"].shape[0] == 10
 
 
 def test_tokenizers_that_cannot_be_used(micro_config, tmp_path):
