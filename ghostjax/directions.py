@@ -56,7 +56,8 @@ def through_optimizer(
     optimizer that computes NaN in a branch it does not take gives NaN all the same: optax.radam in
     its first five steps.) Adam's first step is the sign of the gradient but for its epsilon, so
     that in float32 its derivative is little more than rounding: scores begin to mean something at
-    the second step.
+    the second step. Only the update of this step counts, not what the state hands on to later ones:
+    where ``optax.MultiSteps`` gathers gradients and does not update, the direction is zero.
 
     Raises:
       ValueError: ``grads`` or ``val_grads`` is not like ``params``; or the update of a parameter
@@ -225,6 +226,8 @@ def _update_function(tx, opt_state, params, extra_args):
 
 def _smallest(dtype: Any) -> Any:
     """Well below any gradient that matters, and yet its square is not rounded to zero."""
+    if dtype == jnp.float16:  # of so small a range that the cube root is 0.04
+        return jnp.asarray(2.0**-11, dtype)
     return jnp.asarray(float(jnp.finfo(dtype).tiny) ** (1 / 3), dtype)
 
 

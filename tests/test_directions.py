@@ -106,6 +106,29 @@ def test_sgd_is_the_learning_rate_times_the_validation_gradient(params):
     chex.assert_trees_all_close(found, jax.tree.map(lambda leaf: 0.25 * leaf, val_grads))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_small_gradients_are_not_taken_for_zero(dtype, standard_promotion):
+    """In float16, too, clipping that does nothing at these gradients does nothing."""
+    params, grads, val_grads = (
+        jnp.asarray(np.random.default_rng(seed).normal(size=2000) * size, dtype)
+        for seed, size in enumerate([1, 1e-2, 1])
+    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+    found = directions.through_optimizer(tx, tx.init(params), params, grads, val_grads)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, val_grads / 2)
+
+
+def test_steps_that_only_gather_have_no_direction(params):
+    tx = OPTIMIZERS["accumulated"]()
+    found = [
+        directions.through_optimizer(tx, warmed_up(tx, params, steps), params, params, params)
+        for steps in (2, 3)
+    ]
+    chex.assert_trees_all_equal(found[0], jax.tree.map(jnp.zeros_like, params))
+    assert all(jnp.abs(leaf).min() > 0 for leaf in jax.tree.leaves(found[1]))
+
+
 def tables(dtype=jnp.float32):
     """A table of which rows 2 and 3 never had a gradient, and a dense weight."""
     params = draw_like({"table": jnp.zeros((4, 3), dtype), "w": jnp.zeros(5, dtype)}, 0)
