@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_CONSERVATION_ERROR = 0.03  # bfloat16 models are at a hundredth, float32 ones at 1e-5
+MAX_AUDIT_ERROR = 0.1  # bfloat16 models are at a few hundredths, float32 ones at 1e-5
 MAX_PREDICTION_ERROR = 0.5  # of the actual decrease, in the median step
 MIN_PREDICTION_CORRELATION = 0.5
 MAX_SAMPLING_ERROR = 1.0  # of the spread of the values
@@ -105,7 +106,7 @@ def audit(
       args, kwargs: passed on to ``loss_fn``.
 
     Returns:
-      float32 scalar.
+      float32 scalar; infinite where a number that is not finite leaves nothing to compare.
 
     >>> import jax, jax.numpy as jnp
     >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
@@ -121,7 +122,8 @@ def audit(
     expected = jax.lax.map(redo, rows)
     size = jnp.maximum(jnp.max(jnp.abs(dots)), jnp.max(jnp.abs(expected)))
     error = jnp.max(jnp.abs(dots[rows] - expected)) / jnp.where(size > 0, size, 1)
-    return error.astype(jnp.float32)
+    # Not NaN, which is below every tolerance and stands for "no audit" in a log.
+    return jnp.where(jnp.isnan(error), jnp.inf, error).astype(jnp.float32)
 
 
 def _inner_product(first: Any, second: Any) -> jax.Array:
@@ -162,6 +164,11 @@ class Fidelity:
                 f"reached {self.conservation_error:.1e}. Numbers may be out of range, or a use of "
                 "a parameter is missing."
             )
+        if self.audit_error is not None and not self.audit_error <= MAX_AUDIT_ERROR:
+            found.append(
+                "Scores redone by plain autodiff differ: the audit error reached "
+                f"{self.audit_error:.1e} of the largest score."
+            )
         # NaN, where there is too little to tell, is no reason by itself.
         if (
             self.prediction_error > MAX_PREDICTION_ERROR
@@ -170,8 +177,9 @@ class Fidelity:
             found.append(
                 "The validation loss did not do what the scores predict (correlation over the "
                 f"steps {self.prediction_correlation:.2f}, typical error "
-                f"{self.prediction_error:.0%} of the actual decrease): the steps are too large "
-                "for the first order. Lower the learning rate, or use second-order scores."
+                f"{self.prediction_error:.0%} of the actual decrease): the steps are too large. "
+                "Lower the learning rate or, where the scores are first-order, use second-order "
+                "ones."
             )
         if self.sampling_error > MAX_SAMPLING_ERROR:
             found.append(

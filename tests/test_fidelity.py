@@ -60,6 +60,20 @@ def test_predicted_decrease_is_that_of_a_small_step():
     np.testing.assert_allclose(fidelity.predicted_decrease(grads, updates), actual, rtol=0.05)
 
 
+def test_an_audit_of_what_is_not_finite_fails():
+    """NaN would be below every tolerance."""
+    x = jnp.array([[1.0, 0.0], [jnp.inf, 2.0]])
+    error = fidelity.audit(
+        lambda w, x: jnp.mean((x @ w) ** 2),
+        jnp.ones(2),
+        x,
+        direction=jnp.ones(2),
+        dots=jnp.array([4.0, 36.0]),
+        rows=jnp.array([1]),
+    )
+    assert error == np.inf
+
+
 GOOD = fidelity.Fidelity(
     prediction_correlation=0.9,
     prediction_error=0.2,
@@ -70,10 +84,11 @@ GOOD = fidelity.Fidelity(
     audit_error=None,
 )
 BAD = {
-    "prediction_correlation": (0.1, "steps are too large for the first order"),
+    "prediction_correlation": (0.1, "the steps are too large. Lower the learning rate"),
     "prediction_error": (3.0, "typical error 300% of the actual decrease"),
     "sampling_error": (4.0, "4.0 times as large as the differences between examples"),
     "conservation_error": (0.2, "conservation error reached 2.0e-01"),
+    "audit_error": (0.9, "redone by plain autodiff differ: the audit error reached 9.0e-01"),
 }
 
 
