@@ -80,6 +80,9 @@ def softmax(scores: jax.Array, temperature: float = 1.0) -> jax.Array:
     scores = _checked(scores)
     is_finite = jnp.isfinite(scores)
     scores = jnp.where(is_finite, scores, 0)
+    # Scores can be so small that their squares are zero in float32.
+    largest = jnp.max(jnp.abs(scores))
+    scores = scores / jnp.where(largest > 0, largest, 1)
     spread = jnp.std(scores, where=is_finite)
     scaled = scores / jnp.where(spread > 0, temperature * spread, 1)
     weights = scores.shape[0] * jax.nn.softmax(scaled, where=is_finite)

@@ -101,6 +101,12 @@ def test_scores_must_be_one_float_per_row(rule):
         rule(jnp.ones((3, 1)))
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_softmax_knows_no_scale(size):
+    scores = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(softmax(size * scores), softmax(scores), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_weights_are_float32_with_mean_one_in_jit_as_outside(rule, dtype):
