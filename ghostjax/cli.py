@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rank": (rank.RankConfig, rank.run),
         "diff": (diff.DiffConfig, diff.run),
     }
+    config = None
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: options for name, (options, _) in commands.items()},
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StoppedError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; ghostjax train --resume goes on", 130)
+        is_begun = isinstance(config, TrainConfig) and (config.out / "run.json").exists()
+        return _fail(f"interrupted{'; ghostjax train --resume goes on' * is_begun}", 130)
     return 0
 
 

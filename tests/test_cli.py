@@ -156,7 +156,7 @@ def test_one_quiet_step_is_a_run_that_prints_nothing(micro_config, tmp_path, cap
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "ghostjax: error: interrupted"),
+        (KeyboardInterrupt(), 130, "error: interrupted; ghostjax train --resume goes on\n"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )
@@ -171,6 +171,15 @@ def test_exit_codes_of_a_run_that_stops(
     assert message in capsys.readouterr().err
     assert main(["rank", str(tmp_path / "run")]) == 2
     assert "no steps in the log yet" in capsys.readouterr().err
+
+
+def test_interrupted_before_there_is_a_run(micro_config, tmp_path, capsys, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ghostjax.runs.job.load_task", stop)
+    assert main(command(micro_config, out=tmp_path / "run")) == 130
+    assert capsys.readouterr().err == "ghostjax: error: interrupted\n"
 
 
 def test_version_and_help(capsys):
