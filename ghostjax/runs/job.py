@@ -89,6 +89,9 @@ def _read_started(config: TrainConfig) -> dict[str, Any]:
     done = read_run(config.out)
     if done.summary is not None:
         raise UsageError(f"{config.out} is a complete run: there is nothing to resume")
+    missing = [name for name in ("options", "fingerprints") if name not in done.metadata]
+    if missing:
+        raise UsageError(f"{config.out / 'run.json'}: no {' and '.join(missing)} in it")
     return done.metadata
 
 
@@ -207,6 +210,9 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+        yield lambda: False
+        return
     try:
         before = signal.signal(signal.SIGINT, note)
     except ValueError:  # not in the main thread

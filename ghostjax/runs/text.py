@@ -66,7 +66,9 @@ class TextTask:
         return make_rows(texts, draw_starts(texts, self._length, rng), self._length)
 
     def contents(self) -> list[Any]:
-        return [[example.id for example in self.examples], self._tokens, self._val_tokens]
+        # With the sizes, as a fingerprint does not see where one set ends and the next begins.
+        ids = [example.id for example in self.examples]
+        return [ids, self._tokens, self.val_sizes, self._val_tokens]
 
 
 def load_texts(config: TrainConfig) -> TextTask:

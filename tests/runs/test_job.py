@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ghostjax.runs import job, training
+from ghostjax.runs import job, parts, training
 from ghostjax.runs.config import UsageError
 from ghostjax.runs.reading import read_run
 from ghostjax.runs.schema import LOG_TABLES
@@ -171,6 +171,37 @@ def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path)
     with pytest.raises(UsageError, match="the data changed since the run began"):
         job.run(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+
+
+def test_documents_that_move_between_validation_sets_are_a_change(micro_config, write_data):
+    contents = [
+        ("one of\n\nthe other\n\nhere", "two of\n\nthem"),
+        ("one of\n\nthe other", "here\n\ntwo of\n\nthem"),
+    ]
+    found = set()
+    for held, other in contents:
+        paths = write_data(held_txt=held, other_txt=other)
+        val = (f"held={paths['held_txt']}", f"other={paths['other_txt']}")
+        task = job.load_task(dataclasses.replace(micro_config, val=val))
+        found.add(parts.fingerprint(task.contents()))
+    assert len(found) == 2
+
+
+def test_a_run_json_without_options_is_refused_in_one_line(micro_config, tmp_path):
+    (tmp_path / "run.json").write_text('{"schema_version": 1, "sets": ["val"]}')
+    with pytest.raises(UsageError, match=r"run\.json: no options and fingerprints in it"):
+        job.run(dataclasses.replace(micro_config, out=tmp_path, resume=True))
+
+
+def test_a_run_that_is_to_ignore_ctrl_c_does():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with job._interrupts() as is_interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not is_interrupted()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
