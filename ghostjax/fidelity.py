@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_CONSERVATION_ERROR = 0.03  # bfloat16 models are at a hundredth, float32 ones at 1e-5
-MAX_AUDIT_ERROR = 0.1  # bfloat16 models are at a few hundredths, float32 ones at 1e-5
+MAX_AUDIT_ERROR = MAX_CONSERVATION_ERROR
 MAX_PREDICTION_ERROR = 0.5  # of the actual decrease, in the median step
 MIN_PREDICTION_CORRELATION = 0.5
 MAX_SAMPLING_ERROR = 1.0  # of the spread of the values
@@ -166,8 +166,8 @@ class Fidelity:
             )
         if self.audit_error is not None and not self.audit_error <= MAX_AUDIT_ERROR:
             found.append(
-                "Scores redone by plain autodiff differ: the audit error reached "
-                f"{self.audit_error:.1e} of the largest score."
+                "Rows that were redone by plain autodiff came out differently: the audit error "
+                f"reached {self.audit_error:.1e} of the largest score."
             )
         # NaN, where there is too little to tell, is no reason by itself.
         if (
