@@ -55,16 +55,23 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
       error of order one, by name.
     """
 
+    return _conservation_error(
+        result.grads, direction, result.dots, result.shared, result.loss_reduction
+    )
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _conservation_error(grads: Any, direction: Any, dots: Any, shared: Any, reduction: str) -> Any:
     def parts(grad, vector, dots, shared):
         wide = dots.dtype
-        scale = 1 / dots.shape[0] if result.loss_reduction == "mean" else 1.0
+        scale = 1 / dots.shape[0] if reduction == "mean" else 1.0
         found = scale * jnp.sum(dots) + shared
         expected = jnp.sum(grad.astype(wide) * vector.astype(wide))
         size = jnp.maximum(scale * jnp.sum(jnp.abs(dots)) + jnp.abs(shared), jnp.abs(expected))
         return jnp.abs(found - expected), size
 
-    leaves, treedef = jax.tree.flatten(result.grads)
-    others = (treedef.flatten_up_to(tree) for tree in (direction, result.dots, result.shared))
+    leaves, treedef = jax.tree.flatten(grads)
+    others = (treedef.flatten_up_to(tree) for tree in (direction, dots, shared))
     differences, sizes = zip(*map(parts, leaves, *others))
     floor = jnp.maximum(1e-3 * jnp.max(jnp.stack(sizes)), jnp.finfo(jnp.float32).tiny)
     errors = [difference / jnp.maximum(size, floor) for difference, size in zip(differences, sizes)]

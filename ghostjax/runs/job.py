@@ -46,18 +46,18 @@ def run(config: TrainConfig) -> dict[str, Any]:
     params = trainer.init_params()
     if resumed is None:
         parts.create_out(config.out)
-        started = _metadata(config, task, trainer, fingerprint, parts.fingerprint(params))
-        parts.write_json(config.out / "run.json", started)
     elif resumed["fingerprints"]["data"] != fingerprint:
         raise UsageError(f"{config.out}: the data changed since the run began")
-    parts.write_table(config.out / "examples.parquet", _examples_table(task))
-
-    begin = time.perf_counter()
-    _train(config, task, trainer, params)
-    done = read_run(config.out)
-    summary, values = make_summary(done, time.perf_counter() - begin)
-    parts.write_table(config.out / "values.parquet", values)
-    parts.write_json(config.out / "summary.json", summary)
+    with parts.lock(config.out):
+        if resumed is None:
+            started = _metadata(config, task, trainer, fingerprint, parts.fingerprint(params))
+            parts.write_json(config.out / "run.json", started)
+        parts.write_table(config.out / "examples.parquet", _examples_table(task))
+        begin = time.perf_counter()
+        _train(config, task, trainer, params)
+        summary, values = make_summary(read_run(config.out), time.perf_counter() - begin)
+        parts.write_table(config.out / "values.parquet", values)
+        parts.write_json(config.out / "summary.json", summary)
     if not config.quiet:
         terminal.print_summary(make_console(sys.stdout), read_run(config.out))
     return summary

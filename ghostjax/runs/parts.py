@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -47,6 +47,29 @@ def create_out(out: Path) -> None:
         raise UsageError(f"cannot create {out}: {error.strerror or error}") from error
     if not os.access(out, os.W_OK):
         raise UsageError(f"cannot write to {out}")
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same run directory; a process that dies lets go.
+
+    Raises:
+      UsageError: another one is at it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{out}: another process is writing this run") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -137,14 +137,14 @@ class Trainer:
         others = [record.loss, *record.val_loss, *record.actual, *record.predicted]
         if not by_row.all() or not np.isfinite(others).all():
             ids = [self._task.examples[index].id for index in step.batch.indices[~by_row]]
-            where = "a validation loss"
+            where, remedy = "a validation loss", "lower --learning-rate or look at these examples"
             if ids:
                 listed = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if ids[4:] else "")
                 where = f"the loss or score of {listed}"
-            raise StoppedError(
-                f"stopped at step {step.number}: {where} is not finite; lower --learning-rate "
-                "or look at these examples"
-            )
+            if np.isfinite(record.row_losses).all() and np.isfinite(others).all():
+                where = f"the score, but not the loss, of {listed}"
+                remedy = "the optimizer's update has no finite derivative here: take another one"
+            raise StoppedError(f"stopped at step {step.number}: {where} is not finite; {remedy}")
         tolerance = AUDIT_TOLERANCE[self._config.dtype]
         if record.audit_error > tolerance:
             raise StoppedError(

@@ -142,6 +142,16 @@ def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, mon
         job.run(dataclasses.replace(config, resume=True))
 
 
+def test_one_process_at_a_time(micro_config, micro_run, tmp_path):
+    (tmp_path / "run.json").write_text((micro_run.path / "run.json").read_text())
+    config = dataclasses.replace(micro_config, out=tmp_path, resume=True)
+    with parts.lock(tmp_path), pytest.raises(UsageError, match="another process is writing"):
+        job.run(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+    with parts.lock(tmp_path):
+        pass
+
+
 def test_a_run_that_stops_keeps_what_it_has(micro_config, tmp_path, monkeypatch):
     config = dataclasses.replace(micro_config, out=tmp_path / "run")
     check = training.Trainer._check

@@ -115,7 +115,10 @@ STOPS = {
         {"row_losses": np.array([1, np.nan, 1, 1]), "loss": np.float32(np.nan)},
         r"the loss or score of {1} is not finite; lower --learning-rate",
     ),
-    "score": ({"scores": one_bad(np.nan)}, "the loss or score of {2} is not finite"),
+    "score": (
+        {"scores": one_bad(np.nan)},
+        "the score, but not the loss, of {2} is not finite; the opt",
+    ),
     "all": ({"row_losses": np.full(4, np.inf)}, "the loss or score of {0}, {1}, {2}, {3} is"),
     "audit": ({"audit_error": np.float32(0.01)}, "redone by plain autodiff differ by 1.0e-02"),
 }
