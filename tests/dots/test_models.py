@@ -14,10 +14,17 @@ from tests.dots.layers import LAYERS
 from tests.dots.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
 from tests.dots.models import MODELS, RECOMPUTED, SUMMED, gpt2_with_key
 
+SLOW = ("gpt2_scan", "gpt2_remat", "gpt2_dropout", "gpt2_dropout_scan_remat")
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.mark.parametrize("name", MODELS)
+def some_slow(names):
+    """Of the variants of GPT-2, one is enough where time matters."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(MODELS))
 def test_models(name):
     reduction = "sum" if name in SUMMED else "mean"
     check(*MODELS[name](), reduction, exact_gradient=name not in RECOMPUTED)

@@ -52,6 +52,7 @@ def test_float32(name, standard_promotion):
     np.testing.assert_allclose(result.val_value, loss_fn(params, batch)[4:].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @cases(CASES)
 def test_float32_one_position_sum_of_losses(name, standard_promotion):
     loss_fn, params, batch, result = run(name, 5, 2, 1, jnp.float32, "sum")
@@ -60,6 +61,7 @@ def test_float32_one_position_sum_of_losses(name, standard_promotion):
     np.testing.assert_allclose(result.value, loss_fn(params, batch)[:3].sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @cases(CASES)
 def test_bfloat16(name, standard_promotion):
     """Within 1e-2 of per-row autodiff of the same model, or closer than that to float32 autodiff.
