@@ -112,7 +112,7 @@ def count_undefined(
 
     >>> import jax.numpy as jnp, optax
     >>> params, grads = jnp.ones(3), jnp.array([0.5, 0.0, 0.0])
-    >>> tx = optax.adam(1e-3)
+    >>> tx = optax.rmsprop(1e-3, eps_in_sqrt=False)
     >>> count_undefined(tx, tx.init(params), params, grads)
     Array(2, dtype=int32)
     """

@@ -1,5 +1,7 @@
 """The jitted step: training unchanged, and scores against per-row autodiff."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,31 +115,25 @@ def warm(optimizer, step):
         yield make
 
 
-def expected_scores(optimizer, state, val_grads):
+@functools.partial(jax.jit, static_argnums=0)
+def decrease(optimizer, state, grads, val_grads, row):
     """The decrease of the validation loss per share of a row in the update, by forward mode."""
+
+    def update(grads):
+        return optimizer.update(grads, state.opt_state, state.params)[0]
+
+    share = jax.tree.map(lambda leaf: leaf / NUM_TRAIN, row)
+    moved = jax.jvp(update, (grads,), (share,))[1]
+    # Bytes that have not occurred yet: 0 * inf, by definition zero.
+    moved = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), moved)
+    return -optax.tree.vdot(val_grads, moved)
+
+
+def expected_scores(optimizer, state, val_grads):
     rows = testing.per_example_grads(TASK.row_losses, state.params, BATCHES[2])
     grads = jax.tree.map(lambda leaf: leaf.mean(0), rows)
-
-    @jax.jit
-    def decrease(row):
-        def update(grads):
-            return optimizer.update(grads, state.opt_state, state.params)[0]
-
-        share = jax.tree.map(lambda leaf: leaf / NUM_TRAIN, row)
-        moved = jax.jvp(update, (grads,), (share,))[1]
-        # Bytes that have not occurred yet: 0 * inf, by definition zero.
-        moved = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), moved)
-        return -optax.tree.vdot(val_grads, moved)
-
-    return np.array(
-        [decrease(jax.tree.map(lambda leaf, n=n: leaf[n], rows)) for n in range(NUM_TRAIN)]
-    )
-
-
-def plain_scores(params, held_out):
-    val_grads = jax.grad(mean_loss)(params, held_out)
-    rows = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(NUM_TRAIN)]
-    return [optax.tree.vdot(val_grads, jax.grad(mean_loss)(params, one)) for one in rows]
+    each = [jax.tree.map(lambda leaf, n=n: leaf[n], rows) for n in range(NUM_TRAIN)]
+    return np.array([decrease(optimizer, state, grads, val_grads, row) for row in each])
 
 
 def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
@@ -168,6 +164,7 @@ def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     assert record.audit_error < 1e-4
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing_but_memory(optimizer, step, warm, kinds):
     split = make_step(TASK.row_losses, optimizer, kinds, microbatches=2)
     state, record = step(warm(), BATCHES[2], VAL, NOBODY)

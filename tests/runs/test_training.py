@@ -151,6 +151,7 @@ def test_kinds_of_layers(micro_config, task):
     assert Trainer(micro_config, task).kinds == ["LayerNorm", "attention", "MLP", "embedding"]
 
 
+@pytest.mark.slow
 def test_parameters_in_float32_whatever_is_computed_in(micro_config):
     config = dataclasses.replace(micro_config, dtype="bfloat16", remat=True, order=2)
     task = load_task(config)
