@@ -136,6 +136,12 @@ def expected_scores(optimizer, state, val_grads):
     return np.array([decrease(optimizer, state, grads, val_grads, row) for row in each])
 
 
+def plain_scores(params, held_out):
+    val_grads = jax.grad(mean_loss)(params, held_out)
+    rows = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(NUM_TRAIN)]
+    return [optax.tree.vdot(val_grads, jax.grad(mean_loss)(params, one)) for one in rows]
+
+
 def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     state = warm()
     expected = [
