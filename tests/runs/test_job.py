@@ -246,12 +246,12 @@ def test_kill_9_at_any_moment(micro_config, tmp_path):
         if process.poll() is None:
             process.kill()
             kills += 1
-        if process.wait() == 0:
+        assert process.wait() in (0, -signal.SIGKILL)
+        if (out / "summary.json").exists():  # whether or not it was killed while it ended
             break
         if not (out / "run.json").exists():
             for path in out.glob("*"):
                 path.unlink()
-    assert process.returncode == 0
     assert kills >= 3
     same_log(read_run(out), whole)
     assert (out / "values.parquet").read_bytes() == (tmp_path / "whole/values.parquet").read_bytes()
