@@ -1,5 +1,6 @@
 """Reading jaxprs, with public names alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import core
@@ -42,6 +43,13 @@ def live_equations(jaxpr: core.Jaxpr, live_outputs: list[bool]) -> tuple[list[An
             needed.append(eqn)
             live.update(var for var in eqn.invars if is_var(var))
     return needed[::-1], live
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation."""
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def describe_operation(eqn: Any) -> str:

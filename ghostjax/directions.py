@@ -17,6 +17,7 @@ from jax.extend import core
 
 from ghostjax._checks import check_direction
 from ghostjax._jaxprs import inner_jaxprs, is_var
+from ghostjax._scalars import evaluate
 
 
 def through_optimizer(
@@ -94,7 +95,7 @@ def through_optimizer(
 
     closed = jax.make_jaxpr(direction)(grads, val_grads)
     _check_derivative(update, closed, grads)
-    leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves((grads, val_grads)))
+    leaves = evaluate(closed, jax.tree.leaves((grads, val_grads)))
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -116,8 +117,10 @@ def count_undefined(
     >>> count_undefined(tx, tx.init(params), params, grads)
     Array(2, dtype=int32)
     """
-    undefined = _undefined(_update_function(tx, opt_state, params, extra_args), grads)
-    return sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(undefined))
+    update = _update_function(tx, opt_state, params, extra_args)
+    closed = jax.make_jaxpr(lambda grads: _undefined(update, grads))(grads)
+    undefined = evaluate(closed, jax.tree.leaves(grads))
+    return sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in undefined)
 
 
 def second_order(

@@ -14,6 +14,7 @@ RANKS = {
     "_checks": 1,
     "_channel": 1,
     "_jaxprs": 1,
+    "_scalars": 2,
     "_walk": 2,
     "_dots": 3,
     "_types": 1,

@@ -14,13 +14,6 @@ from ghostjax._walk._rows import Rows, split_rows
 from ghostjax._walk._values import Value
 
 
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation."""
-    with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(outputs) if eqn.primitive.multiple_results else [outputs]
-
-
 def push_forward(
     function: Callable[..., list], values: Sequence[Value], path: str
 ) -> tuple[list[Any], list[Any]]:

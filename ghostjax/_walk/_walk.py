@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, holds, inner_jaxprs, is_var
+from ghostjax._jaxprs import bind, describe_operation, holds, inner_jaxprs, is_var
 from ghostjax._walk._meeting import (
     Tangents,
     TransposedTangents,
     attach_channel,
-    bind,
     one_per_row,
     push_forward,
 )
