@@ -32,15 +32,17 @@ SIZES: dict[SizeName, Size] = {
 }
 assert tuple(SIZES) == get_args(SizeName)
 
+FEW_LAYERS = 2  # compiled one by one
+
 KINDS = ("LayerNorm", "attention", "MLP", "embedding")
 
 
 def kind_of(path: str) -> str:
     """The kind of layer a parameter belongs to, by the names that the models below give.
 
-    >>> kind_of("['block_0']['norm_1']['scale']"), kind_of("['block_0']['qkv']['kernel']")
+    >>> kind_of("['blocks']['norm_1']['scale']"), kind_of("['blocks']['qkv']['kernel']")
     ('LayerNorm', 'attention')
-    >>> kind_of("['tokens']['embedding']"), kind_of("['block_0']['up']['bias']")
+    >>> kind_of("['tokens']['embedding']"), kind_of("['blocks']['up']['bias']")
     ('embedding', 'MLP')
     """
     if "norm" in path:
@@ -52,7 +54,8 @@ def kind_of(path: str) -> str:
 
 class GPT(nn.Module):
     """A GPT-2-shaped decoder: pre-LayerNorm blocks, learned positions, output head tied to the
-    token embedding, no dropout.
+    token embedding, no dropout. Parameters of the blocks are stacked, so that however many there
+    are, one is compiled.
 
     Calling it, ``tokens [N, T] -> logits [N, T, vocabulary]``. Parameters are float32; ``dtype`` is
     that of the computation, and of the logits.
@@ -87,20 +90,29 @@ class GPT(nn.Module):
             name="positions",
         )
         x = embed(tokens) + where(jnp.arange(tokens.shape[1]))[None]
-        block = nn.remat(Block) if self.remat else Block
-        for layer in range(size.layers):
-            x = block(size, self.dtype, name=f"block_{layer}")(x)
+        blocks = nn.scan(
+            nn.remat(Block) if self.remat else Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=size.layers,
+            # XLA merges the two backward passes of a training step unless they are loops.
+            unroll=size.layers if size.layers <= FEW_LAYERS else 1,
+        )
+        x, _ = blocks(size, self.dtype, name="blocks")(x, None)
         return embed.attend(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a two-layer perceptron, each added to its input [N, T, F]."""
+    """Causal self-attention, then a two-layer perceptron, each added to its input [N, T, F].
+
+    In the form of the body of a scan over layers.
+    """
 
     size: Size
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         features, heads = self.size.features, self.size.heads
         # GPT-2 keeps the variance of the residual stream from growing with depth.
         residual = _normal(0.02 / (2 * self.size.layers) ** 0.5)
@@ -116,7 +128,7 @@ class Block(nn.Module):
 
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_2")(x)
         y = nn.gelu(dense(4 * features, _normal(0.02), "up")(y))
-        return x + dense(features, residual, "down")(y)
+        return x + dense(features, residual, "down")(y), None
 
 
 class Classifier(nn.Module):

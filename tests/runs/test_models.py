@@ -1,9 +1,12 @@
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghostjax.runs.models import GPT, SIZES
+from ghostjax.runs.models import GPT, SIZES, Block
 
 MICRO = GPT(SIZES["micro"])
 
@@ -42,3 +45,26 @@ def test_a_position_sees_no_later_token(params):
 def test_equal_tokens_at_other_positions_differ(params):
     found = logits(params, jnp.array([[5, 5, 5, 5]]))
     assert not np.allclose(found[:, 0], found[:, 1])
+
+
+@pytest.mark.parametrize("size", [SIZES["micro"], dataclasses.replace(SIZES["micro"], layers=3)])
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_are_applied_one_after_another(size, remat):
+    model, tokens = GPT(size, remat=remat), jnp.array([[1, 2, 3, 4]])
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    kernels = params["blocks"]["up"]["kernel"]
+    assert kernels.shape == (size.layers, 16, 64)
+    assert not np.allclose(kernels[0], kernels[1])
+
+    def one_by_one(params, tokens):
+        embed = nn.Embed(256, 16)
+        table = {"params": params["tokens"]}
+        x = embed.apply(table, tokens) + params["positions"]["embedding"][None, :4]
+        for layer in range(size.layers):
+            own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+            x, _ = Block(size, jnp.float32).apply({"params": own}, x, None)
+        x = nn.LayerNorm(epsilon=1e-5).apply({"params": params["norm"]}, x)
+        return embed.apply(table, x, method="attend")
+
+    found = jax.jit(model.apply)({"params": params}, tokens)
+    np.testing.assert_allclose(found, jax.jit(one_by_one)(params, tokens), rtol=1e-4, atol=1e-6)

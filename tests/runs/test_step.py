@@ -1,5 +1,6 @@
 """The jitted step: training unchanged, and scores against per-row autodiff."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from ghostjax import directions, testing
+from ghostjax.runs import models
 from ghostjax.runs.batches import make_rows
 from ghostjax.runs.models import GPT, SIZES
 from ghostjax.runs.optimizers import make_optimizer, make_schedule
@@ -181,6 +183,31 @@ def test_microbatches_change_nothing_but_memory(optimizer, step, warm, kinds):
     np.testing.assert_allclose(found.row_losses, record.row_losses, rtol=1e-5)
     assert found.conservation_error < 1e-4
     assert difference(found_state.params, state.params) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_rematerialized_loop_over_layers_changes_nothing(optimizer, monkeypatch):
+    size = dataclasses.replace(SIZES["micro"], layers=3)
+    records = []
+    for few, remat in ((3, False), (0, True)):
+        monkeypatch.setattr(models, "FEW_LAYERS", few)  # compiled one by one
+        task = TextTask([], [], {}, GPT(size, remat=remat), LENGTH)
+        params = task.init_params(0)
+        state = TrainState(params, optimizer.init(params))
+        step = make_step(task.row_losses, optimizer, [0] * len(jax.tree.leaves(params)), order=2)
+        lowered = jax.jit(task.row_losses).lower(params, BATCHES[0])
+        has_loop = "while" in lowered.as_text()
+        assert has_loop == (few == 0)
+        for rows in BATCHES:
+            state, record = step(state, rows, VAL, np.array([1, 3], np.int32))
+        records.append(record)
+    one_by_one, loop = records
+    for name in ("scores", "errors"):
+        for own, expected in zip(getattr(loop, name), getattr(one_by_one, name)):
+            testing.assert_dots_close(own, expected, rtol=1e-3)
+    np.testing.assert_allclose(loop.row_losses, one_by_one.row_losses, rtol=1e-5)
+    assert loop.conservation_error < 1e-4
+    assert loop.audit_error < 1e-4
 
 
 def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):

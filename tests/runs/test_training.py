@@ -41,8 +41,8 @@ def test_batches_depend_on_the_seed_alone(micro_config, task):
 def test_initial_parameters_depend_on_the_seed_alone(task):
     params = task.init_params(0)
     chex.assert_trees_all_equal(task.init_params(0), params)
-    other = task.init_params(1)["block_0"]["qkv"]["kernel"]
-    assert not np.allclose(other, params["block_0"]["qkv"]["kernel"])
+    other = task.init_params(1)["blocks"]["qkv"]["kernel"]
+    assert not np.allclose(other, params["blocks"]["qkv"]["kernel"])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
