@@ -27,6 +27,22 @@ def inner_jaxprs(eqn: Any) -> list[tuple[core.Jaxpr, int | None]]:
     return found
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's operands, in this order, are constants and carries.
+
+    Told by shapes, as their names among the parameters differ between versions of JAX: what is
+    scanned over has one more axis outside the body than inside, and so have stacked outputs.
+    """
+    ((body, _),) = inner_jaxprs(eqn)
+
+    def passed_whole(outer, inner):
+        pairs = zip(outer, inner, strict=True)
+        return sum(len(whole.aval.shape) == len(part.aval.shape) for whole, part in pairs)
+
+    carries = passed_whole(eqn.outvars, body.outvars)
+    return passed_whole(eqn.invars, body.invars) - carries, carries
+
+
 def holds(eqn: Any, name: str) -> bool:
     """Whether an equation is, or runs somewhere inside, the primitive of that name."""
     return eqn.primitive.name == name or any(

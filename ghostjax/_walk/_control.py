@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax._jaxprs import describe_operation
+from ghostjax._jaxprs import describe_operation, scan_counts
 from ghostjax._walk._rows import join
 from ghostjax._walk._values import Value
 from ghostjax._walk._walk import HANDLERS, Walk, check_rows, slice_rows, stack_rows
@@ -54,7 +54,7 @@ def _same_class(first: Value, second: Value) -> bool:
 def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     """Walks the body; the class of a carry is a fixed point."""
     params = eqn.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = scan_counts(eqn)
     if walk.num_rows is not None:
         _check(walk, eqn, operands)
     consts = operands[:num_consts]

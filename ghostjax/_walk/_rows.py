@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.extend import core
 
+from ghostjax._jaxprs import scan_counts
 from ghostjax._walk._row_rules import (
     ELEMENTWISE,
     PASSED,
@@ -117,7 +118,7 @@ def _fixed_point(body, carry: list[RowInfo]) -> tuple[list[RowInfo], list[RowInf
 
 
 def _scan(eqn, operands, num_rows):
-    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carried = scan_counts(eqn)
     fixed, carry = operands[:consts], operands[consts : consts + carried]
     xs = [_step(o) for o in operands[consts + carried :]]
     carry, outputs = _fixed_point(

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation, holds, inner_jaxprs, is_var
+from ghostjax._jaxprs import (
+    bind,
+    describe_operation,
+    holds,
+    inner_jaxprs,
+    is_var,
+    scan_counts,
+)
 from ghostjax._walk._meeting import (
     Tangents,
     TransposedTangents,
@@ -192,7 +199,7 @@ def _check_inside(eqn, jaxpr, infos, actives, num_rows):
 
 def _inside_scan(eqn, infos, num_rows):
     """What the body sees: carries as they are after any number of rounds, slices of the rest."""
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = scan_counts(eqn)
     after = propagate(eqn, infos, num_rows)[:carry]
     return [*infos[:consts], *after, *(slice_rows(info) for info in infos[consts + carry :])]
 

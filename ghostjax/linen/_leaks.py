@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ghostjax._jaxprs import describe_operation, inner_jaxprs, is_var
+from ghostjax._jaxprs import describe_operation, inner_jaxprs, is_var, scan_counts
 from ghostjax.linen._frames import Trace
 from ghostjax.linen._uses import enclosing_frames, marked_frame
 
@@ -83,7 +83,7 @@ class _Walk:
         }
         taints = self.jaxpr(jaxpr, inner_raw, inner_tainted, frames)
         if eqn.primitive.name == "scan":  # once more, with what the first round put into the carry
-            consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            consts, carry = scan_counts(eqn)
             for var, taint in zip(jaxpr.invars[consts : consts + carry], taints):
                 inner_tainted[var] = inner_tainted.get(var, _NONE) | taint
             taints = self.jaxpr(jaxpr, inner_raw, inner_tainted, frames)

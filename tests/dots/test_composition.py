@@ -240,7 +240,8 @@ def test_a_batch_sharded_over_devices(axis_type, sharded):
     place = split if sharded else whole
     result = dots_of(mean_loss)(*jax.device_put((params, x, direction), (place, split, place)))
     testing.assert_dots_close(result.dots, expected.dots)
-    chex.assert_trees_all_close(result.grads, expected.grads, rtol=1e-5)
+    # Devices add up their rows first, so that sums that cancel are rounded otherwise.
+    testing.assert_dots_close(result.grads, expected.grads)
     for leaf in (*jax.tree.leaves(result.dots), result.total()):
         assert leaf.sharding.is_equivalent_to(split, leaf.ndim)
 
