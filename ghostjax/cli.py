@@ -12,6 +12,11 @@ _DESCRIPTION = """Which training examples help and which hurt, while training ru
 
 'ghostjax train --help' lists a command's options; 'ghostjax --version' prints the version."""
 
+_OUT_OF_MEMORY = (
+    "out of memory: lower --batch-size, --val-batch-size or --length, take more --microbatches, "
+    "or --remat"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command in ``argv`` (default: ``sys.argv[1:]``) and returns the exit code.
@@ -33,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tyro
     except ModuleNotFoundError as error:
         return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
+
+    from jax.errors import JaxRuntimeError
 
     from ghostjax.runs import diff, html, rank
     from ghostjax.runs.config import TrainConfig, UsageError
@@ -64,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (StoppedError, OSError) as error:
         return _fail(str(error), 1)
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(_OUT_OF_MEMORY, 1)
     except KeyboardInterrupt:
         is_begun = isinstance(config, TrainConfig) and (config.out / "run.json").exists()
         return _fail(f"interrupted{'; ghostjax train --resume goes on' * is_begun}", 130)

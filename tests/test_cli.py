@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from ghostjax.cli import main
 from ghostjax.runs.config import TrainConfig
@@ -158,6 +159,7 @@ def test_one_quiet_step_is_a_run_that_prints_nothing(micro_config, tmp_path, cap
     [
         (KeyboardInterrupt(), 130, "error: interrupted; ghostjax train --resume goes on\n"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 1, "error: out of memory: lower --batch-"),
     ],
 )
 def test_exit_codes_of_a_run_that_stops(
