@@ -12,7 +12,7 @@ from ghostjax import conservation_error, testing, value_grad_and_dots
 from tests.dots.checks import check, direction_like, expected_dots
 from tests.dots.layers import LAYERS
 from tests.dots.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
-from tests.dots.models import MODELS, RECOMPUTED, SUMMED, gpt2_with_key
+from tests.dots.models import MODELS, ROUNDED, SUMMED, gpt2_with_key
 
 SLOW = ("gpt2_scan", "gpt2_remat", "gpt2_dropout", "gpt2_dropout_scan_remat")
 
@@ -27,7 +27,7 @@ def some_slow(names):
 @pytest.mark.parametrize("name", some_slow(MODELS))
 def test_models(name):
     reduction = "sum" if name in SUMMED else "mean"
-    check(*MODELS[name](), reduction, exact_gradient=name not in RECOMPUTED)
+    check(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
 
 
 @pytest.mark.parametrize("name", LAYERS)
