@@ -49,7 +49,7 @@ def check(row_losses, params, batch, reduction="mean", *, exact_gradient=True):
     if exact_gradient:
         chex.assert_trees_all_equal((result.value, result.grads), (value, grads))
     else:
-        chex.assert_trees_all_close((result.value, result.grads), (value, grads), rtol=1e-5)
+        testing.assert_dots_close((result.value, result.grads), (value, grads), rtol=1e-6)
     errors = jax.tree.leaves(conservation_error(result, direction))
     assert max(errors) <= 1e-5
     return result
