@@ -45,6 +45,9 @@ def mean_loss(params, rows):
     return jnp.mean(TASK.row_losses(params, rows))
 
 
+MEAN_LOSS, GRADIENT = jax.jit(mean_loss), jax.jit(jax.grad(mean_loss))
+
+
 @pytest.fixture(scope="module")
 def optimizer():
     params = jax.eval_shape(lambda: TASK.init_params(0))
@@ -90,9 +93,9 @@ def test_the_step_is_that_without_scores(optimizer, step):
     opt_state = optimizer.init(plain)
     for rows in BATCHES:
         plain, opt_state, loss = plain_step(plain, opt_state, rows)
-        before = [mean_loss(state.params, held_out) for held_out in HELD_OUT]
+        before = [MEAN_LOSS(state.params, held_out) for held_out in HELD_OUT]
         state, record = step(state, rows, VAL, NOBODY)
-        after = [mean_loss(state.params, held_out) for held_out in HELD_OUT]
+        after = [MEAN_LOSS(state.params, held_out) for held_out in HELD_OUT]
         np.testing.assert_allclose(record.loss, loss, rtol=1e-5)
         np.testing.assert_allclose(record.val_loss, before, rtol=1e-5)
         np.testing.assert_allclose(record.actual, np.subtract(before, after), atol=2e-6)
@@ -139,20 +142,19 @@ def expected_scores(optimizer, state, val_grads):
 
 
 def plain_scores(params, held_out):
-    val_grads = jax.grad(mean_loss)(params, held_out)
+    val_grads = GRADIENT(params, held_out)
     rows = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(NUM_TRAIN)]
-    return [optax.tree.vdot(val_grads, jax.grad(mean_loss)(params, one)) for one in rows]
+    return [optax.tree.vdot(val_grads, GRADIENT(params, one)) for one in rows]
 
 
 def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     state = warm()
     expected = [
-        expected_scores(optimizer, state, jax.grad(mean_loss)(state.params, held_out))
-        for held_out in HELD_OUT
+        expected_scores(optimizer, state, GRADIENT(state.params, held_out)) for held_out in HELD_OUT
     ]
     half = jax.tree.map(lambda leaf: leaf[:2], HELD_OUT[0])
-    of_half = expected_scores(optimizer, state, jax.grad(mean_loss)(state.params, half))
-    val_grads = jax.grad(mean_loss)(state.params, HELD_OUT[0])
+    of_half = expected_scores(optimizer, state, GRADIENT(state.params, half))
+    val_grads = GRADIENT(state.params, HELD_OUT[0])
     plain = plain_scores(state.params, HELD_OUT[0])
     before = jax.tree.map(jnp.copy, state.params)
     after, record = step(state, BATCHES[2], VAL, np.array([1, 3], np.int32))
@@ -213,12 +215,13 @@ def test_a_rematerialized_loop_over_layers_changes_nothing(optimizer, monkeypatc
 def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):
     step = make_step(TASK.row_losses, optimizer, kinds, order=2)
     state = warm()
-    grads = jax.grad(mean_loss)(state.params, BATCHES[2])
-    updates = optimizer.update(grads, state.opt_state, state.params)[0]
+    grads = GRADIENT(state.params, BATCHES[2])
+    updates = jax.jit(optimizer.update)(grads, state.opt_state, state.params)[0]
+    second_order = jax.jit(functools.partial(directions.second_order, mean_loss))
     expected, predicted = [], []
     plain = [plain_scores(state.params, held_out) for held_out in HELD_OUT]
     for held_out in HELD_OUT:
-        middle = directions.second_order(mean_loss, state.params, updates, held_out)
+        middle = second_order(state.params, updates, held_out)
         expected.append(expected_scores(optimizer, state, middle))
         predicted.append(-optax.tree.vdot(middle, updates))
     _, record = step(state, BATCHES[2], VAL, NOBODY)
@@ -229,9 +232,7 @@ def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):
     np.testing.assert_allclose(record.correlation, correlations, rtol=1e-4)
     # Better than the first order, which leaves the curvature out.
     params = warm().params
-    first = np.array(
-        [-optax.tree.vdot(jax.grad(mean_loss)(params, rows), updates) for rows in HELD_OUT]
-    )
+    first = np.array([-optax.tree.vdot(GRADIENT(params, rows), updates) for rows in HELD_OUT])
     assert (np.abs(record.predicted - record.actual) < np.abs(first - record.actual)).all()
 
 
