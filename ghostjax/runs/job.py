@@ -48,6 +48,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         parts.create_out(config.out)
     elif resumed["fingerprints"]["data"] != fingerprint:
         raise UsageError(f"{config.out}: the data changed since the run began")
+    elif not config.quiet:
+        _tell_new_versions(resumed.get("versions", {}))
     with parts.lock(config.out):
         if resumed is None:
             started = _metadata(config, task, trainer, fingerprint, parts.fingerprint(params))
@@ -99,7 +101,6 @@ def _metadata(
     config: TrainConfig, task: Task, trainer: Trainer, data: str, params: str
 ) -> dict[str, Any]:
     """What ``run.json`` holds."""
-    packages = ("ghostjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "pyarrow")
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "task": task.name,
@@ -112,11 +113,28 @@ def _metadata(
         "options": config.as_json(),
         "command": sys.argv,
         "fingerprints": {"data": data, "params": params},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("ghostjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "pyarrow")
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def _tell_new_versions(before: dict[str, str]) -> None:
+    """A resumed run equals an undisturbed one only where the same code goes on with it."""
+    changes = [
+        f"{name} {version} (was {before[name]})"
+        for name, version in _versions().items()
+        if before.get(name, version) != version
+    ]
+    if changes:
+        line = f"Versions changed since the run began: {', '.join(changes)}"
+        make_console(sys.stderr).print(line, markup=False)
 
 
 def _examples_table(task: Task) -> pa.Table:

@@ -128,7 +128,7 @@ def interrupted_after(monkeypatch, steps):
     monkeypatch.setattr(training.Trainer, "steps", interrupted)
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(micro_config, out=tmp_path / "run")
     with monkeypatch.context() as patch:
         interrupted_after(patch, 3)
@@ -136,7 +136,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, mon
             job.run(config)
     assert read_run(config.out).end == 3
     assert read_run(config.out).summary is None
-    job.run(dataclasses.replace(config, resume=True))
+    started = json.loads((config.out / "run.json").read_text())
+    now, started["versions"]["jax"] = started["versions"]["jax"], "0.0.1"
+    (config.out / "run.json").write_text(json.dumps(started))
+    job.run(dataclasses.replace(config, resume=True, quiet=False))
+    assert f"Versions changed since the run began: jax {now} (was 0.0.1)" in capsys.readouterr().err
     same_log(read_run(config.out), micro_run)
     with pytest.raises(UsageError, match="complete run: there is nothing to resume"):
         job.run(dataclasses.replace(config, resume=True))
