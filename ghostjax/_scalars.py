@@ -23,13 +23,15 @@ def evaluate(closed: core.ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:
     """
     jaxpr = closed.jaxpr
     users = Counter(atom for eqn in jaxpr.eqns for atom in eqn.invars if is_var(atom))
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *operands)))
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    values = dict(zip(variables, (*closed.consts, *operands), strict=True))
 
     def read(atom):
         return values[atom] if is_var(atom) else atom.val
 
     for eqn in jaxpr.eqns:
-        for var, output in zip(eqn.outvars, bind(eqn, [read(atom) for atom in eqn.invars])):
+        outputs = bind(eqn, [read(atom) for atom in eqn.invars])
+        for var, output in zip(eqn.outvars, outputs, strict=True):
             is_shared = users[var] >= MANY_USERS and not getattr(var.aval, "shape", None)
             if is_shared and jnp.issubdtype(var.aval.dtype, jnp.floating):
                 output = _not_cheap(output)

@@ -50,14 +50,15 @@ class Walk:
         return self.open(closed.jaxpr, [Value(const) for const in closed.consts], operands)
 
     def open(self, jaxpr: core.Jaxpr, consts: Sequence[Value], operands: Sequence[Value]):
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands]))
+        variables = [*jaxpr.constvars, *jaxpr.invars]
+        env = dict(zip(variables, [*consts, *operands], strict=True))
 
         def read(atom):
             return env[atom] if is_var(atom) else Value(atom.val)
 
         for eqn in jaxpr.eqns:
             outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
-            env.update(zip(eqn.outvars, outputs))
+            env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -186,7 +187,8 @@ def check_rows(eqn, infos, actives, num_rows) -> list[RowInfo]:
 def _check_inside(eqn, jaxpr, infos, actives, num_rows):
     if eqn.primitive.name == "scan":
         infos = _inside_scan(eqn, infos, num_rows)
-    known = {var: (info, active) for var, info, active in zip(jaxpr.invars, infos, actives)}
+    pairs = zip(infos, actives, strict=True)
+    known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:
         pairs = [
             known.get(atom, (None, False)) if is_var(atom) else (None, False)
