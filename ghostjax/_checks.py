@@ -86,27 +86,46 @@ def check_parameters(params: Any) -> None:
 
 
 def check_direction(
-    params: Any, direction: Any, name: str = "direction", *, dtypes: bool = True
-) -> None:
-    """``direction`` must have the parameters' tree and shapes, and with ``dtypes`` their dtypes."""
+    params: Any,
+    direction: Any,
+    name: str = "direction",
+    *,
+    dtypes: bool = True,
+    stacked: bool = False,
+) -> int | None:
+    """``direction`` must have the parameters' tree and shapes, and with ``dtypes`` their dtypes.
+
+    Returns:
+      With ``stacked``, K where every leaf has one more axis, of K directions, in front. Else None.
+    """
     expected, found = jax.tree.structure(params), jax.tree.structure(direction)
     if expected != found:
         raise ValueError(
             f"{name} must be a tree like the parameters.\n  expected {expected}\n  found    {found}"
         )
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    pairs = list(zip([leaf for _, leaf in paths], jax.tree.leaves(direction)))
+    leading = {
+        jnp.shape(vector)[0] if stacked and jnp.ndim(vector) == jnp.ndim(leaf) + 1 else None
+        for leaf, vector in pairs
+    }
+    directions = leading.pop() if len(leading) == 1 else None
 
-    def kind(leaf):
-        return jnp.shape(leaf), jnp.result_type(leaf) if dtypes else None
+    def kind(leaf, leading=()):
+        return (*leading, *jnp.shape(leaf)), jnp.result_type(leaf) if dtypes else None
 
+    before = () if directions is None else (directions,)
     faults = [
         f"  {jax.tree_util.keystr(path) or name}: expected "
-        f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}, found "
+        f"{jnp.result_type(leaf)}{[*before, *jnp.shape(leaf)]}, found "
         f"{jnp.result_type(vector)}{list(jnp.shape(vector))}"
-        for (path, leaf), vector in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(direction)
-        )
-        if kind(leaf) != kind(vector)
+        for (path, _), (leaf, vector) in zip(paths, pairs)
+        if kind(leaf, before) != kind(vector)
     ]
-    if faults:
+    if faults or directions == 0:
         what = "shapes and dtypes" if dtypes else "shapes"
-        raise ValueError(f"{name} must have the {what} of the parameters:\n" + "\n".join(faults))
+        other = " (or, all of them, one more axis in front, of K directions)" if stacked else ""
+        raise ValueError(
+            f"{name} must have the {what} of the parameters{other}:\n" + "\n".join(faults)
+        )
+    return directions

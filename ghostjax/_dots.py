@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._aggregate import aggregate
-from ghostjax._checks import batch_rows, check_argnums, check_direction, check_parameters
-from ghostjax._walk import Rows, Value, Walk
+from ghostjax._checks import check_direction
+from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
+from ghostjax._walk import Directed
 
 
 @jax.tree_util.register_dataclass
@@ -78,22 +79,6 @@ def _conservation_error(grads: Any, direction: Any, dots: Any, shared: Any, redu
     return jax.tree.unflatten(treedef, errors)
 
 
-@jax.custom_vjp
-def _not_differentiable(dots: Any) -> Any:
-    return dots
-
-
-def _refuse(dots):
-    raise NotImplementedError(
-        "the result of value_grad_and_dots cannot be differentiated again: its dots are made in a "
-        "backward pass that keeps nothing for another. Differentiate <jax.grad(loss), direction> "
-        "of the rows in question instead."
-    )
-
-
-_not_differentiable.defvjp(_refuse, lambda _, cotangents: (cotangents,))
-
-
 def value_grad_and_dots(
     loss_fn: Callable[..., Any],
     *,
@@ -146,69 +131,59 @@ def value_grad_and_dots(
 
     Source: Data Shapley in One Training Run, arXiv:2406.11011, for what the dots are good for.
     """
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}.')
+    check_reduction(loss_reduction)
 
     @functools.wraps(loss_fn)
     def fn(*args: Any, direction: Any, **kwargs: Any) -> GradDots:
-        numbers, batch_numbers = check_argnums(argnums, batch_argnums, len(args))
-        params = tuple(args[number] for number in numbers)
-        batch = tuple(args[number] for number in batch_numbers)
-        named = params[0] if isinstance(argnums, int) else params
-        check_parameters(named)
-        check_direction(named, direction)
-        if isinstance(argnums, int):
-            direction = (direction,)
-        num_rows = batch_rows(batch[0] if isinstance(batch_argnums, int) else batch)
-
-        def call(params, batch, *others):
-            """``loss_fn`` with the arguments put back in their places: (scalar, aux)."""
-            full = dict(zip(numbers, params)) | dict(zip(batch_numbers, batch))
-            rest, kwargs = others
-            full |= rest
-            output = loss_fn(*(full[number] for number in range(len(args))), **kwargs)
-            if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
-                raise TypeError(
-                    "with has_aux, loss_fn must return a pair (loss, aux). Found "
-                    f"{jax.tree.structure(output)}."
-                )
-            return output if has_aux else (output, None)
-
-        rest = {
-            number: arg
-            for number, arg in enumerate(args)
-            if number not in numbers and number not in batch_numbers
-        }
-        evaluate = _one_row if per_example else _whole_batch
-        paths = [
-            jax.tree_util.keystr(path) or "params"
-            for path, _ in jax.tree_util.tree_leaves_with_path(named)
-        ]
-        taps, shared = _zeros(paths, params, (num_rows,)), _zeros(paths, params, ())
-        taps = jax.tree.map(lambda tap: _sharded_like_rows(tap, batch), taps)
-
-        def objective(params, taps, shared):
-            losses, aux = evaluate(
-                call, paths, params, batch, (rest, kwargs), direction, taps, shared, num_rows
-            )
-            if per_example:
-                losses = jnp.mean(losses) if loss_reduction == "mean" else jnp.sum(losses)
-            return losses, aux
-
-        (value, aux), (grads, dots, rest_dots) = jax.value_and_grad(
-            objective, argnums=(0, 1, 2), has_aux=True
-        )(params, taps, shared)
-        scale = num_rows if loss_reduction == "mean" else 1
-        treedef = jax.tree.structure(params)
-        dots = jax.tree.unflatten(treedef, [dots[path] * scale for path in paths])
-        rest_dots = jax.tree.unflatten(treedef, [rest_dots[path] for path in paths])
-        if isinstance(argnums, int):
-            (grads,), (dots,), (rest_dots,) = grads, dots, rest_dots
-        dots, rest_dots = _not_differentiable((dots, rest_dots))
-        return GradDots(value, aux, grads, dots, rest_dots, loss_reduction)
+        loss, arrays = trace_loss(
+            loss_fn,
+            args,
+            kwargs,
+            argnums=argnums,
+            batch_argnums=batch_argnums,
+            has_aux=has_aux,
+            per_example=per_example,
+            loss_reduction=loss_reduction,
+        )
+        params = jax.tree.unflatten(loss.params, arrays.params)
+        directions = check_direction(params, direction, stacked=True)
+        return directed(loss, arrays, direction, directions)
 
     fn.__signature__ = _with_direction(loss_fn)  # jax.jit looks for donated names there
     return fn
+
+
+def directed(loss: Loss, arrays: Arrays, direction: Any, directions: int | None) -> GradDots:
+    """One forward and backward pass with a channel behind every meeting.
+
+    ``directions`` is K where the direction is stacked.
+    """
+    leading = () if directions is None else (directions,)
+    rows = (*leading, loss.num_rows)
+    taps = [_sharded_like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
+    shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
+    stacked = directions is not None
+    vectors = loss.push(arrays, jax.tree.leaves(direction), stacked)
+
+    def objective(params, taps, shared):
+        def walked(taps, batch):
+            numbered = dict(enumerate(taps)), dict(enumerate(shared))
+            walk = Directed(loss.names, loss.walked_rows, *numbered, stacked, vectors)
+            value, aux = loss.open(walk, params, batch, arrays.others)
+            return [value.primal, *(leaf.primal for leaf in aux)]
+
+        if loss.per_example:  # JAX's batching rules track the rows
+            walked = jax.vmap(walked, in_axes=(-1, 0))
+        return loss.outputs_of(walked(taps, arrays.batch))
+
+    (value, aux), (grads, dots, rest) = jax.value_and_grad(
+        objective, argnums=(0, 1, 2), has_aux=True
+    )(arrays.params, taps, shared)
+    grads, dots, rest = (
+        jax.tree.unflatten(loss.params, leaves)
+        for leaves in (grads, [leaf * loss.scale for leaf in dots], rest)
+    )
+    return GradDots(value, aux, grads, dots, rest, loss.loss_reduction)
 
 
 def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
@@ -225,72 +200,15 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
 
 def _sharded_like_rows(tap, batch):
     """Rows of the batch may be sharded over explicit axes of a mesh, and then dots are, too."""
-    sharding = jax.typeof(jax.tree.leaves(batch)[0]).sharding
+    sharding = jax.typeof(batch[0]).sharding
     axes = sharding.spec[:1]
     if not axes or axes[0] is None:
         return tap
-    return jax.sharding.reshard(tap, sharding.update(spec=jax.sharding.PartitionSpec(*axes)))
+    leading = [None] * (tap.ndim - 1)
+    spec = jax.sharding.PartitionSpec(*leading, *axes)
+    return jax.sharding.reshard(tap, sharding.update(spec=spec))
 
 
-def _zeros(paths, params, shape):
-    return {
-        path: jnp.zeros(shape, jnp.float64 if jnp.result_type(leaf) == jnp.float64 else jnp.float32)
-        for path, leaf in zip(paths, jax.tree.leaves(params))
-    }
-
-
-def _trace(call, params, batch, others):
-    """The jaxpr of a call, with every array of ``others`` an input and the rest static."""
-    leaves, treedef = jax.tree.flatten(others)
-    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
-
-    def run(params, batch, arrays):
-        remaining = iter(arrays)
-        full = [next(remaining) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
-        return call(params, batch, *jax.tree.unflatten(treedef, full))
-
-    closed, shapes = jax.make_jaxpr(run, return_shape=True)(params, batch, arrays)
-    loss = shapes[0]
-    if not hasattr(loss, "shape") or loss.shape != ():
-        raise ValueError(
-            "loss_fn must return a scalar loss (with per_example, the scalar loss of one row; with "
-            "has_aux, a pair of it and aux). "
-            f"Found {jax.tree.map(lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', loss)}."
-        )
-    return closed, arrays, jax.tree.structure(shapes)
-
-
-def _walk(closed, paths, params, batch, arrays, direction, taps, shared, num_rows):
-    rows = None if num_rows is None else Rows(0)
-    operands = [
-        Value(leaf, {path: jax.lax.stop_gradient(vector)})
-        for leaf, path, vector in zip(
-            jax.tree.leaves(params), paths, jax.tree.leaves(direction), strict=True
-        )
-    ]
-    operands += [Value(leaf, {}, True, False, rows) for leaf in jax.tree.leaves(batch)]
-    operands += [Value(leaf) for leaf in arrays]
-    walk = Walk(taps, shared, num_rows)
-    loss, *aux = walk.run(closed, operands)
-    if loss.tangents:
-        loss = walk.promote(loss, None)
-    return [loss.primal, *(value.primal for value in aux)]
-
-
-def _whole_batch(call, paths, params, batch, others, direction, taps, shared, num_rows):
-    closed, arrays, treedef = _trace(call, params, batch, others)
-    outputs = _walk(closed, paths, params, batch, arrays, direction, taps, shared, num_rows)
-    return jax.tree.unflatten(treedef, outputs)
-
-
-def _one_row(call, paths, params, batch, others, direction, taps, shared, num_rows):
-    """The walk of one row's loss, vectorized: JAX's batching rules track the rows."""
-    del shared, num_rows
-    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
-    closed, arrays, treedef = _trace(call, params, row, others)
-
-    def run(taps, row):
-        outputs = _walk(closed, paths, params, row, arrays, direction, taps, {}, None)
-        return jax.tree.unflatten(treedef, outputs)
-
-    return jax.vmap(run)(taps, batch)
+def wide_zeros(param: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros in the dtype of a parameter's dots."""
+    return jnp.zeros(shape, jnp.float64 if jnp.result_type(param) == jnp.float64 else jnp.float32)

@@ -1,6 +1,11 @@
-"""The jaxpr walk: value classes, row axes, control flow."""
+"""The jaxpr walk: value classes, row axes, control flow, meetings."""
 
 from ghostjax._walk import _control as _control
+from ghostjax._walk._directed import Directed as Directed
+from ghostjax._walk._harvest import Harvest as Harvest
+from ghostjax._walk._harvest import contract as contract
+from ghostjax._walk._meeting import Meeting as Meeting
+from ghostjax._walk._push import Push as Push
 from ghostjax._walk._rows import Rows as Rows
 from ghostjax._walk._values import Value as Value
 from ghostjax._walk._walk import Walk as Walk

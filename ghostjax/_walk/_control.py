@@ -1,5 +1,7 @@
 """Control flow in which parameters and data meet: the walk goes inside and builds it again."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,12 +15,24 @@ from ghostjax._walk._walk import HANDLERS, Walk, check_rows, slice_rows, stack_r
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     """Walks inside, and recomputes with the same policy."""
+    key = walk.next_key()
 
-    def run(taps, shared, operands):
-        return Walk(taps, shared, walk.num_rows).open(eqn.params["jaxpr"], [], operands)
+    def run(slots, operands):
+        inner = walk.inside(key, slots)
+        return inner.open(eqn.params["jaxpr"], [], operands), inner.emitted, inner.specs
 
-    run = jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return run(walk.taps, walk.shared, operands)
+    if walk.computes_data:
+        run = jax.checkpoint(
+            run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+        )
+    return _received(walk, run(walk.slots_of(key), operands))
+
+
+def _received(walk: Walk, results: tuple[Any, dict, dict]) -> Any:
+    outputs, emitted, specs = results
+    walk.emitted.update(emitted)
+    walk.specs.update(specs)
+    return outputs
 
 
 def _coerce(walk: Walk, eqn: Any, value: Value, like: Value) -> Value:
@@ -26,9 +40,12 @@ def _coerce(walk: Walk, eqn: Any, value: Value, like: Value) -> Value:
     if like.is_data:
         if not value.is_data:
             value = walk.promote(value, like.rows, eqn)
-        return Value(value.primal, {}, True, like.active, like.rows)
+        return walk.data(value.primal, like.active, like.rows)
     tangents = {
-        path: value.tangents.get(path, jnp.zeros_like(value.primal)) for path in like.tangents
+        path: value.tangents[path]
+        if path in value.tangents
+        else walk.zero_tangent(value.primal, tangent)
+        for path, tangent in like.tangents.items()
     }
     return Value(value.primal, tangents)
 
@@ -39,16 +56,36 @@ def _joined(walk: Walk, first: Value, second: Value) -> Value:
         return Value(first.primal, {**second.tangents, **first.tangents})
     active = any(value.active or bool(value.tangents) for value in (first, second))
     rows = None if walk.num_rows is None else join(first.rows, second.rows)
-    return Value(first.primal, {}, True, active, rows)
+    return walk.data(first.primal, active, rows)
 
 
-def _classes(function, *args) -> list[Value]:
+def _classes(function, *args) -> Any:
     """The values a function would give, in shapes."""
     return jax.eval_shape(function, *args)
 
 
 def _same_class(first: Value, second: Value) -> bool:
     return jax.tree.structure(first) == jax.tree.structure(second)
+
+
+def _slice(walk: Walk, value: Value) -> Value:
+    """One of the values that are scanned over, stacked as ``lax.scan`` takes them."""
+    return dataclasses.replace(
+        value, tangents=_loop_first(walk, value.tangents), rows=slice_rows(value.rows)
+    )
+
+
+def _stack(walk: Walk, value: Value) -> Value:
+    return dataclasses.replace(
+        value, tangents=_loop_first(walk, value.tangents), rows=stack_rows(value.rows)
+    )
+
+
+def _loop_first(walk: Walk, tangents: dict[int, Any]) -> dict[int, Any]:
+    """Several directions are stacked along the first axis, and so are a loop's rounds."""
+    if not walk.stacked:
+        return tangents
+    return jax.tree.map(lambda tangent: jnp.swapaxes(tangent, 0, 1), tangents)
 
 
 def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -59,65 +96,91 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         _check(walk, eqn, operands)
     consts = operands[:num_consts]
     carry = operands[num_consts : num_consts + num_carry]
-    sliced = [
-        Value(value.primal, value.tangents, value.is_data, value.active, slice_rows(value.rows))
-        for value in operands[num_consts + num_carry :]
-    ]
+    sliced = [_slice(walk, value) for value in operands[num_consts + num_carry :]]
+    key = walk.next_key()
 
-    def body(carry, sliced):
-        outputs = walk.run(params["jaxpr"], [*consts, *carry, *sliced])
+    def body(inner, carry, sliced):
+        outputs = inner.run(params["jaxpr"], [*consts, *carry, *sliced])
         return outputs[:num_carry], outputs[num_carry:]
 
     def one(values):
         return jax.tree.map(lambda array: array[0], values)
 
     while True:
-        after, _ = _classes(lambda carry, values: body(carry, one(values)), carry, sliced)
+        after = _classes(
+            lambda carry, values: body(walk.inside(key), carry, one(values))[0], carry, sliced
+        )
         classes = [_joined(walk, *pair) for pair in zip(carry, after)]
         if all(_same_class(*pair) for pair in zip(classes, carry)):
             break
         carry = [_coerce(walk, eqn, *pair) for pair in zip(carry, classes)]
 
-    def step(carry, sliced):
-        after, outputs = body(carry, sliced)
-        return [_coerce(walk, eqn, *pair) for pair in zip(after, classes)], outputs
+    def step(carry, each):
+        sliced, slots = each
+        inner = walk.inside(key, slots)
+        after, outputs = body(inner, carry, sliced)
+        after = [_coerce(inner, eqn, *pair) for pair in zip(after, classes)]
+        return after, (outputs, inner.emitted, inner.specs)
 
-    carry, stacked = jax.lax.scan(
+    carry, results = jax.lax.scan(
         step,
         carry,
-        sliced,
+        (sliced, walk.slots_of(key)),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return carry + [
-        Value(value.primal, value.tangents, value.is_data, value.active, stack_rows(value.rows))
-        for value in stacked
-    ]
+    return carry + [_stack(walk, value) for value in _received(walk, results)]
 
 
 def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     """Walks every branch; an output is of the class that holds that of all branches."""
     index, *operands = operands
     branches = eqn.params["branches"]
+    keys = [walk.next_key() for _ in branches]
+    slots = [walk.slots_of(key) for key in keys]
 
-    def branch(closed):
-        return lambda operands: walk.run(closed, operands)
+    def branch(number, operands, slots, classes=None):
+        inner = walk.inside(keys[number], slots)
+        outputs = inner.run(branches[number], operands)
+        if classes is not None:
+            outputs = [_coerce(inner, eqn, *pair) for pair in zip(outputs, classes)]
+        return outputs, inner.emitted, inner.specs
 
-    classes = None
-    for closed in branches:
-        found = _classes(branch(closed), operands)
-        classes = (
-            found if classes is None else [_joined(walk, *pair) for pair in zip(classes, found)]
-        )
+    numbers = range(len(branches))
+    found = [_classes(lambda o, k=k: branch(k, o, None)[0], operands) for k in numbers]
+    classes = functools.reduce(
+        lambda first, second: [_joined(walk, *pair) for pair in zip(first, second)], found
+    )
+    if index.is_data:  # chooses, so that what it chooses from is not made of parameters alone
+        classes = [walk.data(value.primal, True, value.rows) for value in classes]
+    if index.is_data and not walk.computes_data:
+        return [
+            _received(walk, branch(number, operands, None, classes)) for number in numbers
+        ][0]
 
-    def coerced(closed):
+    shapes = [_classes(lambda o, k=k: branch(k, o, slots[k], classes)[1:], operands) for k in numbers]
+
+    def filled(number):
+        """What the other branches would emit is zero where this one is taken."""
+
         def run(operands):
-            return [_coerce(walk, eqn, *pair) for pair in zip(branch(closed)(operands), classes)]
+            outputs, *own = branch(number, operands, slots[number], classes)
+            others = [_zeros(shapes[k]) for k in numbers if k != number]
+            for found, *rest in zip(own, *others):
+                for other in rest:
+                    found.update(other)
+            return outputs, *own
 
         return run
 
-    return jax.lax.switch(index.primal, [coerced(closed) for closed in branches], operands)
+    return _received(
+        walk, jax.lax.switch(index.primal, [filled(number) for number in numbers], operands)
+    )
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

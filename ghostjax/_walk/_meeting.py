@@ -1,4 +1,10 @@
-"""Where parameters meet data: the channel, and the tangents that its backward pass needs."""
+"""Meetings: where parameters meet data, and the inner products that come out there.
+
+A meeting is one equation whose operands are data and values made of parameters alone. From what it
+keeps of its operands, the cotangent c of its output and a direction G at its parameter operand
+follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for every row i. Routes to
+the same numbers that cost less for some shapes are in ``_routes``.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,119 +14,161 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from ghostjax._channel import channel
 from ghostjax._jaxprs import live_equations
 from ghostjax._walk._rows import Rows, split_rows
-from ghostjax._walk._values import Value
+from ghostjax._walk._values import Value, paths_of
 
 
 def push_forward(
-    function: Callable[..., list], values: Sequence[Value], path: str
-) -> tuple[list[Any], list[Any]]:
-    """Outputs and tangents of ``function`` when parameter ``path`` moves along the direction."""
+    function: Callable[..., list], values: Sequence[Value], path: int, stacked: bool
+) -> list[Any]:
+    """Tangents of a function's outputs when parameter ``path`` moves along the direction.
+
+    None for outputs that have none, such as integers.
+    """
     primals = [value.primal for value in values]
     moving = [position for position, value in enumerate(values) if path in value.tangents]
+    move = _tangents_of(function, primals, moving)
+    tangents = [values[position].tangents[path] for position in moving]
+    kinds = []
 
-    def of_moving(*arrays):
-        operands = list(primals)
-        for position, array in zip(moving, arrays):
-            operands[position] = array
-        return function(operands)
+    def dense(tangents):
+        found = move(tangents)
+        kinds[:] = [tangent.dtype != jax.dtypes.float0 for tangent in found]
+        return [tangent for tangent, kind in zip(found, kinds) if kind]
 
-    return jax.jvp(
-        of_moving,
-        [primals[position] for position in moving],
-        [values[position].tangents[path] for position in moving],
-    )
+    found = iter(jax.vmap(dense)(tangents) if stacked else dense(tangents))
+    return [next(found) if kind else None for kind in kinds]
 
 
-class Tangents:
-    """The tangents of one operation's outputs, as a function of no more operands than they need.
+def _tangents_of(function, primals, moving):
+    def tangents(vectors):
+        def of_moving(*arrays):
+            operands = list(primals)
+            for position, array in zip(moving, arrays):
+                operands[position] = array
+            return function(operands)
+
+        return jax.jvp(of_moving, [primals[position] for position in moving], vectors)[1]
+
+    return tangents
+
+
+class _Program:
+    """The tangents of an operation's outputs, as a function of no more operands than they need.
 
     What is not needed is not kept for the backward pass: the tangent of ``x + bias`` needs no x.
     """
 
-    def __init__(self, function: Callable[..., list], values: Sequence[Value], path: str):
-        moving = [value.tangents[path] for value in values if path in value.tangents]
+    def __init__(self, function: Callable[..., list], primals: Sequence[Any], moving: Sequence[int]):
+        def tangents(primals, vectors):
+            return [_dense(leaf) for leaf in _tangents_of(function, primals, moving)(vectors)]
 
-        def tangents(primals, moving):
-            moving = iter(moving)
-            moved = [
-                Value(primal, {path: next(moving)} if path in value.tangents else {})
-                for primal, value in zip(primals, values)
-            ]
-            outputs = push_forward(function, moved, path)[1]
-            return [_dense(leaf) for leaf in outputs]
-
-        operands = [value.primal for value in values]
-        closed = jax.make_jaxpr(tangents)(operands, moving)
-        self._jaxpr = closed
+        closed = jax.make_jaxpr(tangents)(primals, [primals[position] for position in moving])
         _, live = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-        inputs = closed.jaxpr.invars
-        self._kept = [position for position, var in enumerate(inputs) if var in live]
+        self._jaxpr = closed.jaxpr
+        self.consts = closed.consts
+        inputs = closed.jaxpr.invars[: len(primals)]
         self._avals = [var.aval for var in inputs]
-        self.needs_data = any(
-            values[position].is_data for position in self._kept if position < len(values)
-        )
-        arrays = [*operands, *moving]
-        self.operands = [arrays[position] for position in self._kept] + list(closed.consts)
+        self.kept = [position for position, var in enumerate(inputs) if var in live]
 
-    def __call__(self, operands: Sequence[Any]) -> list[Any]:
-        kept, consts = operands[: len(self._kept)], operands[len(self._kept) :]
-        arrays = [jnp.zeros(aval.shape, aval.dtype) for aval in self._avals]
-        for position, array in zip(self._kept, kept):
-            arrays[position] = array
-        closed = core.ClosedJaxpr(self._jaxpr.jaxpr, list(consts))
-        return core.jaxpr_as_fun(closed)(*arrays)
+    def __call__(self, operands: dict[int, Any], consts, vectors: Sequence[Any]) -> list[Any]:
+        primals = [
+            operands[position] if position in self.kept else jnp.zeros(aval.shape, aval.dtype)
+            for position, aval in enumerate(self._avals)
+        ]
+        closed = core.ClosedJaxpr(self._jaxpr, list(consts))
+        return core.jaxpr_as_fun(closed)(*primals, *vectors)
 
 
-class TransposedTangents:
-    """The same for an operation that has a backward rule of its own but no forward one.
+class Meeting:
+    """What is static about one meeting; arrays are handed in.
 
-    Its backward rule is linear in the cotangents c, so < rule(c), direction > = < c , t > with
-    t the gradient of the left side. That t is what forward mode would have given.
+    Attributes:
+      eqn: the equation, None for the value of a loop's carry or the loss.
+      moving: by parameter, the positions of the operands that depend on it.
+      rows: where the rows are, per output.
+      in_rows: by parameter, whether its dots belong to rows; if not, they are one scalar.
+      outputs: shapes and dtypes.
     """
 
-    needs_data = True
-
-    def __init__(self, function: Callable[..., list], values: Sequence[Value], path: str):
-        self._function = function
-        self._moving = [position for position, value in enumerate(values) if path in value.tangents]
-        self._count = len(values)
-        moving = [values[position].tangents[path] for position in self._moving]
-        self.operands = [value.primal for value in values] + moving
-
-    def __call__(self, operands: Sequence[Any]) -> list[Any]:
-        primals, direction = list(operands[: self._count]), operands[self._count :]
-
-        def of_moving(*arrays):
-            moved = list(primals)
-            for position, array in zip(self._moving, arrays):
-                moved[position] = array
-            return self._function(moved)
-
-        outputs, pull_back = jax.vjp(of_moving, *(primals[position] for position in self._moving))
-
-        def inner_product(cotangents):
-            full = [cotangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
-            return sum(
-                jnp.sum(_paired(gradient, tangent))
-                for gradient, tangent in zip(pull_back(full), direction)
-            )
-
-        zeros = {
-            k: jnp.zeros_like(output) for k, output in enumerate(outputs) if is_inexact(output)
+    def __init__(
+        self,
+        eqn: Any,
+        function: Callable[[Sequence[Any]], list],
+        operands: Sequence[Value],
+        outputs: Sequence[Any],
+        rows: Sequence[Any],
+        num_rows: int | None,
+    ):
+        self.eqn = eqn
+        self.rows = list(rows)
+        self.num_rows = num_rows
+        self.outputs = [jax.ShapeDtypeStruct(jnp.shape(o), jnp.result_type(o)) for o in outputs]
+        self.differentiable = [k for k, output in enumerate(outputs) if is_inexact(output)]
+        self.moving = {
+            path: tuple(k for k, value in enumerate(operands) if path in value.tangents)
+            for path in paths_of(operands)
         }
-        value, gradient_of = jax.vjp(inner_product, zeros)
-        (tangents,) = gradient_of(jnp.ones_like(value))
-        return [tangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
+        self.in_rows: dict[int, bool] = {}
+        self._prepare(function, operands)
+
+    def _prepare(self, function, operands):
+        primals = [value.primal for value in operands]
+        self._programs = {
+            moving: _Program(function, primals, moving) for moving in set(self.moving.values())
+        }
+        programs = self._programs.values()
+        self._kept = sorted({position for program in programs for position in program.kept})
+        self.needs_data = any(operands[position].is_data for position in self._kept)
+        self._consts = {moving: program.consts for moving, program in self._programs.items()}
+
+    def keep(self, operands: Sequence[Value]) -> Any:
+        """The arrays that ``sums`` needs. Called once, where the meeting was made."""
+        consts = [self._consts[moving] for moving in sorted(self._programs)]
+        del self._consts  # arrays of one trace must not leave it by way of this object
+        return [operands[position].primal for position in self._kept], consts
+
+    def sums(
+        self, kept: Any, vectors: dict[int, Sequence[Any]], cotangents: Sequence[Any], stacked: bool
+    ) -> dict[int, Any]:
+        """By parameter, its dots [B] (a scalar where they belong to no row), or [K, ...].
+
+        Args:
+          kept: what ``keep`` gave.
+          vectors: by parameter, the direction at the operands that move.
+          cotangents: of the differentiable outputs.
+        """
+        arrays, consts = kept
+        operands = dict(zip(self._kept, arrays))
+        consts = dict(zip(sorted(self._programs), consts))
+
+        def one(path, vectors):
+            moving = self.moving[path]
+            tangents = self._programs[moving](operands, consts[moving], vectors)
+            return self._paired(path, cotangents, [tangents[k] for k in self.differentiable])
+
+        return {
+            path: jax.vmap(lambda v, path=path: one(path, v))(found) if stacked else one(path, found)
+            for path, found in vectors.items()
+        }
+
+    def _paired(self, path, cotangents, tangents):
+        where = [self.rows[k] if self.in_rows[path] else None for k in self.differentiable]
+        triples = zip(cotangents, tangents, where)
+        return sum(row_sums(*triple, self.num_rows) for triple in triples)
+
+    def takes_gradient(self, directions: int) -> int | None:
+        """The operand whose gradient comes out of ``sums_and_gradient``, where that costs less."""
+        del directions
+        return None
 
 
 def is_inexact(output: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
 
 
-def _no_tangent(output: Any) -> Any:
+def no_tangent(output: Any) -> Any:
     return np.zeros(output.shape, jax.dtypes.float0)
 
 
@@ -129,83 +177,46 @@ def _dense(tangent: Any) -> Any:
     return jnp.zeros(tangent.shape) if tangent.dtype == jax.dtypes.float0 else tangent
 
 
-def _paired(cotangents: Any, tangents: Any) -> jax.Array:
+def paired(cotangents: Any, tangents: Any) -> jax.Array:
     """The products that add up to <cotangents, tangents>, in float32 or wider.
 
     Of complex values the real part, without a conjugate: that is what JAX's cotangents mean.
     """
     if jnp.iscomplexobj(cotangents) or jnp.iscomplexobj(tangents):
         parts = [(jnp.real(array), jnp.imag(array)) for array in (cotangents, tangents)]
-        return _paired(parts[0][0], parts[1][0]) - _paired(parts[0][1], parts[1][1])
-    wide = jnp.float64 if cotangents.dtype == jnp.float64 else jnp.float32
+        return paired(parts[0][0], parts[1][0]) - paired(parts[0][1], parts[1][1])
+    wide = wide_dtype(cotangents)
     return cotangents.astype(wide) * tangents.astype(wide)
 
 
-def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int) -> jax.Array:
+def wide_dtype(*arrays: Any) -> jnp.dtype:
+    """float32 for everything narrower, float64 for float64."""
+    found = any(jnp.result_type(a) in (jnp.float64, jnp.complex128) for a in arrays)
+    return jnp.dtype(jnp.float64 if found else jnp.float32)
+
+
+def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int | None) -> jax.Array:
     """sum of cotangents * tangents over everything but the rows, in float32 or wider: [B].
 
     A scalar where ``rows`` is None: the sum over everything.
     """
-    product = _paired(cotangents, tangents)
+    product = paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
 
 
 @jax.custom_vjp
-def one_per_row(outputs: Sequence[Any], tap: Any) -> list[Any]:
-    """``outputs`` as they are, but vectorized wherever ``tap`` is.
+def one_per_row(outputs: Sequence[Any], marker: Any) -> list[Any]:
+    """``outputs`` as they are, but vectorized wherever the scalar ``marker`` is.
 
     The cotangents of what vectorization need not repeat come summed over the rows, too late for a
     channel that is to tell them apart.
     """
-    return [jax.lax.select_n(tap == 0, output, output) for output in outputs]
+    return [jax.lax.select_n(marker == 0, output, output) for output in outputs]
 
 
 one_per_row.defvjp(
-    lambda outputs, tap: (one_per_row(outputs, tap), None),
+    lambda outputs, marker: (one_per_row(outputs, marker), None),
     lambda _, cotangents: (cotangents, None),
 )
-
-
-def _sharded_as(array: jax.Array, sharding: Any) -> jax.Array:
-    """On a mesh of explicit axes, shardings are part of a type."""
-    if jax.typeof(array).sharding.spec == sharding.spec:
-        return array
-    return jax.sharding.reshard(array, sharding)
-
-
-def attach_channel(
-    outputs: Sequence[Any],
-    tangents: dict[str, Tangents],
-    where: list[Rows | None],
-    taps: dict[str, Any],
-    num_rows: int,
-) -> list[Any]:
-    """Puts a channel behind ``outputs`` that gives each path's tap its inner products.
-
-    ``where`` says, per output, which axis holds the rows.
-    """
-    differentiable = [position for position, output in enumerate(outputs) if is_inexact(output)]
-
-    def backward(residuals, cotangents):
-        sums = {}
-        for path, operands in residuals.items():
-            moved = tangents[path](operands)
-            found = sum(
-                row_sums(cotangent, moved[position], where[position], num_rows)
-                for position, cotangent in zip(differentiable, cotangents)
-            )
-            sums[path] = _sharded_as(found, shardings[path])
-        return sums
-
-    carried = {path: taps[path] for path in tangents}
-    shardings = {path: jax.typeof(tap).sharding for path, tap in carried.items()}
-    residuals = jax.lax.stop_gradient({path: found.operands for path, found in tangents.items()})
-    passed = channel(
-        backward, [outputs[position] for position in differentiable], carried, residuals
-    )
-    outputs = list(outputs)
-    for position, output in zip(differentiable, passed):
-        outputs[position] = output
-    return outputs

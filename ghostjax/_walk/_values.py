@@ -19,15 +19,21 @@ class Value:
     """One value of the walk: arrays with a static class, so that it passes through transforms.
 
     Attributes:
-      primal: the array.
-      tangents: by parameter path, what the direction does to a parameter-only value.
+      primal: the array; None for data where the walk does not compute it.
+      tangents: of a parameter-only value, by the number of the parameter, what the direction does
+        to it, with a leading axis K where there are several; None where there is none yet.
       is_data: whether it depends on the batch.
       active: whether data depends on parameters too, so that gradient flows back through it.
       rows: where data has its rows.
     """
 
     primal: Any
-    tangents: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tangents: dict[int, Any] = dataclasses.field(default_factory=dict)
     is_data: bool = dataclasses.field(default=False, metadata={"static": True})
     active: bool = dataclasses.field(default=False, metadata={"static": True})
     rows: RowInfo = dataclasses.field(default=None, metadata={"static": True})
+
+
+def paths_of(values: Any) -> list[int]:
+    """The parameters that any of the values depends on."""
+    return sorted({path for value in values for path in value.tangents})

@@ -1,12 +1,13 @@
-"""The walk: evaluates a jaxpr with a channel wherever a parameter first meets data.
+"""The walk: goes through a jaxpr and finds where parameters meet data.
 
 What depends on parameters alone is pushed forward along the direction; what depends on the batch is
 evaluated as it is. Nothing here knows about layers.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,10 @@ from ghostjax._jaxprs import (
     is_var,
     scan_counts,
 )
-from ghostjax._walk._meeting import (
-    Tangents,
-    TransposedTangents,
-    attach_channel,
-    one_per_row,
-    push_forward,
-)
+from ghostjax._walk._meeting import Meeting, is_inexact
+from ghostjax._walk._routes import make_meeting
 from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
-from ghostjax._walk._values import Value
+from ghostjax._walk._values import Value, paths_of
 
 WAY_OUT = (
     "Write the loss for one row and pass per_example=True, which needs no row axis, or keep one "
@@ -38,12 +34,62 @@ WAY_OUT = (
 
 
 class Walk:
-    """One evaluation. ``num_rows`` is None where the jaxpr is that of a single row."""
+    """What all walks have in common. A subclass says what a parameter-only value carries beside its
+    primal, and what a meeting does.
 
-    def __init__(self, taps: dict[str, Any], shared: dict[str, Any], num_rows: int | None):
-        self.taps = taps
-        self.shared = shared
+    Attributes:
+      names: of the parameters, for messages.
+      num_rows: B; None where the jaxpr is that of a single row.
+      stacked: whether tangents have a leading axis of directions.
+      emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
+      specs: by meeting, zeros like the cotangents that are to be kept.
+    """
+
+    computes_data = True
+    stacked = False
+    slots: dict[str, Any] | None = None
+
+    def __init__(self, names: Sequence[str], num_rows: int | None):
+        self.names = names
         self.num_rows = num_rows
+        self.emitted: dict[str, Any] = {}
+        self.specs: dict[str, Any] = {}
+        self._prefix, self._count = "", 0
+
+    def inside(self, key: str, slots: dict[str, Any] | None = None) -> Self:
+        """A walk of the same kind for the body of a loop, a branch, or what is rematerialised."""
+        walk = copy.copy(self)
+        walk.emitted, walk.specs, walk._prefix, walk._count = {}, {}, f"{key}.", 0
+        walk.slots = slots
+        return walk
+
+    def next_key(self) -> str:
+        """Names a meeting or a body by its place; the same in every walk of one jaxpr."""
+        self._count += 1
+        return f"{self._prefix}{self._count}"
+
+    def slots_of(self, key: str) -> dict[str, Any] | None:
+        """The slots of the meetings inside the body ``key``."""
+        if self.slots is None:
+            return None
+        return {name: slot for name, slot in self.slots.items() if name.startswith(f"{key}.")}
+
+    def pushed(self, eqn, function, operands: list[Value], outputs) -> list[dict[int, Any]]:
+        """By output of a parameter-only equation, what it carries for every parameter."""
+        del eqn, function
+        paths = paths_of(operands)
+        return [dict.fromkeys(paths) if is_inexact(output) else {} for output in outputs]
+
+    def attach(self, meeting: Meeting, function, operands: list[Value]) -> list[Any]:
+        """The outputs of a meeting."""
+        raise NotImplementedError
+
+    def data(self, primal: Any, active: bool, rows: RowInfo) -> Value:
+        return Value(primal if self.computes_data else None, {}, True, active, rows)
+
+    def zero_tangent(self, primal: Any, like: Any) -> Any:
+        """What a value carries for a parameter that it does not depend on, but ``like`` does."""
+        return None
 
     def run(self, closed: core.ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         """The values of a jaxpr's outputs."""
@@ -73,82 +119,67 @@ class Walk:
             return self.parameters_only(eqn, operands)
         if inner_jaxprs(eqn) and name != "custom_jvp_call":
             raise NotImplementedError(
-                f"{describe_operation(eqn)} uses parameters ({', '.join(_paths(operands))}) "
+                f"{describe_operation(eqn)} uses parameters ({self.named(operands)}) "
                 "together with the batch, and cannot be walked. Move the parameters out of it."
             )
-        return self.operation(eqn, operands, Tangents)
+        return self.operation(eqn, operands)
 
     def without_parameters(self, eqn, operands, has_data):
-        outputs = bind(eqn, [value.primal for value in operands])
         if not has_data:
-            return [Value(output) for output in outputs]
+            return [Value(output) for output in bind(eqn, [value.primal for value in operands])]
         rows = self.rows_after(eqn, operands)
+        is_data = [self.num_rows is None or info is not None for info in rows]
+        outputs = [None] * len(rows)
+        if self.computes_data or not all(is_data):
+            outputs = bind(eqn, self._without_data(eqn, operands))
         active = any(value.active for value in operands) and eqn.primitive.name != "stop_gradient"
         return [
-            Value(output, {}, self.num_rows is None or info is not None, active, info)
-            for output, info in zip(outputs, rows)
+            self.data(output, active, info) if found else Value(output)
+            for output, info, found in zip(outputs, rows, is_data)
         ]
 
-    def parameters_only(self, eqn, operands, tangents_of=None):
-        function = functools.partial(bind, eqn)
+    def _without_data(self, eqn, operands):
+        """Primals, with zeros for data that is not computed: outputs of no row do not use it."""
+        return [
+            jnp.zeros(var.aval.shape, var.aval.dtype)
+            if value.is_data and not self.computes_data
+            else value.primal
+            for var, value in zip(eqn.invars, operands)
+        ]
+
+    def parameters_only(self, eqn, operands):
         outputs = bind(eqn, [value.primal for value in operands])
         if eqn.primitive.name == "stop_gradient":
             return [Value(output) for output in outputs]
-        tangents: list[dict[str, Any]] = [{} for _ in outputs]
-        for path in _paths(operands):
-            if tangents_of is None:
-                moved = push_forward(function, operands, path)[1]
-            else:
-                made = tangents_of(function, operands, path)
-                moved = made(made.operands)
-            for found, tangent in zip(tangents, moved):
-                if tangent.dtype != jax.dtypes.float0:
-                    found[path] = tangent
-        return [Value(output, found) for output, found in zip(outputs, tangents)]
+        found = self.pushed(eqn, functools.partial(bind, eqn), operands, outputs)
+        return [Value(output, tangents) for output, tangents in zip(outputs, found)]
 
-    def operation(self, eqn, operands, tangents_of):
-        """An ordinary operation where parameters and data meet: the channel is here."""
+    def operation(self, eqn, operands) -> list[Value]:
+        """An ordinary operation where parameters and data meet."""
         rows = self.rows_after(eqn, operands)
-        outputs = bind(eqn, [value.primal for value in operands])
-        tangents = {
-            path: tangents_of(functools.partial(bind, eqn), operands, path)
-            for path in _paths(operands)
-        }
-        return self.channels(eqn, outputs, tangents, rows)
+        outputs = [var.aval for var in eqn.outvars]
+        return self.meet(eqn, functools.partial(bind, eqn), operands, outputs, rows)
 
     def promote(self, value: Value, rows: RowInfo, eqn: Any = None) -> Value:
         """A parameter-only value on its way to where values of its kind are data."""
         if not value.tangents:
-            return Value(value.primal, {}, True, value.active, rows)
-        tangents = {
-            path: Tangents(lambda operands: list(operands), [value], path)
-            for path in value.tangents
-        }
-        return self.channels(eqn, [value.primal], tangents, [rows])[0]
+            return self.data(value.primal, value.active, rows)
+        return self.meet(eqn, list, [value], [value.primal], [rows])[0]
 
-    def channels(self, eqn, outputs, tangents, rows) -> list[Value]:
-        """Values of ``outputs``, with a tap each for the paths of ``tangents``."""
-        in_rows, in_no_row = {}, {}
-        for path, found in tangents.items():
-            inexact = [
-                (output, info)
-                for output, info in zip(outputs, rows)
-                if jnp.issubdtype(jnp.result_type(output), jnp.inexact)
-            ]
-            if self.num_rows is None or all(isinstance(info, Rows) for _, info in inexact):
-                in_rows[path] = found
-            elif not found.needs_data and all(jnp.ndim(output) == 0 for output, _ in inexact):
-                in_no_row[path] = found
-            else:
-                raise RowAxisError(_lost(eqn, path, [info for _, info in inexact]))
-        if in_rows and self.num_rows is None:
-            outputs = one_per_row(outputs, self.taps[next(iter(in_rows))])
-        if in_rows:
-            outputs = attach_channel(outputs, in_rows, rows, self.taps, self.num_rows)
-        if in_no_row:
-            nowhere = [None] * len(outputs)
-            outputs = attach_channel(outputs, in_no_row, nowhere, self.shared, None)
-        return [Value(output, {}, True, True, info) for output, info in zip(outputs, rows)]
+    def meet(self, eqn, function, operands, outputs, rows) -> list[Value]:
+        meeting = make_meeting(eqn, function, operands, outputs, rows, self.num_rows)
+        infos = [rows[position] for position in meeting.differentiable]
+        scalars = all(not meeting.outputs[position].shape for position in meeting.differentiable)
+        for path in meeting.moving:
+            in_rows = self.num_rows is None or all(isinstance(info, Rows) for info in infos)
+            if not in_rows and (meeting.needs_data or not scalars):
+                raise RowAxisError(_lost(eqn, self.names[path], infos))
+            meeting.in_rows[path] = in_rows
+        outputs = self.attach(meeting, function, operands)
+        return [self.data(output, True, info) for output, info in zip(outputs, rows)]
+
+    def named(self, operands: Sequence[Value]) -> str:
+        return ", ".join(self.names[path] for path in paths_of(operands))
 
     def rows_after(self, eqn, operands) -> list[RowInfo]:
         if self.num_rows is None:
@@ -222,10 +253,6 @@ def stack_rows(info: RowInfo) -> RowInfo:
     return info
 
 
-def _paths(operands: Sequence[Value]) -> list[str]:
-    return sorted({path for value in operands for path in value.tangents})
-
-
 def _lost(eqn, path, infos) -> str:
     reasons = [info.reason for info in infos if isinstance(info, Mixed)]
     return (
@@ -244,16 +271,9 @@ def _call(walk: Walk, eqn, operands):
     return walk.open(jaxpr, [], operands)
 
 
-def _custom_vjp(walk: Walk, eqn, operands):
-    if not any(value.is_data for value in operands):
-        return walk.parameters_only(eqn, operands, TransposedTangents)
-    return walk.operation(eqn, operands, TransposedTangents)
-
-
 HANDLERS = {
     "jit": _call,
     "pjit": _call,
     "closed_call": _call,
     "core_call": _call,
-    "custom_vjp_call": _custom_vjp,
 }

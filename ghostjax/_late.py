@@ -1,0 +1,213 @@
+"""value_and_dots_fn: dots with directions that are known only after the backward pass."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghostjax._checks import check_direction
+from ghostjax._dots import GradDots, directed, wide_zeros
+from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
+from ghostjax._walk import Harvest, Meeting, contract
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What is static about a harvested loss: the loss, and by key its meetings."""
+
+    loss: Loss
+    meetings: dict[str, Meeting]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LateDots:
+    """Inner products of every row's gradient with any direction: ``dots(direction)``.
+
+        dots[p][i] = < d l_i / d p , direction[p] >
+
+    A pytree, which may leave ``jax.jit``. Its size is what late directions cost in memory: beside
+    arguments and results of the step, the factors.
+
+    Attributes:
+      factors: by meeting, what its operands leave for the products, and the cotangents of its
+        outputs; None with ``remat``, where both passes are made again instead.
+      arrays: parameters, batch (with ``remat`` only) and constants of the loss.
+      value, aux, grads: as in ``GradDots``.
+    """
+
+    factors: dict[str, Any] | None
+    arrays: Arrays
+    value: jax.Array
+    aux: Any
+    grads: Any
+    program: Program = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, direction: Any) -> Any:
+        """The dots: a tree of the parameters, every leaf [B] in float32 (float64 for float64).
+
+        Args:
+          direction: a tree like the parameters; or with a leading axis K on every leaf, for K
+            directions, and then the dots are [K, B]. It is a pure function, for ``jax.vmap`` too.
+
+        Raises:
+          ValueError: the direction does not fit.
+        """
+        return self.result(direction).dots
+
+    def result(self, direction: Any) -> GradDots:
+        """The same with all else that ``value_grad_and_dots`` returns, for ``conservation_error``."""
+        loss = self.program.loss
+        params = jax.tree.unflatten(loss.params, self.arrays.params)
+        directions = check_direction(params, direction, stacked=True)
+        if self.factors is None:
+            return directed(loss, self.arrays, direction, directions)
+        dots, shared = self._contracted(jax.tree.leaves(direction), directions)
+        return GradDots(
+            self.value,
+            self.aux,
+            self.grads,
+            jax.tree.unflatten(loss.params, [leaf * loss.scale for leaf in dots]),
+            jax.tree.unflatten(loss.params, shared),
+            loss.loss_reduction,
+        )
+
+    def _contracted(self, vectors: list[Any], directions: int | None):
+        loss, stacked = self.program.loss, directions is not None
+        moved = loss.push(self.arrays, vectors, stacked)
+        leading = () if directions is None else (directions,)
+        dots = [wide_zeros(leaf, (*leading, loss.num_rows)) for leaf in self.arrays.params]
+        shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
+        for key, (kept, cotangents) in self.factors.items():
+            meeting = self.program.meetings[key]
+
+            def one(kept, cotangents, meeting=meeting, vectors=moved[key]):
+                return contract(meeting, kept, cotangents, vectors, stacked)
+
+            if loss.per_example:
+                one = jax.vmap(one, out_axes=-1)
+            for path, sums in one(kept, cotangents).items():
+                total = dots if meeting.in_rows[path] else shared
+                total[path] = total[path] + sums
+        return dots, shared
+
+
+def value_and_dots_fn(
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    per_example: bool = False,
+    loss_reduction: str = "mean",
+    remat: bool = False,
+) -> Callable[..., tuple[Any, Any, LateDots]]:
+    """``jax.value_and_grad``, and a function that gives the dots when the direction is known.
+
+        value, grads, dots = value_and_dots_fn(loss_fn)(params, batch)
+        dots(direction)[p][i] = < d l_i / d p , direction[p] >
+
+    One forward and one backward pass, also of loops and of what ``jax.checkpoint`` makes again.
+    For directions that depend on the gradient itself: through the optimizer, at the midpoint of the
+    update. Where the direction is known before, ``value_grad_and_dots`` needs less memory.
+
+    Args:
+      loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction: as for
+        ``value_grad_and_dots``.
+      remat: keep no factors; ``dots(direction)`` makes both passes again.
+
+    Returns:
+      ``fn(*args, **kwargs) -> (value, grads, dots)``, with ``(value, aux)`` in place of ``value``
+      with ``has_aux``; ``dots`` is a ``LateDots``. Use all of it in one ``jax.jit``.
+
+    Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``.
+
+    Raises:
+      What ``value_grad_and_dots`` raises; and NotImplementedError by ``dots(direction)`` where a
+      branch that depends on the batch chooses between values made of parameters alone.
+
+    >>> import jax.numpy as jnp
+    >>> def loss_fn(w, x):
+    ...     return jnp.mean(jnp.square(x @ w) / 2)
+    >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
+    >>> value, grads, dots = value_and_dots_fn(loss_fn)(w, x)
+    >>> value, grads, dots(0.1 * grads).round(2)
+    (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([0.2, 2.4], dtype=float32))
+    """
+    check_reduction(loss_reduction)
+
+    @functools.wraps(loss_fn)
+    def fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, LateDots]:
+        loss, arrays = trace_loss(
+            loss_fn,
+            args,
+            kwargs,
+            argnums=argnums,
+            batch_argnums=batch_argnums,
+            has_aux=has_aux,
+            per_example=per_example,
+            loss_reduction=loss_reduction,
+        )
+        dots = _without_factors(loss, arrays) if remat else _with_factors(loss, arrays)
+        return (dots.value, dots.aux) if has_aux else dots.value, dots.grads, dots
+
+    return fn
+
+
+def _without_factors(loss: Loss, arrays: Arrays) -> LateDots:
+    def objective(params):
+        return loss.outputs_of(loss.evaluate(params, arrays))
+
+    (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(arrays.params)
+    grads = jax.tree.unflatten(loss.params, grads)
+    return LateDots(None, arrays, value, aux, grads, Program(loss, {}))
+
+
+def _with_factors(loss: Loss, arrays: Arrays) -> LateDots:
+    run, program = harvesting(loss, arrays)
+    slots = empty_slots(run, arrays.params)
+
+    def objective(params, slots):
+        outputs, emitted, _ = run(params, slots)
+        value, aux = loss.outputs_of(outputs)
+        return value, (aux, emitted)
+
+    (value, (aux, kept)), (grads, cotangents) = jax.value_and_grad(
+        objective, argnums=(0, 1), has_aux=True
+    )(arrays.params, slots)
+    factors = {key: (kept[key], cotangents[key]) for key in kept}
+    return LateDots(
+        factors,
+        dataclasses.replace(arrays, batch=[]),
+        value,
+        aux,
+        jax.tree.unflatten(loss.params, grads),
+        program,
+    )
+
+
+def harvesting(loss: Loss, arrays: Arrays):
+    """``run(params, slots) -> (outputs, kept, specs)``, and the program it fills in."""
+    program = Program(loss, {})
+
+    def run(params, slots):
+        def walked(slots, batch, marker):
+            walk = Harvest(loss.names, loss.walked_rows, marker, slots)
+            value, aux = loss.open(walk, params, batch, arrays.others)
+            program.meetings.update(walk.meetings)
+            return [value.primal, *(leaf.primal for leaf in aux)], walk.emitted, walk.specs
+
+        if loss.per_example:
+            walked = jax.vmap(walked)
+        return walked(slots, arrays.batch, jnp.zeros(loss.num_rows))
+
+    return run, program
+
+
+def empty_slots(run, params) -> dict[str, Any]:
+    """Zeros for the cotangents of all meetings, found by a walk in shapes."""
+    _, _, specs = jax.eval_shape(lambda params: run(params, None), params)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs)

@@ -1,0 +1,77 @@
+"""The walk with directions at hand: dots come out of the backward pass that makes the gradient."""
+
+from typing import Any
+
+import jax
+
+from ghostjax._channel import channel
+from ghostjax._walk._meeting import Meeting, one_per_row
+from ghostjax._walk._walk import Walk
+
+
+class Directed(Walk):
+    """Puts a channel behind every meeting that gives each parameter's tap its inner products.
+
+    Args:
+      taps: by parameter, zeros [B] or [K, B], whose gradient the dots will be; of one row's jaxpr
+        without the B.
+      shared: the same without the B, for dots that belong to no row.
+      stacked: whether there is a K.
+      slots: by meeting, the direction there, from ``Push``.
+    """
+
+    def __init__(self, names, num_rows, taps: dict[int, Any], shared: dict[int, Any], stacked, slots):
+        super().__init__(names, num_rows)
+        self.taps, self.shared, self.stacked, self.slots = taps, shared, stacked, slots
+
+    def attach(self, meeting: Meeting, function, operands):
+        key, primals = self.next_key(), [value.primal for value in operands]
+        if self.slots is None:
+            return function(primals)
+        some_tap = next(iter(self.taps.values()))
+        taken = meeting.takes_gradient(some_tap.shape[0] if self.stacked else 1)
+        carried: dict[str, Any] = {
+            "taps": {path: self.taps[path] for path, own in meeting.in_rows.items() if own},
+            "shared": {path: self.shared[path] for path, own in meeting.in_rows.items() if not own},
+        }
+        if taken is not None:
+            carried["operand"] = primals[taken]
+            primals[taken] = jax.lax.stop_gradient(primals[taken])
+        outputs = function(primals)
+        if self.num_rows is None:
+            outputs = one_per_row(outputs, some_tap.ravel()[0])
+        shardings = {path: jax.typeof(tap).sharding for path, tap in carried["taps"].items()}
+        without_rows, stacked = list(carried["shared"]), self.stacked
+
+        def backward(residuals, cotangents):
+            found = {}
+            if taken is None:
+                sums = meeting.sums(*residuals, cotangents, stacked)
+            else:
+                sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
+            found["shared"] = {path: sums[path] for path in without_rows}
+            found["taps"] = {
+                path: _sharded_as(sums[path], sharding) for path, sharding in shardings.items()
+            }
+            return found
+
+        residuals = meeting.keep(operands), self.slots[key]
+        return through_channel(meeting, backward, outputs, carried, residuals)
+
+
+def through_channel(meeting: Meeting, backward, outputs, carried, residuals) -> list[Any]:
+    """``outputs`` with a channel behind those that have a cotangent."""
+    outputs = list(outputs)
+    some = [outputs[position] for position in meeting.differentiable]
+    for position, output in zip(
+        meeting.differentiable, channel(backward, some, carried, residuals)
+    ):
+        outputs[position] = output
+    return outputs
+
+
+def _sharded_as(array: jax.Array, sharding: Any) -> jax.Array:
+    """On a mesh of explicit axes, shardings are part of a type."""
+    if jax.typeof(array).sharding.spec == sharding.spec:
+        return array
+    return jax.sharding.reshard(array, sharding)

@@ -1,0 +1,210 @@
+"""Routes: other ways to a meeting's dots, taken where static shapes say that they cost less.
+
+tangent   t = x . G for every direction, then < c_i , t_i >: what every meeting can do (``_meeting``)
+rows      a matrix product: the weight gradient of one row after another, each dotted with all K
+          directions; the sum over rows is the gradient. K directions for little more than one.
+features  an elementwise operation with a parameter that is repeated over rows: the parameter's
+          gradient per row, [B, F], times the directions [K, F]
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ghostjax._walk._meeting import Meeting, wide_dtype
+from ghostjax._walk._row_loop import row_loop
+from ghostjax._walk._rows import Rows, split_rows
+
+# How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
+OPERATIONS_PER_NUMBER = {"cpu": 20}
+OPERATIONS_ELSEWHERE = 400
+# The gradient of the rows route is equal to rounding only, so it has to win clearly.
+MARGIN = 1.5
+ELEMENTWISE = {"add": jax.lax.add, "mul": jax.lax.mul, "sub": jax.lax.sub}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A matrix product: B rows of T positions, i features in, o features out."""
+
+    b: int
+    t: int
+    i: int
+    o: int
+
+
+def rows_cost_less(sizes: Sizes, directions: int, *, gradient: bool) -> bool:
+    """Whether to make the weight gradient row by row rather than push K directions forward.
+
+    Tangents take K B T i o multiply-adds and read the directions once. Row by row, every row's part
+    [i, o] is written and read, added to the sum (two passes) and dotted with K directions; where
+    the gradient is not made on the way, that part is a product of its own, B T i o.
+    """
+    per_number = OPERATIONS_PER_NUMBER.get(jax.default_backend(), OPERATIONS_ELSEWHERE)
+    matrix = sizes.i * sizes.o
+    tangents = directions * (sizes.b * sizes.t * matrix + per_number * matrix)
+    passes = (4 if gradient else 2) + directions
+    rows = sizes.b * matrix * passes * per_number
+    if not gradient:
+        rows += sizes.b * sizes.t * matrix
+    return MARGIN * rows < tangents
+
+
+class Product(Meeting):
+    """A ``dot_general`` of data with a matrix of parameters."""
+
+    def _prepare(self, function, operands):
+        super()._prepare(function, operands)
+        (self.parameter,) = {k for moving in self.moving.values() for k in moving}
+        contracting, _ = self.eqn.params["dimension_numbers"]
+        data = 1 - self.parameter
+        shapes = [jnp.shape(value.primal) for value in operands]
+        pairs = sorted(zip(contracting[self.parameter], contracting[data]))
+        self._contracted = [axis for axis, _ in pairs]  # of the parameter
+        self._free = [k for k in range(len(shapes[self.parameter])) if k not in self._contracted]
+        self._inputs = [axis for _, axis in pairs]  # of the data
+        self._positions = [k for k in range(len(shapes[data])) if k not in self._inputs]
+        self._shape = shapes[self.parameter]
+        self._dtype = jnp.result_type(operands[self.parameter].primal)
+        self._data_rows = operands[data].rows
+        places = [shapes[data][axis] for axis in self._positions]
+        self.sizes = Sizes(
+            self.num_rows,
+            math.prod(places) // self.num_rows,
+            math.prod(shapes[data][axis] for axis in self._inputs),
+            math.prod(self._shape[axis] for axis in self._free),
+        )
+        # [i, o] where the parameter has its inputs first, else [o, i]: so that nothing is copied.
+        self._inputs_first = self._contracted[:1] == [0] or not self._free
+
+    def takes_gradient(self, directions):
+        if not all(self.in_rows.values()):
+            return None
+        if rows_cost_less(self.sizes, directions * len(self.moving), gradient=True):
+            return self.parameter
+        return None
+
+    def sums(self, kept, vectors, cotangents, stacked):
+        directions = len(vectors) * _count(vectors, stacked)
+        if all(self.in_rows.values()) and rows_cost_less(self.sizes, directions, gradient=False):
+            return self.sums_and_gradient(kept, vectors, cotangents, stacked)[0]
+        return super().sums(kept, vectors, cotangents, stacked)
+
+    def sums_and_gradient(self, kept, vectors, cotangents, stacked):
+        """What ``sums`` gives, and the gradient of the operand ``takes_gradient`` names."""
+        ((data,), _), (cotangent,) = kept, cotangents
+        inputs = self._rows_first(data, self._data_rows, self._positions, self._inputs)
+        places = len(self._positions)
+        offset = 0 if self.parameter == 1 else len(self._free)
+        positions = [offset + k for k in range(places)]
+        features = [k for k in range(cotangent.ndim) if k not in positions]
+        outputs = self._rows_first(cotangent, self.rows[0], positions, features)
+        pair = (inputs, outputs) if self._inputs_first else (outputs, inputs)
+        matrices = [
+            self._matrix(vector if stacked else vector[None]) for (vector,) in vectors.values()
+        ]
+        total, dots = row_loop(*pair, jnp.concatenate(matrices))
+        dots = jnp.split(dots, len(vectors))
+        sums = {path: part if stacked else part[0] for path, part in zip(vectors, dots)}
+        return sums, self._parameter_like(total)
+
+    def _rows_first(self, array, rows: Rows, positions, features):
+        """[B, T, features]"""
+        shape, axis = array.shape, rows.axis
+        split = (rows.outer, self.num_rows, rows.inner)
+        array = array.reshape(*shape[:axis], *split, *shape[axis + 1 :])
+
+        def moved(axes):
+            return [k if k < axis else k + 2 for k in axes if k != axis]
+
+        others = sorted([*moved(positions), axis, axis + 2])
+        array = array.transpose(axis + 1, *others, *moved(features))
+        return array.reshape(self.num_rows, self.sizes.t, -1)
+
+    def _order(self):
+        first, last = self._contracted, self._free
+        return [*first, *last] if self._inputs_first else [*last, *first]
+
+    def _matrix(self, vectors):
+        """[K, *p] -> [K, i, o] or [K, o, i]"""
+        order = [0, *(axis + 1 for axis in self._order())]
+        size = self.sizes.i if self._inputs_first else self.sizes.o
+        return vectors.transpose(order).reshape(vectors.shape[0], size, -1)
+
+    def _parameter_like(self, matrix):
+        order = self._order()
+        sizes = [self._shape[axis] for axis in order]
+        inverse = [int(axis) for axis in np.argsort(order)]
+        return matrix.reshape(sizes).transpose(inverse).astype(self._dtype)
+
+
+class Repeated(Meeting):
+    """An elementwise operation of data with a parameter that is repeated over the rows."""
+
+    def _prepare(self, function, operands):
+        super()._prepare(function, operands)
+        (self.parameter,) = {k for moving in self.moving.values() for k in moving}
+        self._avals = [jax.typeof(value.primal) for value in operands]
+        self._function = ELEMENTWISE[self.eqn.primitive.name]
+        self._shape = jnp.shape(operands[self.parameter].primal)
+
+    def sums(self, kept, vectors, cotangents, stacked):
+        size = math.prod(self._shape)
+        few = self.num_rows * size <= math.prod(self.outputs[0].shape) // 2
+        if not (stacked and few and all(self.in_rows.values())):
+            return super().sums(kept, vectors, cotangents, stacked)
+        (cotangent,), (rows,) = cotangents, self.rows
+        wide = wide_dtype(cotangent)
+        arrays = dict(zip(self._kept, kept[0]))
+        primals = [
+            arrays[k].astype(wide) if k in arrays else jnp.zeros(aval.shape, wide)
+            for k, aval in enumerate(self._avals)
+        ]
+        repeated = list(self._shape)
+        repeated[rows.axis] = self.num_rows
+
+        def of_rows(parameter):
+            operands = list(primals)
+            operands[self.parameter] = parameter
+            return self._function(*operands)
+
+        parameter = jnp.broadcast_to(primals[self.parameter], repeated)
+        (gradients,) = jax.vjp(of_rows, parameter)[1](cotangent.astype(wide))
+        gradients = split_rows(gradients, rows, self.num_rows)
+        return {
+            path: jnp.einsum("bf,kf->kb", gradients, vector.astype(wide).reshape(-1, size))
+            for path, (vector,) in vectors.items()
+        }
+
+
+def _count(vectors, stacked) -> int:
+    return next(iter(vectors.values()))[0].shape[0] if stacked else 1
+
+
+def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows) -> Meeting:
+    """The kind of meeting that an equation is."""
+    return _kind(eqn, operands, rows)(eqn, function, operands, outputs, rows, num_rows)
+
+
+def _kind(eqn, operands, rows) -> type[Meeting]:
+    if eqn is None or not all(isinstance(info, Rows) for info in rows):
+        return Meeting
+    name, moving = eqn.primitive.name, [bool(value.tangents) for value in operands]
+    if len(operands) != 2 or sum(moving) != 1:
+        return Meeting
+    data, parameter = operands[moving[0]], operands[moving[1]]
+    real = all(jnp.issubdtype(jnp.result_type(v.primal), jnp.floating) for v in operands)
+    if not (data.is_data and isinstance(data.rows, Rows) and real):
+        return Meeting
+    if name == "dot_general" and not any(eqn.params["dimension_numbers"][1]):
+        return Product
+    (place,) = rows
+    alone = place.outer * place.inner == 1
+    if name in ELEMENTWISE and alone and jnp.ndim(parameter.primal) > place.axis:
+        if jnp.shape(parameter.primal)[place.axis] == 1:
+            return Repeated
+    return Meeting
