@@ -51,9 +51,9 @@ SCORES = (
     "plain",
     "optimizer, previous gradient",
     "optimizer, previous gradient, look-ahead by previous update",
-    "optimizer, previous gradient, second order by previous update",
+    "optimizer, previous gradient, midpoint of previous update",
     "optimizer, current gradient",
-    "optimizer, current gradient, second order",
+    "optimizer, current gradient, midpoint",
     "optimizer, current gradient, look-ahead",
 )
 
@@ -80,16 +80,16 @@ def all_directions(tx, learning_rate, state, params, grads, last, val):
     def ahead(updates):
         return directions.look_ahead(mean_loss, params, updates, val)
 
-    def curved(updates):
-        return directions.second_order(mean_loss, params, updates, val)
+    def half_way(updates):
+        return directions.midpoint(mean_loss, params, updates, val)
 
     found = [
         jax.tree.map(lambda leaf: learning_rate * leaf, val_grads),
         through(last["grads"], val_grads),
         through(last["grads"], ahead(last["updates"])),
-        through(last["grads"], curved(last["updates"])),
+        through(last["grads"], half_way(last["updates"])),
         through(grads, val_grads),
-        through(grads, curved(updates)),
+        through(grads, half_way(updates)),
         through(grads, ahead(updates)),
     ]
     return dict(zip(SCORES, found, strict=True))
