@@ -22,7 +22,8 @@ have that: loops and rematerialised models, where it would be a second pass.
 
 First order breaks down with SGD 0.1: its steps overshoot, so that rows which pull along the
 validation gradient hurt in truth. It shows in the validation loss, which rises every other step.
-What helps is a smaller step, or look-ahead by the current update. With clipping, the derivative
+What helps is a smaller step, or the validation gradient further along the current update: at its
+midpoint and, for leaving out one row of it, more so at its end. With clipping, the derivative
 depends on the direction of the current gradient, which the previous one does not tell.
 """
 
