@@ -2,8 +2,9 @@
 
 The default job: prose and code in equal parts, held-out prose and held-out code as validation sets.
 ROC AUC of the values for prose (code) above code (prose), by value for validation set prose (code),
-and the fidelity of the scores, of first and of second order. Model and data of the default job were
-chosen so that the first of these is high; the second order, and validation set code, were not.
+and the fidelity of the scores, with validation gradients at the parameters (order 1) and half-way
+along the update (order 2). Model and data of the default job were chosen so that the first of these
+is high at order 1; order 2, and validation set code, were not.
 
     python -m benchmarks.domain_values
 """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from ghostjax._checks import check_direction
+from ghostjax._checks import check_direction, check_parameters
 from ghostjax._jaxprs import inner_jaxprs, is_var
 from ghostjax._scalars import evaluate
 
@@ -44,7 +44,7 @@ def through_optimizer(
         ``jax.grad`` beside ``value_grad_and_dots`` in one jitted step: XLA merges the two backward
         passes into one (not those of ``jax.checkpoint``ed functions or of loops, which run twice).
         The previous step's gradient, with the current ``opt_state``, saves that second pass there.
-      val_grads: gradient of the mean validation loss, or what ``second_order`` or ``look_ahead``
+      val_grads: gradient of the mean validation loss, or what ``midpoint`` or ``look_ahead``
         give. Several: ``jax.vmap`` over stacked ones.
       extra_args: passed on to ``tx.update``.
 
@@ -123,37 +123,50 @@ def count_undefined(
     return sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in undefined)
 
 
-def second_order(
+def midpoint(
     loss_fn: Callable[..., jax.Array], params: Any, updates: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """The gradient of the validation loss half-way along the update, to second order.
+    """The gradient of the validation loss half-way along the update.
 
-        v = val_grads + 1/2 H updates,      H the Hessian of loss_fn at params
+        v = d loss_fn / d params   at   params + updates / 2
+        loss_fn(params) - loss_fn(params + updates) = - < v, updates > + O(|updates|^3)
 
-    The decrease of the loss by ``params + updates`` is ``- < v, updates >`` to second order, with
-    the interactions between rows shared out equally. For ``updates = - lr * grads`` this is
-    ``val_grads - lr/2 H grads``. Use it as ``val_grads`` in ``through_optimizer``, or times the
-    learning rate as a direction of its own.
+    The prediction is right to second order, for one gradient and no Hessian-vector product. If the
+    loss is quadratic in the parameters, nothing remains. Through plain ``optax.sgd``, whose update
+    is the sum of the rows' shares, scores then add up to the actual decrease, and they are the
+    rows' Shapley values: interactions are shared out equally. To leave one row out, see
+    ``look_ahead``.
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
-      updates: what will be added to ``params``, such as the updates of optax.
+      updates: what will be added to ``params``, such as the updates of optax; of any floating-point
+        dtypes.
 
     Returns:
-      A tree like ``params``. One Hessian-vector product gives it: about twice a gradient.
+      A tree like ``params``, in its dtypes, to be used like ``val_grads``: in
+      ``through_optimizer``, or times the learning rate as a direction of its own.
+
+    Guarantees: the point is summed in float32 (float64, where either summand is) and rounded to the
+    dtypes of ``params`` once, as ``optax.apply_updates`` would round it; in bfloat16, a parameter
+    stays where it is if half its update is less than half a unit in its last place. v is a gradient
+    that the loss really has, never an extrapolation that grows with the curvature.
+
+    Raises:
+      ValueError: ``updates`` has not the tree and shapes of ``params``.
+      TypeError: a parameter is not a real floating-point array.
 
     >>> import jax.numpy as jnp
     >>> loss_fn = lambda x: jnp.sum(x**2) / 2
-    >>> second_order(loss_fn, jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0]))
-    Array([0.75, 2.  ], dtype=float32)
+    >>> params, updates = jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0])
+    >>> v = midpoint(loss_fn, params, updates)
+    >>> v, -v @ updates, loss_fn(params) - loss_fn(params + updates)
+    (Array([0.75, 2.  ], dtype=float32), Array(0.375, dtype=float32), Array(0.375, dtype=float32))
 
-    Source: arXiv:2406.11011, section 4.2 (second-order In-Run Data Shapley).
+    Source: arXiv:2406.11011, section 4.2 (second-order In-Run Data Shapley) has
+    ``val_grads + 1/2 H updates``, the Taylor series of this gradient cut off. It is the same for a
+    quadratic loss, and can be far too large where curvature is high.
     """
-    check_direction(params, updates, "updates", dtypes=False)
-    updates = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), updates, params)
-    gradient = jax.grad(lambda params: loss_fn(params, *args, **kwargs))
-    val_grads, curvature = jax.jvp(gradient, (params,), (updates,))
-    return jax.tree.map(lambda grad, product: grad + product / 2, val_grads, curvature)
+    return jax.grad(loss_fn)(_along(params, updates, 0.5), *args, **kwargs)
 
 
 def look_ahead(
@@ -170,15 +183,20 @@ def look_ahead(
       updates: what will be added to ``params``.
 
     Returns:
-      A tree like ``params``, to be used like ``val_grads``.
+      A tree like ``params``, in its dtypes, to be used like ``val_grads``.
+
+    Guarantees: the point is that of ``optax.apply_updates``, bit for bit.
+
+    Raises:
+      ValueError: ``updates`` has not the tree and shapes of ``params``.
+      TypeError: a parameter is not a real floating-point array.
 
     >>> import jax.numpy as jnp
     >>> loss_fn = lambda x: jnp.sum(x**2) / 2
     >>> look_ahead(loss_fn, jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0]))
     Array([0.5, 2. ], dtype=float32)
     """
-    check_direction(params, updates, "updates", dtypes=False)
-    return jax.grad(loss_fn)(optax.apply_updates(params, updates), *args, **kwargs)
+    return jax.grad(loss_fn)(_along(params, updates, 1.0), *args, **kwargs)
 
 
 def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,6 +234,20 @@ def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return over_directions
+
+
+def _along(params: Any, updates: Any, part: float) -> Any:
+    """``params + part * updates``, in the dtypes of ``params``."""
+    check_parameters(params)
+    check_direction(params, updates, "updates", dtypes=False)
+
+    def move(leaf, update):
+        dtypes = [jnp.result_type(leaf), jnp.result_type(update)]
+        wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+        # Half an update is exact, so that the sum alone is rounded.
+        return (jnp.asarray(leaf, wide) + part * jnp.asarray(update, wide)).astype(dtypes[0])
+
+    return jax.tree.map(move, params, updates)
 
 
 def _update_function(tx, opt_state, params, extra_args):

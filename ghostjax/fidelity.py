@@ -21,9 +21,12 @@ MAX_SAMPLING_ERROR = 1.0  # of the spread of the values
 
 
 def predicted_decrease(val_grads: Any, updates: Any) -> jax.Array:
-    """The first-order decrease of the validation loss by an update.
+    """The decrease of the validation loss that its gradient predicts for an update.
 
         - < val_grads, updates >
+
+    With the gradient at the parameters it is right to first order, with that of
+    ``directions.midpoint`` to second.
 
     Returns:
       float32 scalar, in the unit of the loss. ``actual`` is the loss of the same validation rows
@@ -178,8 +181,8 @@ class Fidelity:
                 "The validation loss did not do what the scores predict (correlation over the "
                 f"steps {self.prediction_correlation:.2f}, typical error "
                 f"{self.prediction_error:.0%} of the actual decrease): the steps are too large. "
-                "Lower the learning rate or, where the scores are first-order, use second-order "
-                "ones."
+                "Lower the learning rate or, where the scores are of order 1, take the validation "
+                "gradient half-way along the update (--order 2; directions.midpoint)."
             )
         if self.sampling_error > MAX_SAMPLING_ERROR:
             found.append(

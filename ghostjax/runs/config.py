@@ -60,8 +60,8 @@ class TrainConfig:
       learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
         model's own.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
-      order: 1, or 2 for scores that take the curvature of the validation loss along the update
-        into account, for about two more gradients of the validation rows.
+      order: Where the validation gradient is taken. 1: at the parameters. 2: half-way along the
+        update, so that scores know about curvature, for one more gradient of the validation rows.
       dtype: What is computed in. Parameters, sums and scores are float32.
       remat: Recompute activations in the backward pass, to save memory.
       audit_every: Every so many steps, two rows are redone by plain autodiff. 0: never.

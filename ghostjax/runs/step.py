@@ -96,7 +96,7 @@ def make_step(
             loss, plain = jax.value_and_grad(mean_loss)(params, rows)
             grads = [plain]
             if order == 2:
-                grads.append(directions.second_order(mean_loss, params, updates, rows))
+                grads.append(directions.midpoint(mean_loss, params, updates, rows))
             return loss, grads
 
         losses, grads = jax.lax.map(one, rows)

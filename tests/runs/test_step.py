@@ -212,16 +212,16 @@ def test_a_rematerialized_loop_over_layers_changes_nothing(optimizer, monkeypatc
     assert loop.audit_error < 1e-4
 
 
-def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):
+def test_order_2_goes_half_way_along_the_update(optimizer, warm, kinds):
     step = make_step(TASK.row_losses, optimizer, kinds, order=2)
     state = warm()
     grads = GRADIENT(state.params, BATCHES[2])
     updates = jax.jit(optimizer.update)(grads, state.opt_state, state.params)[0]
-    second_order = jax.jit(functools.partial(directions.second_order, mean_loss))
+    midpoint = jax.jit(functools.partial(directions.midpoint, mean_loss))
     expected, predicted = [], []
     plain = [plain_scores(state.params, held_out) for held_out in HELD_OUT]
     for held_out in HELD_OUT:
-        middle = second_order(state.params, updates, held_out)
+        middle = midpoint(state.params, updates, held_out)
         expected.append(expected_scores(optimizer, state, middle))
         predicted.append(-optax.tree.vdot(middle, updates))
     _, record = step(state, BATCHES[2], VAL, NOBODY)
@@ -230,7 +230,7 @@ def test_second_order_goes_half_way_along_the_update(optimizer, warm, kinds):
     np.testing.assert_allclose(record.predicted, predicted, rtol=1e-3)
     correlations = [np.corrcoef(pair)[0, 1] for pair in zip(plain, record.scores)]
     np.testing.assert_allclose(record.correlation, correlations, rtol=1e-4)
-    # Better than the first order, which leaves the curvature out.
+    # Better than at the parameters, where nothing is known of the curvature.
     params = warm().params
     first = np.array([-optax.tree.vdot(GRADIENT(params, rows), updates) for rows in HELD_OUT])
     assert (np.abs(record.predicted - record.actual) < np.abs(first - record.actual)).all()
