@@ -9,6 +9,6 @@ from ghostjax._aggregate import aggregate as aggregate
 from ghostjax._dots import GradDots as GradDots
 from ghostjax._dots import conservation_error as conservation_error
 from ghostjax._dots import value_grad_and_dots as value_grad_and_dots
+from ghostjax._engine import GradDotProdEngine as GradDotProdEngine
 from ghostjax._types import EngineResult as EngineResult
-from ghostjax.linen import GradDotProdEngine as GradDotProdEngine
 from ghostjax.values import InRunValues as InRunValues

@@ -26,6 +26,7 @@ class Loss:
       batch_leaves: how many leaves the batch has.
       outputs: tree of (loss, aux).
       loss_reduction: "mean" or "sum".
+      named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
     """
 
     jaxpr: core.Jaxpr
@@ -36,6 +37,7 @@ class Loss:
     batch_leaves: int
     outputs: Any
     loss_reduction: str
+    named_meetings: dict[str, Any]
 
     @property
     def walked_rows(self) -> int | None:
@@ -51,7 +53,7 @@ class Loss:
         count = len(self.jaxpr.constvars)
         vectors = [None] * len(params) if vectors is None else vectors
         operands = [
-            Value(leaf, {number: vector})
+            Value(leaf, {number: vector}, direct=True)
             for number, (leaf, vector) in enumerate(zip(params, vectors, strict=True))
         ]
         operands += [walk.data(leaf, False, rows) for leaf in batch]
@@ -63,7 +65,7 @@ class Loss:
 
     def push(self, arrays: "Arrays", vectors: list[Any], stacked: bool) -> dict[str, Any]:
         """By meeting, the direction at its operands."""
-        walk = Push(self.names, self.walked_rows, stacked)
+        walk = Push(self.names, self.walked_rows, stacked, self.named_meetings)
         batch = [None] * self.batch_leaves
         self.open(walk, arrays.params, batch, arrays.others, vectors)
         return walk.emitted
@@ -102,6 +104,15 @@ class Arrays:
     others: list[Any]
 
 
+def _check_scalar(loss: Any) -> None:
+    if not hasattr(loss, "shape") or loss.shape != ():
+        raise ValueError(
+            "loss_fn must return a scalar loss (with per_example, the scalar loss of one row; with "
+            "has_aux, a pair of it and aux). "
+            f"Found {jax.tree.map(lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', loss)}."
+        )
+
+
 def trace_loss(
     loss_fn: Callable[..., Any],
     args: Sequence[Any],
@@ -112,6 +123,8 @@ def trace_loss(
     has_aux: bool,
     per_example: bool,
     loss_reduction: str,
+    check_loss: Callable[[Any], None] = _check_scalar,
+    named_meetings: dict[str, Any] | None = None,
 ) -> tuple[Loss, Arrays]:
     """Traces ``loss_fn`` once, with every array among its arguments an input."""
     numbers, batch_numbers = check_argnums(argnums, batch_argnums, len(args))
@@ -148,7 +161,7 @@ def trace_loss(
     if per_example:
         seen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(params, seen, arrays)
-    _check_scalar(shapes[0])
+    check_loss(shapes[0])
     loss = Loss(
         jaxpr=closed.jaxpr,
         names=names,
@@ -158,6 +171,7 @@ def trace_loss(
         batch_leaves=len(jax.tree.leaves(batch)),
         outputs=jax.tree.structure(shapes),
         loss_reduction=loss_reduction,
+        named_meetings=named_meetings or {},
     )
     return loss, Arrays(
         jax.tree.leaves(params), jax.tree.leaves(batch), [*closed.consts, *arrays]
@@ -171,12 +185,3 @@ def check_reduction(loss_reduction: str) -> None:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-
-
-def _check_scalar(loss: Any) -> None:
-    if not hasattr(loss, "shape") or loss.shape != ():
-        raise ValueError(
-            "loss_fn must return a scalar loss (with per_example, the scalar loss of one row; with "
-            "has_aux, a pair of it and aux). "
-            f"Found {jax.tree.map(lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', loss)}."
-        )

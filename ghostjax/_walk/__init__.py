@@ -4,8 +4,13 @@ from ghostjax._walk import _control as _control
 from ghostjax._walk._directed import Directed as Directed
 from ghostjax._walk._harvest import Harvest as Harvest
 from ghostjax._walk._harvest import contract as contract
+from ghostjax._walk._harvest import mapped as mapped
+from ghostjax._walk._harvest import summed as summed
 from ghostjax._walk._meeting import Meeting as Meeting
 from ghostjax._walk._push import Push as Push
 from ghostjax._walk._rows import Rows as Rows
+from ghostjax._walk._split import Found as Found
+from ghostjax._walk._split import Split as Split
+from ghostjax._walk._split import described as described
 from ghostjax._walk._values import Value as Value
 from ghostjax._walk._walk import Walk as Walk

@@ -94,7 +94,8 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     num_consts, num_carry = scan_counts(eqn)
     if walk.num_rows is not None:
         _check(walk, eqn, operands)
-    consts = operands[:num_consts]
+    # Every round uses them: their gradient is a sum.
+    consts = [dataclasses.replace(value, direct=False) for value in operands[:num_consts]]
     carry = operands[num_consts : num_consts + num_carry]
     sliced = [_slice(walk, value) for value in operands[num_consts + num_carry :]]
     key = walk.next_key()

@@ -53,19 +53,44 @@ def contract(
     meeting: Meeting, kept: Any, cotangents: list[Any], vectors: dict[int, Any], stacked: bool
 ) -> dict[int, Any]:
     """The dots of one meeting, summed over the loops it is in."""
-    (first, *_), (shape, *_) = cotangents, [meeting.outputs[k].shape for k in meeting.differentiable]
-    loops = first.ndim - len(shape)
-    if not loops:
-        return meeting.sums(kept, vectors, cotangents, stacked)
-    rounds = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[loops:]), (kept, vectors, cotangents)
-    )
 
-    def one(kept, vectors, cotangents):
+    def one(kept, cotangents, vectors):
         return meeting.sums(kept, vectors, cotangents, stacked)
 
-    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], rounds))
+    return summed(one, meeting, kept, cotangents, vectors)
+
+
+def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:
+    """``function(kept, cotangents, ...)`` of a meeting, summed over the loops it is in."""
+    rounds = _rounds(meeting, cotangents)
+    if not rounds:
+        return function(kept, cotangents, *others)
+    every = _in_one_loop((kept, cotangents, *others), len(rounds))
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], every))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(
-        lambda total, each: (jax.tree.map(jnp.add, total, one(*each)), None), zeros, rounds
-    )[0]
+
+    def step(total, each):
+        return jax.tree.map(jnp.add, total, function(*each)), None
+
+    return jax.lax.scan(step, zeros, every)[0]
+
+
+def mapped(function: Any, meeting: Any, kept: Any, cotangents: list[Any]) -> Any:
+    """The same, stacked as the loops stack."""
+    rounds = _rounds(meeting, cotangents)
+    if not rounds:
+        return function(kept, cotangents)
+    every = _in_one_loop((kept, cotangents), len(rounds))
+    found = jax.lax.map(lambda each: function(*each), every)
+    return jax.tree.map(lambda leaf: leaf.reshape(*rounds, *leaf.shape[1:]), found)
+
+
+def _rounds(meeting: Any, cotangents: list[Any]) -> tuple[int, ...]:
+    """The lengths of the loops that stacked the cotangents."""
+    first = meeting.differentiable[0]
+    shape = cotangents[0].shape
+    return shape[: len(shape) - len(meeting.outputs[first].shape)]
+
+
+def _in_one_loop(trees: Any, loops: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[loops:]), trees)

@@ -90,6 +90,7 @@ class Meeting:
       rows: where the rows are, per output.
       in_rows: by parameter, whether its dots belong to rows; if not, they are one scalar.
       outputs: shapes and dtypes.
+      kept: positions of the operands whose values ``sums`` needs.
     """
 
     def __init__(
@@ -119,15 +120,19 @@ class Meeting:
             moving: _Program(function, primals, moving) for moving in set(self.moving.values())
         }
         programs = self._programs.values()
-        self._kept = sorted({position for program in programs for position in program.kept})
-        self.needs_data = any(operands[position].is_data for position in self._kept)
+        self.kept = sorted({position for program in programs for position in program.kept})
+        self.needs_data = any(operands[position].is_data for position in self.kept)
         self._consts = {moving: program.consts for moving, program in self._programs.items()}
 
     def keep(self, operands: Sequence[Value]) -> Any:
         """The arrays that ``sums`` needs. Called once, where the meeting was made."""
+        return [operands[position].primal for position in self.kept], self.take_consts()
+
+    def take_consts(self) -> Any:
+        """Arrays of the trace in which the meeting was made, which must not leave it otherwise."""
         consts = [self._consts[moving] for moving in sorted(self._programs)]
-        del self._consts  # arrays of one trace must not leave it by way of this object
-        return [operands[position].primal for position in self._kept], consts
+        del self._consts
+        return consts
 
     def sums(
         self, kept: Any, vectors: dict[int, Sequence[Any]], cotangents: Sequence[Any], stacked: bool
@@ -140,7 +145,7 @@ class Meeting:
           cotangents: of the differentiable outputs.
         """
         arrays, consts = kept
-        operands = dict(zip(self._kept, arrays))
+        operands = dict(zip(self.kept, arrays))
         consts = dict(zip(sorted(self._programs), consts))
 
         def one(path, vectors):

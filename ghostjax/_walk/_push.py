@@ -20,8 +20,8 @@ class Push(Walk):
 
     computes_data = False
 
-    def __init__(self, names, num_rows, stacked: bool):
-        super().__init__(names, num_rows)
+    def __init__(self, names, num_rows, stacked: bool, named_meetings=None):
+        super().__init__(names, num_rows, named_meetings)
         self.stacked = stacked
 
     def pushed(self, eqn, function, operands, outputs):

@@ -97,12 +97,7 @@ class Product(Meeting):
     def sums_and_gradient(self, kept, vectors, cotangents, stacked):
         """What ``sums`` gives, and the gradient of the operand ``takes_gradient`` names."""
         ((data,), _), (cotangent,) = kept, cotangents
-        inputs = self._rows_first(data, self._data_rows, self._positions, self._inputs)
-        places = len(self._positions)
-        offset = 0 if self.parameter == 1 else len(self._free)
-        positions = [offset + k for k in range(places)]
-        features = [k for k in range(cotangent.ndim) if k not in positions]
-        outputs = self._rows_first(cotangent, self.rows[0], positions, features)
+        inputs, outputs = self.factors(data, cotangent)
         pair = (inputs, outputs) if self._inputs_first else (outputs, inputs)
         matrices = [
             self._matrix(vector if stacked else vector[None]) for (vector,) in vectors.values()
@@ -111,6 +106,14 @@ class Product(Meeting):
         dots = jnp.split(dots, len(vectors))
         sums = {path: part if stacked else part[0] for path, part in zip(vectors, dots)}
         return sums, self._parameter_like(total)
+
+    def factors(self, data, cotangent):
+        """The data operand [B, T, i] and the cotangents [B, T, o]."""
+        inputs = self._rows_first(data, self._data_rows, self._positions, self._inputs)
+        offset = 0 if self.parameter == 1 else len(self._free)
+        positions = [offset + k for k in range(len(self._positions))]
+        features = [k for k in range(cotangent.ndim) if k not in positions]
+        return inputs, self._rows_first(cotangent, self.rows[0], positions, features)
 
     def _rows_first(self, array, rows: Rows, positions, features):
         """[B, T, features]"""
@@ -159,7 +162,7 @@ class Repeated(Meeting):
             return super().sums(kept, vectors, cotangents, stacked)
         (cotangent,), (rows,) = cotangents, self.rows
         wide = wide_dtype(cotangent)
-        arrays = dict(zip(self._kept, kept[0]))
+        arrays = dict(zip(self.kept, kept[0]))
         primals = [
             arrays[k].astype(wide) if k in arrays else jnp.zeros(aval.shape, wide)
             for k, aval in enumerate(self._avals)

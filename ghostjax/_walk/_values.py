@@ -25,6 +25,8 @@ class Value:
       is_data: whether it depends on the batch.
       active: whether data depends on parameters too, so that gradient flows back through it.
       rows: where data has its rows.
+      direct: whether a parameter-only value is a parameter, but for its layout and dtype, or what a
+        loop takes of it in one round; so that inner products of gradients are the same.
     """
 
     primal: Any
@@ -32,6 +34,7 @@ class Value:
     is_data: bool = dataclasses.field(default=False, metadata={"static": True})
     active: bool = dataclasses.field(default=False, metadata={"static": True})
     rows: RowInfo = dataclasses.field(default=None, metadata={"static": True})
+    direct: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def paths_of(values: Any) -> list[int]:

@@ -6,6 +6,7 @@ evaluated as it is. Nothing here knows about layers.
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -39,6 +40,7 @@ class Walk:
 
     Attributes:
       names: of the parameters, for messages.
+      named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
       num_rows: B; None where the jaxpr is that of a single row.
       stacked: whether tangents have a leading axis of directions.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
@@ -49,9 +51,12 @@ class Walk:
     stacked = False
     slots: dict[str, Any] | None = None
 
-    def __init__(self, names: Sequence[str], num_rows: int | None):
+    def __init__(
+        self, names: Sequence[str], num_rows: int | None, named_meetings: dict[str, Any] | None = None
+    ):
         self.names = names
         self.num_rows = num_rows
+        self.named_meetings = named_meetings or {}
         self.emitted: dict[str, Any] = {}
         self.specs: dict[str, Any] = {}
         self._prefix, self._count = "", 0
@@ -152,7 +157,10 @@ class Walk:
         if eqn.primitive.name == "stop_gradient":
             return [Value(output) for output in outputs]
         found = self.pushed(eqn, functools.partial(bind, eqn), operands, outputs)
-        return [Value(output, tangents) for output, tangents in zip(outputs, found)]
+        direct = _is_layout(eqn) and operands[0].direct
+        return [
+            Value(output, tangents, direct=direct) for output, tangents in zip(outputs, found)
+        ]
 
     def operation(self, eqn, operands) -> list[Value]:
         """An ordinary operation where parameters and data meet."""
@@ -167,7 +175,7 @@ class Walk:
         return self.meet(eqn, list, [value], [value.primal], [rows])[0]
 
     def meet(self, eqn, function, operands, outputs, rows) -> list[Value]:
-        meeting = make_meeting(eqn, function, operands, outputs, rows, self.num_rows)
+        meeting = self.make(eqn, function, operands, outputs, rows)
         infos = [rows[position] for position in meeting.differentiable]
         scalars = all(not meeting.outputs[position].shape for position in meeting.differentiable)
         for path in meeting.moving:
@@ -177,6 +185,16 @@ class Walk:
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
         return [self.data(output, True, info) for output, info in zip(outputs, rows)]
+
+    def make(self, eqn, function, operands, outputs, rows) -> Meeting:
+        return make_meeting(eqn, function, operands, outputs, rows, self.num_rows)
+
+    def named_meeting(self, eqn, operands: Sequence[Value]) -> Any:
+        """The kind of meeting that a call is by its name, None if it is to be walked."""
+        kind = self.named_meetings.get(eqn.params.get("name"))
+        if kind is None or not kind.fits(eqn, operands, self.rows_after(eqn, operands)):
+            return None
+        return kind
 
     def named(self, operands: Sequence[Value]) -> str:
         return ", ".join(self.names[path] for path in paths_of(operands))
@@ -261,7 +279,20 @@ def _lost(eqn, path, infos) -> str:
     )
 
 
+def _is_layout(eqn) -> bool:
+    """Whether an equation changes no more than layout and dtype."""
+    sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*eqn.invars, *eqn.outvars)]
+    return eqn.primitive.name in _LAYOUTS and len(set(sizes)) == 1
+
+
+_LAYOUTS = frozenset(
+    "broadcast_in_dim convert_element_type copy reshape rev squeeze transpose".split()
+)
+
+
 def _call(walk: Walk, eqn, operands):
+    if walk.named_meeting(eqn, operands):
+        return walk.operation(eqn, operands)
     ((jaxpr, _),) = inner_jaxprs(eqn)
     closed = next(
         (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None

@@ -1,4 +1,3 @@
-"""The factor form, for Flax linen modules."""
+"""Flax linen: LayerNorm and its kin, captured by method interceptors."""
 
-from ghostjax.linen._engine import GradDotProdEngine as GradDotProdEngine
-from ghostjax.linen._norms import layernorm_dot_products as layernorm_dot_products
+from ghostjax.linen.layernorm import layernorm_dot_products as layernorm_dot_products

@@ -1,0 +1,88 @@
+"""The walk of concatenated rows, training rows first and validation rows last."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghostjax._jaxprs import describe_operation
+from ghostjax._walk._directed import through_channel
+from ghostjax._walk._parts import Parts
+from ghostjax._walk._walk import Walk
+
+@dataclasses.dataclass
+class Found:
+    """What a first walk, in shapes, finds: by key, the meetings."""
+
+    meetings: dict[str, Any]
+    direct: dict[str, bool]
+
+    def at_once(self) -> frozenset[str]:
+        """Meetings of parameters that nothing else uses: dots come out of their backward pass."""
+        uses: dict[int, list[str]] = {}
+        for key, meeting in self.meetings.items():
+            for path in meeting.moving:
+                uses.setdefault(path, []).append(key)
+        return frozenset(
+            key
+            for key, meeting in self.meetings.items()
+            if self.direct[key] and all(len(uses[path]) == 1 for path in meeting.moving)
+        )
+
+
+class Split(Walk):
+    """Makes, of training rows alone, gradients; and the dots of these with the validation rows.
+
+    Args:
+      loss: whose jaxpr will be walked.
+      num_train: B.
+      taps: by parameter, zeros [B], whose gradient the dots will be.
+      slots: by meeting that is not made ``at_once``, zeros like the cotangents of its outputs. None
+        in a walk in shapes, which finds them.
+    """
+
+    def __init__(self, loss, num_train, taps=None, slots=None, at_once=frozenset()):
+        super().__init__(loss.names, loss.num_rows, loss.named_meetings)
+        self.num_train, self.taps, self.slots = num_train, taps, slots
+        self.keys_at_once = at_once
+        self.found = Found({}, {})
+
+    def make(self, eqn, function, operands, outputs, rows):
+        kind = (eqn is not None and self.named_meeting(eqn, operands)) or Parts
+        return kind(eqn, function, operands, outputs, rows, self.num_rows, self.num_train)
+
+    def attach(self, meeting: Parts, function, operands):
+        key = self.next_key()
+        self.found.meetings[key] = meeting
+        moving = [value for value in operands if value.tangents]
+        paths = [path for value in moving for path in value.tangents]
+        self.found.direct[key] = len(paths) == len(moving) == len(set(paths)) and all(
+            value.direct for value in moving
+        )
+        primals = [
+            jax.lax.stop_gradient(value.primal) if value.tangents else value.primal
+            for value in operands
+        ]
+        outputs = function(primals)
+        if self.slots is None:
+            self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
+            return outputs
+        kept = meeting.keep(operands, outputs)
+        if key not in self.keys_at_once:
+            self.emitted[key] = jax.lax.stop_gradient(kept)
+            return through_channel(meeting, lambda _, c: c, outputs, self.slots[key], ())
+        carried = {
+            "taps": {path: self.taps[path] for path in meeting.moving},
+            "operands": {k: v.primal for k, v in enumerate(operands) if v.tangents},
+        }
+
+        def backward(kept, cotangents):
+            dots, gradients = meeting.at_once(kept, cotangents)
+            return {"taps": dots, "operands": gradients}
+
+        return through_channel(meeting, backward, outputs, carried, kept)
+
+
+def described(eqn: Any) -> str:
+    return "the loss or a carry" if eqn is None else describe_operation(eqn)
