@@ -14,7 +14,7 @@ from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
 from ghostjax._walk._meeting import Meeting, wide_dtype
-from ghostjax._walk._routes import Product, make_meeting
+from ghostjax._walk._routes import Product, Repeated, make_meeting
 from ghostjax._walk._rows import Rows
 from ghostjax._walk._values import Value
 
@@ -187,6 +187,12 @@ class Parts:
 
     def at_once(self, kept, cotangents) -> tuple[dict[int, Any], dict[int, Any]]:
         """Of parameters that nothing else uses: dots with the validation rows, and the gradient."""
+        if isinstance(self.whole, Repeated) and self.whole.few:
+            rows = self.whole.row_gradients(kept[0], *cotangents)
+            train, val = rows[: self.num_train], jnp.sum(rows[self.num_train :], axis=0)
+            ((path, (position,)),) = self.moving.items()
+            gradient = self.whole.parameter_like(jnp.sum(train, axis=0))
+            return {path: jnp.einsum("bf,f->b", train, val)}, {position: gradient}
         gradients = self.gradient(self.train, kept, cotangents)
         if isinstance(self.whole, Product) and self.train.is_cut:
             train, val = (self._factors(part, kept, cotangents) for part in (self.train, self.val))

@@ -155,14 +155,23 @@ class Repeated(Meeting):
         self._function = ELEMENTWISE[self.eqn.primitive.name]
         self._shape = jnp.shape(operands[self.parameter].primal)
 
+    @property
+    def few(self) -> bool:
+        """Whether the gradients of all rows are no more than the operation's output."""
+        return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+
     def sums(self, kept, vectors, cotangents, stacked):
-        size = math.prod(self._shape)
-        few = self.num_rows * size <= math.prod(self.outputs[0].shape) // 2
-        if not (stacked and few and all(self.in_rows.values())):
+        if not (stacked and self.few and all(self.in_rows.values())):
             return super().sums(kept, vectors, cotangents, stacked)
-        (cotangent,), (rows,) = cotangents, self.rows
-        wide = wide_dtype(cotangent)
-        arrays = dict(zip(self.kept, kept[0]))
+        rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
+        return {
+            path: jnp.einsum("bf,kf->kb", rows, vector.astype(rows.dtype).reshape(-1, rows.shape[1]))
+            for path, (vector,) in vectors.items()
+        }
+
+    def row_gradients(self, arrays: dict[int, Any], cotangent: Any) -> jax.Array:
+        """[B, F]: the gradient of the parameter, flat, by every row."""
+        (rows,), wide = self.rows, wide_dtype(cotangent)
         primals = [
             arrays[k].astype(wide) if k in arrays else jnp.zeros(aval.shape, wide)
             for k, aval in enumerate(self._avals)
@@ -177,11 +186,10 @@ class Repeated(Meeting):
 
         parameter = jnp.broadcast_to(primals[self.parameter], repeated)
         (gradients,) = jax.vjp(of_rows, parameter)[1](cotangent.astype(wide))
-        gradients = split_rows(gradients, rows, self.num_rows)
-        return {
-            path: jnp.einsum("bf,kf->kb", gradients, vector.astype(wide).reshape(-1, size))
-            for path, (vector,) in vectors.items()
-        }
+        return split_rows(gradients, rows, self.num_rows)
+
+    def parameter_like(self, gradient: jax.Array) -> jax.Array:
+        return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)
 
 
 def _count(vectors, stacked) -> int:

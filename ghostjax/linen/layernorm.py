@@ -157,11 +157,10 @@ class NormMeeting:
         del function, rows
         self.eqn, self.num_rows, self.num_train = eqn, num_rows, num_train
         self.names = dict(zip(_places(eqn), eqn.params["name"].removeprefix(_PREFIX).split("_")))
-        self.moving = {
-            path: (position,)
-            for position, value in enumerate(operands)
-            for path in value.tangents
-        }
+        self.moving: dict[int, tuple[int, ...]] = {}
+        for position, value in enumerate(operands):
+            for path in value.tangents:
+                self.moving[path] = (*self.moving.get(path, ()), position)
         self.outputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
         self.dtypes = {position: operands[position].primal.dtype for position in self.names}
         self.differentiable = [0]  # the normalized activations are there to be captured
@@ -196,15 +195,16 @@ class NormMeeting:
         }
 
     def by_parameter(self, gradients) -> dict[int, list[Any]]:
-        return {path: [gradients[position]] for path, (position,) in self.moving.items()}
+        return {path: [gradients[k] for k in own] for path, own in self.moving.items()}
 
     def dots(self, normalized, cotangents, vectors) -> dict[int, Any]:
         rows = _row_gradients(normalized[self.train], cotangents[0][self.train])
-        return {
-            path: jnp.einsum("bf,f->b", rows[name], vectors[path][0].astype(rows[name].dtype))
-            for path, (position,) in self.moving.items()
-            for name in [self.names[position]]
-        }
+
+        def of(position, vector):
+            own = rows[self.names[position]]
+            return jnp.einsum("bf,f->b", own, vector.astype(own.dtype))
+
+        return {path: sum(map(of, own, vectors[path])) for path, own in self.moving.items()}
 
     def at_once(self, normalized, cotangents) -> tuple[dict[int, Any], dict[int, Any]]:
         found = layernorm_dot_products(
