@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import batch_rows, check_argnums, check_direction, check_parameters
@@ -239,14 +240,17 @@ def _zeros(paths, params, shape):
     }
 
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic)  # settings of a model may have a dtype, too
+
+
 def _trace(call, params, batch, others):
     """The jaxpr of a call, with every array of ``others`` an input and the rest static."""
     leaves, treedef = jax.tree.flatten(others)
-    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAYS)]
 
     def run(params, batch, arrays):
         remaining = iter(arrays)
-        full = [next(remaining) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        full = [next(remaining) if isinstance(leaf, _ARRAYS) else leaf for leaf in leaves]
         return call(params, batch, *jax.tree.unflatten(treedef, full))
 
     closed, shapes = jax.make_jaxpr(run, return_shape=True)(params, batch, arrays)
