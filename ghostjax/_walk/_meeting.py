@@ -10,6 +10,7 @@ from jax.extend import core
 
 from ghostjax._channel import channel
 from ghostjax._jaxprs import live_equations
+from ghostjax._walk._lookups import as_gradients_see
 from ghostjax._walk._rows import Rows, split_rows
 from ghostjax._walk._values import Value
 
@@ -54,9 +55,10 @@ class Tangents:
 
         operands = [value.primal for value in values]
         closed = jax.make_jaxpr(tangents)(operands, moving)
-        self._jaxpr = closed
-        _, live = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-        inputs = closed.jaxpr.invars
+        moves = [False] * len(operands) + [True] * len(moving)
+        self._jaxpr = as_gradients_see(closed.jaxpr, moves)
+        _, live = live_equations(self._jaxpr, [True] * len(self._jaxpr.outvars))
+        inputs = self._jaxpr.invars
         self._kept = [position for position, var in enumerate(inputs) if var in live]
         self._avals = [var.aval for var in inputs]
         self.needs_data = any(
@@ -70,7 +72,7 @@ class Tangents:
         arrays = [jnp.zeros(aval.shape, aval.dtype) for aval in self._avals]
         for position, array in zip(self._kept, kept):
             arrays[position] = array
-        closed = core.ClosedJaxpr(self._jaxpr.jaxpr, list(consts))
+        closed = core.ClosedJaxpr(self._jaxpr, list(consts))
         return core.jaxpr_as_fun(closed)(*arrays)
 
 

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -21,13 +20,16 @@ from ghostjax._jaxprs import (
     is_var,
     scan_counts,
 )
+from ghostjax._walk._lookups import promises
 from ghostjax._walk._meeting import (
     Tangents,
     TransposedTangents,
     attach_channel,
+    is_inexact,
     one_per_row,
     push_forward,
 )
+from ghostjax._walk._row_rules import RULES
 from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
 from ghostjax._walk._values import Value
 
@@ -71,7 +73,7 @@ class Walk:
             return HANDLERS[name](self, eqn, operands)
         if not has_data:
             return self.parameters_only(eqn, operands)
-        if inner_jaxprs(eqn) and name != "custom_jvp_call":
+        if _is_container(eqn) and name != "custom_jvp_call":
             raise NotImplementedError(
                 f"{describe_operation(eqn)} uses parameters ({', '.join(_paths(operands))}) "
                 "together with the batch, and cannot be walked. Move the parameters out of it."
@@ -94,6 +96,8 @@ class Walk:
         outputs = bind(eqn, [value.primal for value in operands])
         if eqn.primitive.name == "stop_gradient":
             return [Value(output) for output in outputs]
+        if tangents_of is None and promises(eqn):
+            tangents_of = Tangents
         tangents: list[dict[str, Any]] = [{} for _ in outputs]
         for path in _paths(operands):
             if tangents_of is None:
@@ -101,8 +105,8 @@ class Walk:
             else:
                 made = tangents_of(function, operands, path)
                 moved = made(made.operands)
-            for found, tangent in zip(tangents, moved):
-                if tangent.dtype != jax.dtypes.float0:
+            for output, found, tangent in zip(outputs, tangents, moved):
+                if is_inexact(output):
                     found[path] = tangent
         return [Value(output, found) for output, found in zip(outputs, tangents)]
 
@@ -170,13 +174,13 @@ def check_rows(eqn, infos, actives, num_rows) -> list[RowInfo]:
                     f"{describe_operation(eqn)} combines rows with a value in which rows are mixed "
                     f"({info.reason}), so that no row has a gradient of its own. {WAY_OUT}"
                 )
-    for jaxpr, offset in inner_jaxprs(eqn):
+    for jaxpr, offset in inner_jaxprs(eqn) if _is_container(eqn) else ():
         if offset is not None and any(actives):
             _check_inside(eqn, jaxpr, infos[offset:], actives[offset:], num_rows)
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
-    if len(both) > 1 and lost and not inner_jaxprs(eqn):
+    if len(both) > 1 and lost and not _is_container(eqn):
         raise RowAxisError(
             f"{describe_operation(eqn)} combines rows with other rows ({lost[0]}), so that no row "
             f"has a gradient of its own. {WAY_OUT}"
@@ -220,6 +224,11 @@ def stack_rows(info: RowInfo) -> RowInfo:
     if isinstance(info, Rows):
         return Rows(info.axis + 1, info.outer, info.inner)
     return info
+
+
+def _is_container(eqn: Any) -> bool:
+    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do."""
+    return bool(inner_jaxprs(eqn)) and eqn.primitive.name not in RULES
 
 
 def _paths(operands: Sequence[Value]) -> list[str]:
