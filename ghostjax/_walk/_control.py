@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._jaxprs import describe_operation, scan_counts
+from ghostjax._walk._inside import slice_rows
 from ghostjax._walk._rows import join
 from ghostjax._walk._values import Value
-from ghostjax._walk._walk import HANDLERS, Walk, check_rows, slice_rows, stack_rows
+from ghostjax._walk._walk import HANDLERS, Walk, check_rows, stack_rows
 
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

@@ -13,9 +13,10 @@ from jax.lax import GatherScatterMode
 
 from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
 
+_DROP = GatherScatterMode.FILL_OR_DROP
 # By primitive: the operand whose places the indices name, and what its gradient does out of range.
 _PROMISING = {
-    "gather": (0, {"mode": GatherScatterMode.FILL_OR_DROP, "fill_value": 0}),
+    "gather": (0, {"mode": _DROP, "fill_value": 0}),
     "scatter-add": (2, {"mode": GatherScatterMode.CLIP}),
     "scatter-sub": (2, {"mode": GatherScatterMode.CLIP}),
 }
@@ -26,6 +27,14 @@ def promises(eqn: Any) -> bool:
     return _is_promising(eqn) or any(
         promises(inner) for jaxpr, _ in inner_jaxprs(eqn) for inner in jaxpr.eqns
     )
+
+
+def as_run(eqn: Any) -> Any:
+    """An equation that says what it does out of range, so that its transpose does the same."""
+    if not _is_promising(eqn):
+        return eqn
+    mode = GatherScatterMode.CLIP if eqn.primitive.name == "gather" else _DROP
+    return eqn.replace(params=eqn.params | {"mode": mode})
 
 
 def as_gradients_see(jaxpr: core.Jaxpr, moving: Sequence[bool]) -> core.Jaxpr:

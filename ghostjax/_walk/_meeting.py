@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
 from ghostjax._channel import channel
@@ -75,55 +74,18 @@ class Tangents:
         closed = core.ClosedJaxpr(self._jaxpr, list(consts))
         return core.jaxpr_as_fun(closed)(*arrays)
 
-
-class TransposedTangents:
-    """The same for an operation that has a backward rule of its own but no forward one.
-
-    Its backward rule is linear in the cotangents c, so < rule(c), direction > = < c , t > with
-    t the gradient of the left side. That t is what forward mode would have given.
-    """
-
-    needs_data = True
-
-    def __init__(self, function: Callable[..., list], values: Sequence[Value], path: str):
-        self._function = function
-        self._moving = [position for position, value in enumerate(values) if path in value.tangents]
-        self._count = len(values)
-        moving = [values[position].tangents[path] for position in self._moving]
-        self.operands = [value.primal for value in values] + moving
-
-    def __call__(self, operands: Sequence[Any]) -> list[Any]:
-        primals, direction = list(operands[: self._count]), operands[self._count :]
-
-        def of_moving(*arrays):
-            moved = list(primals)
-            for position, array in zip(self._moving, arrays):
-                moved[position] = array
-            return self._function(moved)
-
-        outputs, pull_back = jax.vjp(of_moving, *(primals[position] for position in self._moving))
-
-        def inner_product(cotangents):
-            full = [cotangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
-            return sum(
-                jnp.sum(_paired(gradient, tangent))
-                for gradient, tangent in zip(pull_back(full), direction)
-            )
-
-        zeros = {
-            k: jnp.zeros_like(output) for k, output in enumerate(outputs) if is_inexact(output)
-        }
-        value, gradient_of = jax.vjp(inner_product, zeros)
-        (tangents,) = gradient_of(jnp.ones_like(value))
-        return [tangents.get(k, _no_tangent(output)) for k, output in enumerate(outputs)]
+    def sums(self, operands, cotangents, where, num_rows) -> jax.Array:
+        """The inner products of cotangents and tangents, by row where ``where`` has rows."""
+        moved = self(operands)
+        return sum(
+            row_sums(cotangent, moved[position], where[position], num_rows)
+            for position, cotangent in enumerate(cotangents)
+            if cotangent is not None
+        )
 
 
 def is_inexact(output: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
-
-
-def _no_tangent(output: Any) -> Any:
-    return np.zeros(output.shape, jax.dtypes.float0)
 
 
 def _dense(tangent: Any) -> Any:
@@ -191,15 +153,12 @@ def attach_channel(
     differentiable = [position for position, output in enumerate(outputs) if is_inexact(output)]
 
     def backward(residuals, cotangents):
-        sums = {}
-        for path, operands in residuals.items():
-            moved = tangents[path](operands)
-            found = sum(
-                row_sums(cotangent, moved[position], where[position], num_rows)
-                for position, cotangent in zip(differentiable, cotangents)
-            )
-            sums[path] = _sharded_as(found, shardings[path])
-        return sums
+        given = dict(zip(differentiable, cotangents))
+        full = [given.get(position) for position in range(len(outputs))]
+        return {
+            path: _sharded_as(tangents[path].sums(operands, full, where, num_rows), shardings[path])
+            for path, operands in residuals.items()
+        }
 
     carried = {path: taps[path] for path in tangents}
     shardings = {path: jax.typeof(tap).sharding for path, tap in carried.items()}

@@ -5,7 +5,7 @@ evaluated as it is. Nothing here knows about layers.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,18 +18,16 @@ from ghostjax._jaxprs import (
     holds,
     inner_jaxprs,
     is_var,
-    scan_counts,
 )
+from ghostjax._walk._inside import inside, is_container
 from ghostjax._walk._lookups import promises
 from ghostjax._walk._meeting import (
     Tangents,
-    TransposedTangents,
     attach_channel,
     is_inexact,
     one_per_row,
     push_forward,
 )
-from ghostjax._walk._row_rules import RULES
 from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
 from ghostjax._walk._values import Value
 
@@ -73,9 +71,9 @@ class Walk:
             return HANDLERS[name](self, eqn, operands)
         if not has_data:
             return self.parameters_only(eqn, operands)
-        if _is_container(eqn) and name != "custom_jvp_call":
+        if is_container(eqn) and name != "custom_jvp_call":
             raise NotImplementedError(
-                f"{describe_operation(eqn)} uses parameters ({', '.join(_paths(operands))}) "
+                f"{describe_operation(eqn)} uses parameters ({', '.join(paths_of(operands))}) "
                 "together with the batch, and cannot be walked. Move the parameters out of it."
             )
         return self.operation(eqn, operands, Tangents)
@@ -99,7 +97,7 @@ class Walk:
         if tangents_of is None and promises(eqn):
             tangents_of = Tangents
         tangents: list[dict[str, Any]] = [{} for _ in outputs]
-        for path in _paths(operands):
+        for path in paths_of(operands):
             if tangents_of is None:
                 moved = push_forward(function, operands, path)[1]
             else:
@@ -116,7 +114,7 @@ class Walk:
         outputs = bind(eqn, [value.primal for value in operands])
         tangents = {
             path: tangents_of(functools.partial(bind, eqn), operands, path)
-            for path in _paths(operands)
+            for path in paths_of(operands)
         }
         return self.channels(eqn, outputs, tangents, rows)
 
@@ -167,30 +165,31 @@ class Walk:
 
 def check_rows(eqn, infos, actives, num_rows) -> list[RowInfo]:
     """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
-    if any(isinstance(info, Rows) for info in infos):
+    has_rows = any(isinstance(info, Rows) for info in infos)
+    if has_rows:
         for info, active in zip(infos, actives):
             if active and isinstance(info, Mixed):
                 raise RowAxisError(
                     f"{describe_operation(eqn)} combines rows with a value in which rows are mixed "
                     f"({info.reason}), so that no row has a gradient of its own. {WAY_OUT}"
                 )
-    for jaxpr, offset in inner_jaxprs(eqn) if _is_container(eqn) else ():
-        if offset is not None and any(actives):
-            _check_inside(eqn, jaxpr, infos[offset:], actives[offset:], num_rows)
+    if any(actives):
+        for jaxpr, *given in inside(eqn, infos, actives, num_rows):
+            _check_inside(jaxpr, *given, num_rows)
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
-    if len(both) > 1 and lost and not _is_container(eqn):
+    if len(both) > 1 and lost and not is_container(eqn):
         raise RowAxisError(
             f"{describe_operation(eqn)} combines rows with other rows ({lost[0]}), so that no row "
             f"has a gradient of its own. {WAY_OUT}"
         )
+    if any(actives) and has_rows and eqn.primitive.name in CHECKS:
+        CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
     return rows
 
 
-def _check_inside(eqn, jaxpr, infos, actives, num_rows):
-    if eqn.primitive.name == "scan":
-        infos = _inside_scan(eqn, infos, num_rows)
+def _check_inside(jaxpr, infos, actives, num_rows):
     pairs = zip(infos, actives, strict=True)
     known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:
@@ -203,22 +202,6 @@ def _check_inside(eqn, jaxpr, infos, actives, num_rows):
         known.update((var, (info, active)) for var, info in zip(inner.outvars, rows))
 
 
-def _inside_scan(eqn, infos, num_rows):
-    """What the body sees: carries as they are after any number of rounds, slices of the rest."""
-    consts, carry = scan_counts(eqn)
-    after = propagate(eqn, infos, num_rows)[:carry]
-    return [*infos[:consts], *after, *(slice_rows(info) for info in infos[consts + carry :])]
-
-
-def slice_rows(info: RowInfo) -> RowInfo:
-    """Rows of a slice along the leading axis."""
-    if isinstance(info, Rows):
-        if info.axis == 0:
-            return Mixed("a loop over the row axis")
-        return Rows(info.axis - 1, info.outer, info.inner)
-    return info
-
-
 def stack_rows(info: RowInfo) -> RowInfo:
     """Rows of slices stacked along a new leading axis."""
     if isinstance(info, Rows):
@@ -226,12 +209,7 @@ def stack_rows(info: RowInfo) -> RowInfo:
     return info
 
 
-def _is_container(eqn: Any) -> bool:
-    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do."""
-    return bool(inner_jaxprs(eqn)) and eqn.primitive.name not in RULES
-
-
-def _paths(operands: Sequence[Value]) -> list[str]:
+def paths_of(operands: Sequence[Value]) -> list[str]:
     return sorted({path for value in operands for path in value.tangents})
 
 
@@ -253,16 +231,11 @@ def _call(walk: Walk, eqn, operands):
     return walk.open(jaxpr, [], operands)
 
 
-def _custom_vjp(walk: Walk, eqn, operands):
-    if not any(value.is_data for value in operands):
-        return walk.parameters_only(eqn, operands, TransposedTangents)
-    return walk.operation(eqn, operands, TransposedTangents)
-
-
 HANDLERS = {
     "jit": _call,
     "pjit": _call,
     "closed_call": _call,
     "core_call": _call,
-    "custom_vjp_call": _custom_vjp,
 }
+# By primitive: ``check(eqn, infos, actives, rows, num_rows)`` of what only derivatives do.
+CHECKS: dict[str, Callable[..., None]] = {}

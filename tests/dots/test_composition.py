@@ -1,14 +1,11 @@
 """value_grad_and_dots inside other transformations, and its arguments."""
 
-import dataclasses
 import functools
 import operator
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -105,33 +102,6 @@ def test_arguments_in_any_place_and_aux():
         return 2 * mean_squares(dense(params, x + aux["noise"]))
 
     testing.assert_dots_close(result.dots, expected_dots(rows, DENSE, X, direction))
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    dtype: Any = jnp.bfloat16
-    shape: tuple[int, ...] = ()
-
-
-@pytest.mark.parametrize("jitted", [False, True], ids=["plain", "jitted"])
-def test_settings_that_have_a_dtype(jitted):
-    """They are static; arrays beside them, of NumPy too, are arguments."""
-
-    def loss_fn(params, x, settings, scales, *, like):
-        assert isinstance(settings, Settings)
-        assert isinstance(like, jax.ShapeDtypeStruct)
-        assert all(isinstance(scale, jax.core.Tracer) for scale in scales)
-        losses = mean_squares(dense(params, x)) * scales[0][0] * scales[1]
-        return jnp.mean(losses.astype(settings.dtype).astype(like.dtype))
-
-    scales = np.full(2, 3, np.float32), np.float32(0.5)
-    like = jax.ShapeDtypeStruct((), jnp.float32)
-    fn = value_grad_and_dots(loss_fn)
-    if jitted:
-        fn = jax.jit(fn, static_argnums=2, static_argnames="like")
-    result = fn(DENSE, X, Settings(jnp.float32), scales, like=like, direction=DIRECTION)
-    expected = jax.tree.map(lambda leaf: 1.5 * leaf, dots_of(mean_loss)(DENSE, X, DIRECTION).dots)
-    testing.assert_dots_close(result.dots, expected)
 
 
 def test_several_parameter_arguments():
