@@ -59,7 +59,7 @@ class LateDots:
         return self.result(direction).dots
 
     def result(self, direction: Any) -> GradDots:
-        """The same with all else that ``value_grad_and_dots`` returns, for ``conservation_error``."""
+        """The same as ``value_grad_and_dots`` returns it: for ``conservation_error``."""
         loss = self.program.loss
         params = jax.tree.unflatten(loss.params, self.arrays.params)
         directions = check_direction(params, direction, stacked=True)

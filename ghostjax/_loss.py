@@ -1,4 +1,4 @@
-"""A loss function, its parameters and its batch, as the walks take them: one jaxpr and its arrays."""
+"""A loss function with its parameters and batch, as the walks take it: a jaxpr and its arrays."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -173,9 +173,7 @@ def trace_loss(
         loss_reduction=loss_reduction,
         named_meetings=named_meetings or {},
     )
-    return loss, Arrays(
-        jax.tree.leaves(params), jax.tree.leaves(batch), [*closed.consts, *arrays]
-    )
+    return loss, Arrays(jax.tree.leaves(params), jax.tree.leaves(batch), [*closed.consts, *arrays])
 
 
 def check_reduction(loss_reduction: str) -> None:

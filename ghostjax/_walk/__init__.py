@@ -1,6 +1,7 @@
 """The jaxpr walk: value classes, row axes, control flow, meetings."""
 
 from ghostjax._walk import _control as _control
+from ghostjax._walk import _custom_rules as _custom_rules
 from ghostjax._walk._directed import Directed as Directed
 from ghostjax._walk._harvest import Harvest as Harvest
 from ghostjax._walk._harvest import contract as contract

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._jaxprs import describe_operation, scan_counts
+from ghostjax._walk._inside import slice_rows
 from ghostjax._walk._rows import join
 from ghostjax._walk._values import Value
-from ghostjax._walk._walk import HANDLERS, Walk, check_rows, slice_rows, stack_rows
+from ghostjax._walk._walk import HANDLERS, Walk, check_rows, stack_rows
 
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -156,11 +157,12 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     if index.is_data:  # chooses, so that what it chooses from is not made of parameters alone
         classes = [walk.data(value.primal, True, value.rows) for value in classes]
     if index.is_data and not walk.computes_data:
-        return [
-            _received(walk, branch(number, operands, None, classes)) for number in numbers
-        ][0]
+        taken = [_received(walk, branch(k, operands, None, classes)) for k in numbers]
+        return taken[0]
 
-    shapes = [_classes(lambda o, k=k: branch(k, o, slots[k], classes)[1:], operands) for k in numbers]
+    shapes = [
+        _classes(lambda o, k=k: branch(k, o, slots[k], classes)[1:], operands) for k in numbers
+    ]
 
     def filled(number):
         """What the other branches would emit is zero where this one is taken."""

@@ -20,7 +20,9 @@ class Directed(Walk):
       slots: by meeting, the direction there, from ``Push``.
     """
 
-    def __init__(self, names, num_rows, taps: dict[int, Any], shared: dict[int, Any], stacked, slots):
+    def __init__(
+        self, names, num_rows, taps: dict[int, Any], shared: dict[int, Any], stacked, slots
+    ):
         super().__init__(names, num_rows)
         self.taps, self.shared, self.stacked, self.slots = taps, shared, stacked, slots
 

@@ -6,71 +6,56 @@ follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for ev
 the same numbers that cost less for some shapes are in ``_routes``.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
+from ghostjax._walk._lookups import as_gradients_see
 from ghostjax._walk._rows import Rows, split_rows
 from ghostjax._walk._values import Value, paths_of
 
 
-def push_forward(
-    function: Callable[..., list], values: Sequence[Value], path: int, stacked: bool
-) -> list[Any]:
-    """Tangents of a function's outputs when parameter ``path`` moves along the direction.
+def tangents_of(function, primals: Sequence[Any], moving: Sequence[int], vectors) -> list[Any]:
+    """Of a function's outputs, when the operands ``moving`` move along ``vectors``."""
 
-    None for outputs that have none, such as integers.
-    """
-    primals = [value.primal for value in values]
-    moving = [position for position, value in enumerate(values) if path in value.tangents]
-    move = _tangents_of(function, primals, moving)
-    tangents = [values[position].tangents[path] for position in moving]
-    kinds = []
+    def of_moving(*arrays):
+        operands = list(primals)
+        for position, array in zip(moving, arrays):
+            operands[position] = array
+        return function(operands)
 
-    def dense(tangents):
-        found = move(tangents)
-        kinds[:] = [tangent.dtype != jax.dtypes.float0 for tangent in found]
-        return [tangent for tangent, kind in zip(found, kinds) if kind]
-
-    found = iter(jax.vmap(dense)(tangents) if stacked else dense(tangents))
-    return [next(found) if kind else None for kind in kinds]
+    return jax.jvp(of_moving, [primals[position] for position in moving], vectors)[1]
 
 
-def _tangents_of(function, primals, moving):
-    def tangents(vectors):
-        def of_moving(*arrays):
-            operands = list(primals)
-            for position, array in zip(moving, arrays):
-                operands[position] = array
-            return function(operands)
-
-        return jax.jvp(of_moving, [primals[position] for position in moving], vectors)[1]
-
-    return tangents
-
-
-class _Program:
+class TangentProgram:
     """The tangents of an operation's outputs, as a function of no more operands than they need.
 
     What is not needed is not kept for the backward pass: the tangent of ``x + bias`` needs no x.
     """
 
-    def __init__(self, function: Callable[..., list], primals: Sequence[Any], moving: Sequence[int]):
+    def __init__(
+        self, function: Callable[..., list], primals: Sequence[Any], moving: Sequence[int]
+    ):
         def tangents(primals, vectors):
-            return [_dense(leaf) for leaf in _tangents_of(function, primals, moving)(vectors)]
+            return [_dense(leaf) for leaf in tangents_of(function, primals, moving, vectors)]
 
         closed = jax.make_jaxpr(tangents)(primals, [primals[position] for position in moving])
-        _, live = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-        self._jaxpr = closed.jaxpr
+        moves = [False] * len(primals) + [True] * len(moving)
+        self._jaxpr = as_gradients_see(closed.jaxpr, moves)
+        _, live = live_equations(self._jaxpr, [True] * len(self._jaxpr.outvars))
         self.consts = closed.consts
-        inputs = closed.jaxpr.invars[: len(primals)]
+        inputs = self._jaxpr.invars[: len(primals)]
         self._avals = [var.aval for var in inputs]
         self.kept = [position for position, var in enumerate(inputs) if var in live]
+
+    def at(self, primals: Sequence[Any]) -> Callable[[Sequence[Any]], list[Any]]:
+        """The tangents as a function of the direction alone."""
+        return functools.partial(self, dict(enumerate(primals)), self.consts)
 
     def __call__(self, operands: dict[int, Any], consts, vectors: Sequence[Any]) -> list[Any]:
         primals = [
@@ -86,6 +71,7 @@ class Meeting:
 
     Attributes:
       eqn: the equation, None for the value of a loop's carry or the loss.
+      names: of all parameters.
       moving: by parameter, the positions of the operands that depend on it.
       rows: where the rows are, per output.
       in_rows: by parameter, whether its dots belong to rows; if not, they are one scalar.
@@ -101,8 +87,9 @@ class Meeting:
         outputs: Sequence[Any],
         rows: Sequence[Any],
         num_rows: int | None,
+        names: Sequence[str],
     ):
-        self.eqn = eqn
+        self.eqn, self.names = eqn, names
         self.rows = list(rows)
         self.num_rows = num_rows
         self.outputs = [jax.ShapeDtypeStruct(jnp.shape(o), jnp.result_type(o)) for o in outputs]
@@ -117,7 +104,8 @@ class Meeting:
     def _prepare(self, function, operands):
         primals = [value.primal for value in operands]
         self._programs = {
-            moving: _Program(function, primals, moving) for moving in set(self.moving.values())
+            moving: TangentProgram(function, primals, moving)
+            for moving in set(self.moving.values())
         }
         programs = self._programs.values()
         self.kept = sorted({position for program in programs for position in program.kept})
@@ -154,7 +142,9 @@ class Meeting:
             return self._paired(path, cotangents, [tangents[k] for k in self.differentiable])
 
         return {
-            path: jax.vmap(lambda v, path=path: one(path, v))(found) if stacked else one(path, found)
+            path: jax.vmap(lambda v, path=path: one(path, v))(found)
+            if stacked
+            else one(path, found)
             for path, found in vectors.items()
         }
 
@@ -171,10 +161,6 @@ class Meeting:
 
 def is_inexact(output: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
-
-
-def no_tangent(output: Any) -> Any:
-    return np.zeros(output.shape, jax.dtypes.float0)
 
 
 def _dense(tangent: Any) -> Any:
@@ -209,6 +195,15 @@ def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int | 
     if rows is None:
         return jnp.sum(product)
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
+
+
+def masked(array: jax.Array, rows: Rows, num_rows: int, start: int, stop: int) -> jax.Array:
+    """Zeros in all other rows."""
+    places = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
+    shape = [1] * array.ndim
+    shape[rows.axis] = -1
+    is_own = ((places >= start) & (places < stop)).reshape(shape)
+    return jnp.where(is_own, array, jnp.zeros_like(array))
 
 
 @jax.custom_vjp

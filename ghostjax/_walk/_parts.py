@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
-from ghostjax._walk._meeting import Meeting, wide_dtype
+from ghostjax._walk._meeting import Meeting, masked, wide_dtype
 from ghostjax._walk._routes import Product, Repeated, make_meeting
 from ghostjax._walk._rows import Rows
 from ghostjax._walk._values import Value
 
 # Their parameters hold no shapes, so that they can be applied to some of the rows.
-_ELEMENTWISE = frozenset("add atan2 div max min mul pow select_n sub".split())
+_ELEMENTWISE = frozenset(["add", "atan2", "div", "max", "min", "mul", "pow", "select_n", "sub"])
 _OTHERS = frozenset(("conv_general_dilated", "dot_general", "gather"))
 
 
@@ -50,6 +50,11 @@ class Pullback:
         self.moving = list(moving)
         self.kept = [position for position, var in enumerate(inputs) if var in live]
 
+    def take_consts(self) -> list[Any]:
+        """Arrays of the trace in which this was made, which must not leave it otherwise."""
+        consts, self.consts = self.consts, None
+        return consts
+
     def __call__(self, operands: dict[int, Any], consts, cotangents) -> dict[int, Any]:
         primals = [
             operands[position] if position in self.kept else jnp.zeros(aval.shape, aval.dtype)
@@ -70,7 +75,7 @@ class _Part:
     start: int
     stop: int
     meeting: Meeting
-    pullback: Pullback
+    pullback: Pullback | None
 
     @property
     def is_cut(self) -> bool:
@@ -84,8 +89,12 @@ class Parts:
       eqn, moving, in_rows, outputs, differentiable, needs_data: those of the whole meeting.
     """
 
-    def __init__(self, eqn, function, operands, outputs, rows, num_rows: int, num_train: int):
-        self.whole = make_meeting(eqn, function, operands, outputs, rows, num_rows)
+    def __init__(
+        self, eqn, function, operands, outputs, rows, num_rows: int, names, num_train: int
+    ):
+        self.names = names
+        self.whole = make_meeting(eqn, function, operands, outputs, rows, num_rows, names)
+        self._by_rule = getattr(self.whole, "gradient_of_rows", None)
         self.moving, self.outputs = self.whole.moving, self.whole.outputs
         self.differentiable, self.needs_data = self.whole.differentiable, self.whole.needs_data
         self.eqn, self.in_rows = eqn, self.whole.in_rows
@@ -98,7 +107,7 @@ class Parts:
         needed = [
             position
             for part in (self.train, self.val)
-            for position in (*part.meeting.kept, *part.pullback.kept)
+            for position in (*part.meeting.kept, *(part.pullback.kept if part.pullback else ()))
         ]
         self._kept = sorted({*needed, *self.whole.kept})
 
@@ -107,8 +116,13 @@ class Parts:
             meeting = self.whole
         else:
             operands = [
-                Value(_cut_shape(value.primal, value.rows, self.num_rows, stop - start),
-                      value.tangents, value.is_data, value.active, value.rows)
+                Value(
+                    _cut_shape(value.primal, value.rows, self.num_rows, stop - start),
+                    value.tangents,
+                    value.is_data,
+                    value.active,
+                    value.rows,
+                )
                 for value in operands
             ]
             outputs = [
@@ -116,12 +130,15 @@ class Parts:
                 for output, info in zip(outputs, self.rows)
             ]
             meeting = make_meeting(
-                self.eqn, function, operands, outputs, self.rows, stop - start
+                self.eqn, function, operands, outputs, self.rows, stop - start, self.names
             )
             meeting.in_rows = self.in_rows
         moving = sorted({k for own in self.moving.values() for k in own})
         primals = [value.primal for value in operands]
-        return _Part(start, stop, meeting, Pullback(function, primals, moving, meeting))
+        pullback = None
+        if self._by_rule is None:
+            pullback = Pullback(function, primals, moving, meeting)
+        return _Part(start, stop, meeting, pullback)
 
     def _can_be_cut(self, operands) -> bool:
         places = [*self.rows, *(value.rows for value in operands if value.is_data)]
@@ -141,9 +158,7 @@ class Parts:
         del outputs
         parts = {id(part.meeting): part.meeting for part in (self.train, self.val)}
         consts = [meeting.take_consts() for meeting in parts.values()]
-        pulled = [part.pullback.consts for part in (self.train, self.val)]
-        for part in (self.train, self.val):
-            del part.pullback.consts
+        pulled = [part.pullback and part.pullback.take_consts() for part in (self.train, self.val)]
         arrays = {position: operands[position].primal for position in self._kept}
         return arrays, consts, pulled
 
@@ -158,7 +173,7 @@ class Parts:
             if part.is_cut:
                 cotangents[k] = _cut(cotangents[k], info, self.num_rows, *ends)
             else:
-                cotangents[k] = _masked(cotangents[k], info, self.num_rows, *ends)
+                cotangents[k] = masked(cotangents[k], info, self.num_rows, *ends)
         if part.is_cut:
             arrays = {
                 position: _cut(array, self.operand_rows[position], self.num_rows, *ends)
@@ -170,6 +185,10 @@ class Parts:
 
     def gradient(self, part: _Part, kept, cotangents) -> dict[int, Any]:
         """By position, the cotangents of the moving operands, of the part's rows alone."""
+        if self._by_rule is not None:
+            arrays, (consts,), _ = kept
+            own = [arrays[position] for position in self.whole.kept], consts
+            return self._by_rule(own, cotangents, part.start, part.stop)
         arrays, _, consts, cotangents = self._of(part, kept, cotangents)
         return part.pullback(arrays, consts, cotangents)
 
@@ -238,14 +257,3 @@ def _cut_shape(array: Any, info: Any, num_rows: int, rows: int) -> Any:
 def _cut(array: jax.Array, rows: Rows, num_rows: int, start: int, stop: int) -> jax.Array:
     one = array.shape[rows.axis] // num_rows
     return jax.lax.slice_in_dim(array, start * one, stop * one, axis=rows.axis)
-
-
-def _masked(array: jax.Array, rows: Rows, num_rows: int, start: int, stop: int) -> jax.Array:
-    """Zeros in all other rows."""
-    places = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
-    shape = [1] * array.ndim
-    shape[rows.axis] = -1
-    is_own = ((places >= start) & (places < stop)).reshape(shape)
-    return jnp.where(is_own, array, jnp.zeros_like(array))
-
-

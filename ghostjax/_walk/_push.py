@@ -1,14 +1,20 @@
 """The walk through parameters alone: what a direction is at every meeting."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ghostjax._walk._meeting import push_forward
+from ghostjax._walk._lookups import promises
+from ghostjax._walk._meeting import TangentProgram, is_inexact, tangents_of
 from ghostjax._walk._values import paths_of
 from ghostjax._walk._walk import Walk
+
+# By primitive of parameters alone: ``(eqn, primals, moving, name) -> push``, where forward mode
+# does not serve.
+PUSHES: dict[str, Callable[..., Any]] = {}
 
 
 class Push(Walk):
@@ -26,11 +32,25 @@ class Push(Walk):
 
     def pushed(self, eqn, function, operands, outputs):
         found: list[dict[int, Any]] = [{} for _ in outputs]
+        primals = [value.primal for value in operands]
         for path in paths_of(operands):
-            moved = push_forward(function, operands, path, self.stacked)
-            for tangents, tangent in zip(found, moved):
-                if tangent is not None:
-                    tangents[path] = tangent
+            moving = [k for k, value in enumerate(operands) if path in value.tangents]
+            if eqn.primitive.name in PUSHES:
+                push = PUSHES[eqn.primitive.name](eqn, primals, moving, self.names[path])
+            elif promises(eqn):
+                push = TangentProgram(function, primals, moving).at(primals)
+            else:
+                push = functools.partial(tangents_of, function, primals, moving)
+            inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
+
+            def dense(vectors, push=push, inexact=inexact):
+                tangents = push(vectors)
+                return [tangents[k] for k in inexact]
+
+            vectors = [operands[position].tangents[path] for position in moving]
+            moved = jax.vmap(dense)(vectors) if self.stacked else dense(vectors)
+            for position, tangent in zip(inexact, moved):
+                found[position][path] = tangent
         return found
 
     def zero_tangent(self, primal, like):

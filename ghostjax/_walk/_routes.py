@@ -1,6 +1,6 @@
 """Routes: other ways to a meeting's dots, taken where static shapes say that they cost less.
 
-tangent   t = x . G for every direction, then < c_i , t_i >: what every meeting can do (``_meeting``)
+tangent   t = x . G for every direction, then < c_i , t_i >: what every meeting can do
 rows      a matrix product: the weight gradient of one row after another, each dotted with all K
           directions; the sum over rows is the gradient. K directions for little more than one.
 features  an elementwise operation with a parameter that is repeated over rows: the parameter's
@@ -165,7 +165,9 @@ class Repeated(Meeting):
             return super().sums(kept, vectors, cotangents, stacked)
         rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
         return {
-            path: jnp.einsum("bf,kf->kb", rows, vector.astype(rows.dtype).reshape(-1, rows.shape[1]))
+            path: jnp.einsum(
+                "bf,kf->kb", rows, vector.astype(rows.dtype).reshape(-1, rows.shape[1])
+            )
             for path, (vector,) in vectors.items()
         }
 
@@ -196,12 +198,18 @@ def _count(vectors, stacked) -> int:
     return next(iter(vectors.values()))[0].shape[0] if stacked else 1
 
 
-def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows) -> Meeting:
+def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -> Meeting:
     """The kind of meeting that an equation is."""
-    return _kind(eqn, operands, rows)(eqn, function, operands, outputs, rows, num_rows)
+    return _kind(eqn, operands, rows)(eqn, function, operands, outputs, rows, num_rows, names)
+
+
+# By primitive, kinds of meetings that do not depend on the operands.
+KINDS: dict[str, type[Meeting]] = {}
 
 
 def _kind(eqn, operands, rows) -> type[Meeting]:
+    if eqn is not None and eqn.primitive.name in KINDS:
+        return KINDS[eqn.primitive.name]
     if eqn is None or not all(isinstance(info, Rows) for info in rows):
         return Meeting
     name, moving = eqn.primitive.name, [bool(value.tangents) for value in operands]
@@ -214,8 +222,7 @@ def _kind(eqn, operands, rows) -> type[Meeting]:
     if name == "dot_general" and not any(eqn.params["dimension_numbers"][1]):
         return Product
     (place,) = rows
-    alone = place.outer * place.inner == 1
-    if name in ELEMENTWISE and alone and jnp.ndim(parameter.primal) > place.axis:
-        if jnp.shape(parameter.primal)[place.axis] == 1:
-            return Repeated
+    is_repeated = jnp.shape(parameter.primal)[place.axis : place.axis + 1] == (1,)
+    if name in ELEMENTWISE and place.outer * place.inner == 1 and is_repeated:
+        return Repeated
     return Meeting

@@ -76,14 +76,16 @@ def _partition(mesh, operands, results):
     def placed(*spec):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    operands = placed(rows, None, inputs), placed(rows, None, outputs), placed(None, inputs, outputs)
+    operands = (
+        placed(rows, None, inputs),
+        placed(rows, None, outputs),
+        placed(None, inputs, outputs),
+    )
     return mesh, local, (placed(inputs, outputs), placed(None, rows)), operands
 
 
 _partitioned = custom_partitioning(_loop)
-_partitioned.def_partition(
-    partition=_partition, sharding_rule="b t i, b t o, k i o -> i o, k b"
-)
+_partitioned.def_partition(partition=_partition, sharding_rule="b t i, b t o, k i o -> i o, k b")
 _sequential = jax.custom_batching.sequential_vmap(lambda *operands: _partitioned(*operands))
 
 

@@ -18,10 +18,10 @@ from ghostjax._walk._row_rules import (
     shape_of,
 )
 
-__all__ = ["Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
+__all__ = ["CALLS", "Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
 
 # Primitives that run one jaxpr on their operands, and the parameter that holds it.
-_CALLS = {
+CALLS = {
     "call": "call_jaxpr",
     "closed_call": "call_jaxpr",
     "composite": "jaxpr",
@@ -70,7 +70,7 @@ def infer(
 def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     """Row info of the outputs of one equation, control flow and calls included."""
     name, operands = eqn.primitive.name, list(operands)
-    container = _CONTAINERS.get(name) or (_call if name in _CALLS else None)
+    container = _CONTAINERS.get(name) or (_call if name in CALLS else None)
     stateful = any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
     if stateful and container is None:
         outputs = Mixed(f"{name} reads or writes a Ref, which is not followed")
@@ -104,7 +104,7 @@ def _fitting(eqn, var, info: RowInfo, num_rows: int) -> RowInfo:
 
 
 def _call(eqn, operands, num_rows):
-    return infer(eqn.params[_CALLS[eqn.primitive.name]], operands, num_rows)
+    return infer(eqn.params[CALLS[eqn.primitive.name]], operands, num_rows)
 
 
 def _fixed_point(body, carry: list[RowInfo]) -> tuple[list[RowInfo], list[RowInfo]]:

@@ -11,6 +11,7 @@ from ghostjax._walk._directed import through_channel
 from ghostjax._walk._parts import Parts
 from ghostjax._walk._walk import Walk
 
+
 @dataclasses.dataclass
 class Found:
     """What a first walk, in shapes, finds: by key, the meetings."""
@@ -50,7 +51,9 @@ class Split(Walk):
 
     def make(self, eqn, function, operands, outputs, rows):
         kind = (eqn is not None and self.named_meeting(eqn, operands)) or Parts
-        return kind(eqn, function, operands, outputs, rows, self.num_rows, self.num_train)
+        return kind(
+            eqn, function, operands, outputs, rows, self.num_rows, self.names, self.num_train
+        )
 
     def attach(self, meeting: Parts, function, operands):
         key = self.next_key()

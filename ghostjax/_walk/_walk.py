@@ -7,10 +7,9 @@ evaluated as it is. Nothing here knows about layers.
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -21,10 +20,10 @@ from ghostjax._jaxprs import (
     holds,
     inner_jaxprs,
     is_var,
-    scan_counts,
 )
+from ghostjax._walk._inside import inside, is_container
 from ghostjax._walk._meeting import Meeting, is_inexact
-from ghostjax._walk._routes import make_meeting
+from ghostjax._walk._routes import KINDS, make_meeting
 from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
 from ghostjax._walk._values import Value, paths_of
 
@@ -52,7 +51,10 @@ class Walk:
     slots: dict[str, Any] | None = None
 
     def __init__(
-        self, names: Sequence[str], num_rows: int | None, named_meetings: dict[str, Any] | None = None
+        self,
+        names: Sequence[str],
+        num_rows: int | None,
+        named_meetings: dict[str, Any] | None = None,
     ):
         self.names = names
         self.num_rows = num_rows
@@ -122,7 +124,7 @@ class Walk:
             return HANDLERS[name](self, eqn, operands)
         if not has_data:
             return self.parameters_only(eqn, operands)
-        if inner_jaxprs(eqn) and name != "custom_jvp_call":
+        if is_container(eqn) and name not in ("custom_jvp_call", *KINDS):
             raise NotImplementedError(
                 f"{describe_operation(eqn)} uses parameters ({self.named(operands)}) "
                 "together with the batch, and cannot be walked. Move the parameters out of it."
@@ -158,9 +160,7 @@ class Walk:
             return [Value(output) for output in outputs]
         found = self.pushed(eqn, functools.partial(bind, eqn), operands, outputs)
         direct = _is_layout(eqn) and operands[0].direct
-        return [
-            Value(output, tangents, direct=direct) for output, tangents in zip(outputs, found)
-        ]
+        return [Value(output, tangents, direct=direct) for output, tangents in zip(outputs, found)]
 
     def operation(self, eqn, operands) -> list[Value]:
         """An ordinary operation where parameters and data meet."""
@@ -187,7 +187,7 @@ class Walk:
         return [self.data(output, True, info) for output, info in zip(outputs, rows)]
 
     def make(self, eqn, function, operands, outputs, rows) -> Meeting:
-        return make_meeting(eqn, function, operands, outputs, rows, self.num_rows)
+        return make_meeting(eqn, function, operands, outputs, rows, self.num_rows, self.names)
 
     def named_meeting(self, eqn, operands: Sequence[Value]) -> Any:
         """The kind of meeting that a call is by its name, None if it is to be walked."""
@@ -212,30 +212,31 @@ class Walk:
 
 def check_rows(eqn, infos, actives, num_rows) -> list[RowInfo]:
     """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
-    if any(isinstance(info, Rows) for info in infos):
+    has_rows = any(isinstance(info, Rows) for info in infos)
+    if has_rows:
         for info, active in zip(infos, actives):
             if active and isinstance(info, Mixed):
                 raise RowAxisError(
                     f"{describe_operation(eqn)} combines rows with a value in which rows are mixed "
                     f"({info.reason}), so that no row has a gradient of its own. {WAY_OUT}"
                 )
-    for jaxpr, offset in inner_jaxprs(eqn):
-        if offset is not None and any(actives):
-            _check_inside(eqn, jaxpr, infos[offset:], actives[offset:], num_rows)
+    if any(actives):
+        for jaxpr, *given in inside(eqn, infos, actives, num_rows):
+            _check_inside(jaxpr, *given, num_rows)
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
-    if len(both) > 1 and lost and not inner_jaxprs(eqn):
+    if len(both) > 1 and lost and not is_container(eqn):
         raise RowAxisError(
             f"{describe_operation(eqn)} combines rows with other rows ({lost[0]}), so that no row "
             f"has a gradient of its own. {WAY_OUT}"
         )
+    if any(actives) and has_rows and eqn.primitive.name in CHECKS:
+        CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
     return rows
 
 
-def _check_inside(eqn, jaxpr, infos, actives, num_rows):
-    if eqn.primitive.name == "scan":
-        infos = _inside_scan(eqn, infos, num_rows)
+def _check_inside(jaxpr, infos, actives, num_rows):
     pairs = zip(infos, actives, strict=True)
     known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:
@@ -246,22 +247,6 @@ def _check_inside(eqn, jaxpr, infos, actives, num_rows):
         active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
         rows = check_rows(inner, *([list(side) for side in zip(*pairs)] or [[], []]), num_rows)
         known.update((var, (info, active)) for var, info in zip(inner.outvars, rows))
-
-
-def _inside_scan(eqn, infos, num_rows):
-    """What the body sees: carries as they are after any number of rounds, slices of the rest."""
-    consts, carry = scan_counts(eqn)
-    after = propagate(eqn, infos, num_rows)[:carry]
-    return [*infos[:consts], *after, *(slice_rows(info) for info in infos[consts + carry :])]
-
-
-def slice_rows(info: RowInfo) -> RowInfo:
-    """Rows of a slice along the leading axis."""
-    if isinstance(info, Rows):
-        if info.axis == 0:
-            return Mixed("a loop over the row axis")
-        return Rows(info.axis - 1, info.outer, info.inner)
-    return info
 
 
 def stack_rows(info: RowInfo) -> RowInfo:
@@ -286,7 +271,7 @@ def _is_layout(eqn) -> bool:
 
 
 _LAYOUTS = frozenset(
-    "broadcast_in_dim convert_element_type copy reshape rev squeeze transpose".split()
+    ["broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"]
 )
 
 
@@ -308,3 +293,5 @@ HANDLERS = {
     "closed_call": _call,
     "core_call": _call,
 }
+# By primitive: ``check(eqn, infos, actives, rows, num_rows)`` of what only derivatives do.
+CHECKS: dict[str, Callable[..., None]] = {}

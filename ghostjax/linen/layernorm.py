@@ -153,8 +153,10 @@ _PREFIX = "ghostjax_norm_"
 class NormMeeting:
     """Scale and bias meet the normalized activations [N, ..., F], rows in front."""
 
-    def __init__(self, eqn, function, operands, outputs, rows, num_rows: int, num_train: int):
-        del function, rows
+    def __init__(
+        self, eqn, function, operands, outputs, rows, num_rows: int, names, num_train: int
+    ):
+        del function, rows, names
         self.eqn, self.num_rows, self.num_train = eqn, num_rows, num_train
         self.names = dict(zip(_places(eqn), eqn.params["name"].removeprefix(_PREFIX).split("_")))
         self.moving: dict[int, tuple[int, ...]] = {}

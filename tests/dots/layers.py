@@ -250,3 +250,76 @@ def custom_vjp_with_integers():
         return mean_squares(jnp.sin(y + params["table"][index]))
 
     return losses, {"table": draw(7, FEATURES)}, activations()
+
+
+@layer
+def fused_cross_entropy():
+    """The loss of the last layer, whose backward rule loops over parts of the vocabulary."""
+    parts, size = 3, 4
+
+    def forward(x, table, labels):
+        logits = x @ table.reshape(-1, FEATURES).T
+        total = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return total - picked, (x, table, labels, total)
+
+    def backward(kept, g):
+        x, table, labels, total = kept
+
+        def part(dx, given):
+            start, rows = given
+            wanted = jax.nn.one_hot(labels - start, size)
+            d = (jnp.exp(x @ rows.T - total[..., None]) - wanted) * g[..., None]
+            return dx + d @ rows, jnp.einsum("btv,btf->vf", d, x)
+
+        given = jnp.arange(parts) * size, table
+        return *jax.lax.scan(part, jnp.zeros_like(x), given), None
+
+    loss = jax.custom_vjp(lambda *args: forward(*args)[0])
+    loss.defvjp(forward, backward)
+
+    def losses(params, batch):
+        x = jnp.tanh(batch["x"] @ params["w"])
+        return jnp.mean(loss(x, params["table"], batch["labels"]), axis=1)
+
+    params = {"w": draw(FEATURES, FEATURES), "table": draw(parts, size, FEATURES, seed=2)}
+    x = activations()
+    labels = jnp.arange(x.shape[0] * x.shape[1]).reshape(x.shape[:2]) % (parts * size)
+    return losses, params, {"x": x, "labels": labels}
+
+
+@layer
+def fused_recurrence():
+    """A cell over time whose backward rule runs the other way and adds up as it goes."""
+
+    def forward(x, w, u):
+        def cell(h, x):
+            after = jnp.tanh(x @ w + h @ u)
+            return after, (h, after)
+
+        _, (before, after) = jax.lax.scan(cell, jnp.zeros_like(x[:, 0] @ w), jnp.swapaxes(x, 0, 1))
+        return jnp.swapaxes(after, 0, 1), (jnp.swapaxes(x, 0, 1), before, after, w, u)
+
+    def backward(kept, g):
+        x, before, after, w, u = kept
+
+        def cell(carry, given):
+            dh, dw, du = carry
+            x, before, after, g = given
+            d = (dh + g) * (1 - jnp.square(after))
+            return (d @ u.T, dw + x.T @ d, du + before.T @ d), d @ w.T
+
+        start = jnp.zeros_like(before[0]), jnp.zeros_like(w), jnp.zeros_like(u)
+        given = x, before, after, jnp.swapaxes(g, 0, 1)
+        (_, dw, du), dx = jax.lax.scan(cell, start, given, reverse=True)
+        return jnp.swapaxes(dx, 0, 1), dw, du
+
+    recurrence = jax.custom_vjp(lambda *args: forward(*args)[0])
+    recurrence.defvjp(forward, backward)
+
+    def losses(params, x):
+        x = recurrence(x, params["w"], params["u"])
+        return mean_squares(recurrence(x, params["u"], params["u"].T))
+
+    params = {"w": draw(FEATURES, 4) / 2, "u": draw(4, 4, seed=2) / 2}
+    return losses, params, activations()

@@ -1,0 +1,76 @@
+"""What the jaxprs inside an equation are given: where the rows are, and which inputs are active."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core
+
+from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
+from ghostjax._walk._row_rules import RULES, Mixed, RowInfo, Rows
+from ghostjax._walk._rows import propagate
+
+Inside = tuple[core.Jaxpr, list[RowInfo], list[bool]]
+
+
+def is_container(eqn: Any) -> bool:
+    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do."""
+    return bool(inner_jaxprs(eqn)) and eqn.primitive.name not in RULES
+
+
+def inside(
+    eqn: Any, infos: Sequence[RowInfo], actives: Sequence[bool], num_rows: int
+) -> list[Inside]:
+    """The jaxprs that an equation runs; carries are as they are after any number of rounds."""
+    if not is_container(eqn):
+        return []
+    infos, actives = list(infos), list(actives)
+    if eqn.primitive.name == "scan":
+        ((body, _),) = inner_jaxprs(eqn)
+        consts, carries = scan_counts(eqn)
+        start, end = consts, consts + carries
+        infos[start:end] = propagate(eqn, infos, num_rows)[:carries]
+        infos[end:] = [slice_rows(info) for info in infos[end:]]
+        actives[start:end] = _carried(body, actives, start, end)
+        return [(body, infos, actives)]
+    if eqn.primitive.name == "while":
+        body, tested = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
+        start = eqn.params["body_nconsts"]
+        after = propagate(eqn, infos, num_rows)
+        if all(isinstance(info, Mixed) for info in after):
+            return []  # rows say how long it runs, and its outputs say so
+        infos, actives = [*infos[tested : tested + start], *after], actives[tested:]
+        actives[start:] = _carried(body, actives, start, len(actives))
+        return [(body, infos, actives)]
+    return [
+        (jaxpr, infos[offset:], actives[offset:])
+        for jaxpr, offset in inner_jaxprs(eqn)
+        if offset is not None
+    ]
+
+
+def slice_rows(info: RowInfo) -> RowInfo:
+    """Rows of a slice along the leading axis."""
+    if isinstance(info, Rows):
+        return info.at(info.axis - 1) if info.axis else Mixed("a loop over the row axis")
+    return info
+
+
+def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> list[bool]:
+    """Which carries are active after any number of rounds."""
+    carry = actives[start:end]
+    while True:
+        after = _reached(body, [*actives[:start], *carry, *actives[end:]])
+        joined = [a or b for a, b in zip(carry, after)]
+        if joined == carry:
+            return carry
+        carry = joined
+
+
+def _reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
+    """Which outputs depend on active inputs."""
+    found = {var for var, active in zip(jaxpr.invars, actives, strict=True) if active}
+    for eqn in jaxpr.eqns:
+        passes = eqn.primitive.name != "stop_gradient"
+        if passes and any(is_var(atom) and atom in found for atom in eqn.invars):
+            found.update(eqn.outvars)
+    return [is_var(atom) and atom in found for atom in jaxpr.outvars]

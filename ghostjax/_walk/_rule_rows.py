@@ -1,0 +1,210 @@
+"""Where rows go in a derivative rule, and where it adds them up."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ghostjax._errors import RowAxisError
+from ghostjax._jaxprs import describe_operation, is_var
+from ghostjax._walk._inside import inside
+from ghostjax._walk._linear import (
+    Kind,
+    NotLinearError,
+    is_real_or_complex,
+    kind_of_literal,
+    kinds_after,
+)
+from ghostjax._walk._program import Program, Step, is_literal
+from ghostjax._walk._row_rules import Mixed, RowInfo, Rows, shape_of
+from ghostjax._walk._rows import propagate
+from ghostjax._walk._walk import WAY_OUT, check_rows
+
+
+@dataclasses.dataclass
+class Places:
+    """By number of the value: where rows are, and what rows have gone into.
+
+    Attributes:
+      infos: where they are.
+      moving: what depends on the rule's cotangents or tangents.
+      active: what depends on operands through which gradient flows.
+    """
+
+    infos: dict[int, RowInfo]
+    moving: set[int]
+    active: set[int]
+
+
+Followed = tuple[Step, list[RowInfo], list[bool], list[RowInfo]]
+
+
+def follow(steps: Sequence[Step], places: Places, num_rows: int) -> Iterator[Followed]:
+    """Fills ``places`` step by step; an error where rows that move are mixed into other rows."""
+    for step in steps:
+        eqn = step.eqn
+        infos = [None if is_literal(atom) else places.infos.get(atom) for atom in step.inputs]
+        moving, active = (
+            [not is_literal(atom) and atom in which for atom in step.inputs]
+            for which in (places.moving, places.active)
+        )
+        if any(moving):
+            rows = check_rows(eqn, infos, moving, num_rows)
+        else:
+            rows = propagate(eqn, infos, num_rows)
+        if any(isinstance(info, Rows) for info in infos):
+            for info, is_active in zip(infos, active):
+                if is_active and isinstance(info, Mixed):
+                    raise RowAxisError(
+                        f"{describe_operation(eqn)} combines rows with a value in which rows are "
+                        f"mixed ({info.reason}), so that no row has a gradient of its own. "
+                        f"{WAY_OUT}"
+                    )
+        places.infos.update(zip(step.outputs, rows))
+        if any(moving):
+            places.moving.update(step.outputs)
+        if any(active) and eqn.primitive.name != "stop_gradient":
+            places.active.update(step.outputs)
+        yield step, infos, moving, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A rule in two: what it does to rows, and the linear rest that adds them up.
+
+    Attributes:
+      before: steps that keep rows in place.
+      summed: values that the rest sums over their rows, with their places.
+      after: steps that are linear in these.
+      outputs: positions of the outputs that are not zero.
+    """
+
+    before: list[Step]
+    summed: dict[int, Rows]
+    after: list[Step]
+    outputs: list[int]
+
+
+def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
+    """Cuts a rule where the first sums over rows are.
+
+    Raises:
+      RowAxisError: rows are mixed before they are summed.
+      NotLinearError: what follows is not linear in the sums.
+    """
+    before, after, summed, late = [], [], {}, set()
+    for step, infos, moving, rows in follow(program.steps, places, num_rows):
+        sums = _loses_rows(infos, moving, rows)
+        if sums:
+            _check_aligned(step.eqn, infos, moving, num_rows)
+        if not sums and late.isdisjoint(atom for atom in step.inputs if not is_literal(atom)):
+            before.append(step)
+            continue
+        for atom, var, info, is_moving in zip(step.inputs, step.eqn.invars, infos, moving):
+            if is_moving and atom not in late:
+                if not (isinstance(info, Rows) and is_real_or_complex(var)):
+                    raise NotLinearError(step.eqn)
+                summed[atom] = info
+        late.update(step.outputs)
+        after.append(step)
+    for atom in program.outputs:
+        if not is_literal(atom) and atom in places.moving and atom not in late:
+            summed[atom] = places.infos[atom]
+    kinds = kinds_of(program, [*before, *after], set(summed), places.moving - late)
+    outputs = [k for k, atom in enumerate(program.outputs) if kinds(atom) is not Kind.ZERO]
+    if any(kinds(program.outputs[position]) is Kind.FIXED for position in outputs):
+        raise NotLinearError(None)
+    return Split(before, summed, after, outputs)
+
+
+def kinds_of(
+    program: Program, steps: Sequence[Step], linear: set[int], free: set[int] = frozenset()
+):
+    """How to read the kind of a value, with the steps that give ``free`` values left alone."""
+    known = dict.fromkeys([*program.inputs, *program.consts], Kind.FIXED)
+    known.update(dict.fromkeys(linear, Kind.LINEAR))
+
+    def kind(atom):
+        return kind_of_literal(atom.val) if is_literal(atom) else known[atom]
+
+    for step in steps:
+        if free.isdisjoint(step.outputs):
+            if step.eqn.primitive.name == "stop_gradient":
+                found = [kind(atom) for atom in step.inputs]
+            else:
+                found = kinds_after(step.eqn, [kind(atom) for atom in step.inputs])
+        else:
+            found = [Kind.LINEAR if k in linear else Kind.FIXED for k in step.outputs]
+        known.update(zip(step.outputs, found))
+    return kind
+
+
+def _loses_rows(infos, moving, rows) -> bool:
+    return any(isinstance(info, Mixed) for info in rows) and any(
+        is_moving and isinstance(info, Rows) for info, is_moving in zip(infos, moving)
+    )
+
+
+def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows: int) -> None:
+    """An error where a sum over rows pairs the rows of a cotangent with other rows."""
+    for jaxpr, *given in inside(eqn, infos, moving, num_rows):
+        known = dict(zip(jaxpr.invars, zip(*given)))
+        for inner in jaxpr.eqns:
+            pairs = [
+                known.get(atom, (None, False)) if is_var(atom) else (None, False)
+                for atom in inner.invars
+            ]
+            inner_infos, inner_moving = [list(side) for side in zip(*pairs)] or [[], []]
+            rows = propagate(inner, inner_infos, num_rows)
+            if _loses_rows(inner_infos, inner_moving, rows):
+                _check_aligned(inner, inner_infos, inner_moving, num_rows)
+            known.update((var, (info, any(inner_moving))) for var, info in zip(inner.outvars, rows))
+        return
+    others = [info for info, is_moving in zip(infos, moving) if not is_moving and info is not None]
+    if others and not (eqn.primitive.name in _PAIRED and _PAIRED[eqn.primitive.name](eqn, infos)):
+        raise RowAxisError(
+            f"{describe_operation(eqn)} sums over rows and pairs them with other rows, so that no "
+            f"row has a gradient of its own. {WAY_OUT}"
+        )
+
+
+def _same_rows(first: RowInfo, second: RowInfo) -> bool:
+    return (
+        isinstance(first, Rows)
+        and isinstance(second, Rows)
+        and (first.outer, first.inner) == (second.outer, second.inner)
+    )
+
+
+def _dot_general(eqn, infos) -> bool:
+    contracted, _ = eqn.params["dimension_numbers"]
+    first, second = infos
+    return _same_rows(first, second) and (first.axis, second.axis) in [*zip(*contracted)]
+
+
+def _conv_general_dilated(eqn, infos) -> bool:
+    dims, (first, second) = eqn.params["dimension_numbers"], infos
+    groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+    axes = dims.lhs_spec[1], dims.rhs_spec[1]
+    return _same_rows(first, second) and groups == (1, 1) and (first.axis, second.axis) == axes
+
+
+def _scatter(eqn, infos) -> bool:
+    data, indices, updates = infos
+    window = eqn.params["dimension_numbers"].update_window_dims
+    scattered = [d for d in range(len(shape_of(eqn.invars[2]))) if d not in window]
+    return (
+        data is None
+        and _same_rows(indices, updates)
+        and indices.axis < len(scattered)
+        and scattered[indices.axis] == updates.axis
+    )
+
+
+# What pairs one row with the same row of another operand where it sums over rows.
+_PAIRED = {
+    "conv_general_dilated": _conv_general_dilated,
+    "dot_general": _dot_general,
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter-sub": _scatter,
+}
