@@ -234,6 +234,9 @@ class Fidelity:
       sampling_error: root mean square of the values' standard errors over the values' spread.
       conservation_error: the largest of any step.
       audit_error: the largest of any audited step, None if there was none.
+      undefined_steps: how many of ``steps`` have a predicted or actual decrease or a conservation
+        error that is not finite; the figures leave out what is not.
+      undefined_examples: likewise, of ``examples``, for values and their standard errors.
     """
 
     prediction_correlation: float
@@ -243,10 +246,24 @@ class Fidelity:
     sampling_error: float
     conservation_error: float
     audit_error: float | None
+    undefined_steps: int = 0
+    steps: int = 0
+    undefined_examples: int = 0
+    examples: int = 0
 
     def warnings(self) -> list[str]:
         """Plain sentences, one for every reason not to trust the scores."""
         found = []
+        if self.undefined_steps:
+            found.append(
+                f"Of {self.steps} steps, {self.undefined_steps} had a predicted or actual decrease "
+                "or a conservation error that is not finite: the figures are of the others."
+            )
+        if self.undefined_examples:
+            found.append(
+                f"Of {self.examples} examples, {self.undefined_examples} have a value or standard "
+                "error that is not finite: the figures are of the others."
+            )
         if not self.conservation_error <= MAX_CONSERVATION_ERROR:
             found.append(
                 "The scores do not add up to what the gradient says: the conservation error "
@@ -298,6 +315,12 @@ def summarize(
       audit_errors: [steps], NaN where there was no audit.
       values, value_errors: [n], of the examples that were visited.
 
+    Returns:
+      The figures. What is not finite is left out and counted: a step without both decreases is
+      left out of the figures about predictions, one without a conservation error of their maximum,
+      an example without value or error of the sampling error. A figure of which nothing is left is
+      NaN. An infinite audit error stays: that audit failed.
+
     >>> ones = np.ones(2)
     >>> found = summarize(predicted=np.array([1.0, 2.0]), actual=np.array([1.0, 1.8]),
     ...     correlations=ones, conservation_errors=0 * ones, audit_errors=np.nan * ones,
@@ -305,21 +328,38 @@ def summarize(
     >>> round(found.prediction_ratio, 3), found.audit_error, found.warnings()
     (0.933, None, [])
     """
+    arrays = predicted, actual, conservation_errors, values, value_errors
+    predicted, actual, conservation_errors, values, value_errors = (
+        np.asarray(array, np.float64) for array in arrays
+    )
+    has_both = np.isfinite(predicted) & np.isfinite(actual)
+    has_certificate = np.isfinite(conservation_errors)
+    has_value = np.isfinite(values) & np.isfinite(value_errors)
+    predicted, actual = predicted[has_both], actual[has_both]
+    values, value_errors = values[has_value], value_errors[has_value]
     audited = audit_errors[~np.isnan(audit_errors)]
-    defined = correlations[~np.isnan(correlations)]
-    spread = np.std(values)
-    together = np.std(predicted) * np.std(actual)
-    moved = np.mean((predicted - predicted.mean()) * (actual - actual.mean()))
+    together = _of(np.std, predicted) * _of(np.std, actual)
+    moved = _of(np.mean, (predicted - _of(np.mean, predicted)) * (actual - _of(np.mean, actual)))
     return Fidelity(
         prediction_correlation=float(moved / together) if together > 0 else float("nan"),
-        prediction_error=_ratio(np.median(np.abs(predicted - actual)), np.median(np.abs(actual))),
+        prediction_error=_ratio(
+            _of(np.median, np.abs(predicted - actual)), _of(np.median, np.abs(actual))
+        ),
         prediction_ratio=_ratio(actual.sum(), predicted.sum()),
-        plain_correlation=float(np.median(defined)) if len(defined) else float("nan"),
-        sampling_error=_ratio(np.sqrt(np.mean(value_errors**2)), spread),
-        conservation_error=float(np.max(conservation_errors)),
+        plain_correlation=_of(np.median, correlations[np.isfinite(correlations)]),
+        sampling_error=_ratio(np.sqrt(_of(np.mean, value_errors**2)), _of(np.std, values)),
+        conservation_error=_of(np.max, conservation_errors[has_certificate]),
         audit_error=float(audited.max()) if len(audited) else None,
+        undefined_steps=int(np.sum(~(has_both & has_certificate))),
+        steps=len(has_both),
+        undefined_examples=int(np.sum(~has_value)),
+        examples=len(has_value),
     )
 
 
+def _of(figure: Callable[[np.ndarray], Any], numbers: np.ndarray) -> float:
+    return float(figure(numbers)) if len(numbers) else float("nan")
+
+
 def _ratio(part: Any, whole: Any) -> float:
-    return float(part / whole) if whole != 0 else float("nan")
+    return float(part) / float(whole) if whole != 0 else float("nan")

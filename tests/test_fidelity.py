@@ -288,3 +288,85 @@ def test_a_run_summed_up():
     assert found.plain_correlation == pytest.approx(0.3)
     assert found.sampling_error == pytest.approx(np.sqrt(0.125))
     assert (found.conservation_error, found.audit_error) == (3e-6, 2e-6)
+    assert (found.undefined_steps, found.steps) == (0, 4)
+    assert (found.undefined_examples, found.examples) == (0, 2)
+
+
+STEPS = {"predicted": [1.0, 2.0, 3.0, -1.0], "actual": [0.9, 2.2, 2.5, -0.9]}
+MEASURED = {
+    **STEPS,
+    "correlations": [0.1, 0.2, 0.3, 0.4],
+    "conservation_errors": [0, 1e-6, 3e-6, 2e-6],
+    "audit_errors": [np.nan, 1e-6, np.nan, np.nan],
+    "values": [1.0, 3.0, 7.0],
+    "value_errors": [0.3, 0.4, 0.2],
+}
+
+
+def summarized(**changes):
+    return fidelity.summarize(**{k: np.array(v) for k, v in (MEASURED | changes).items()})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["predicted", "actual", "conservation_errors"])
+def test_a_step_that_is_not_finite_is_told_and_left_out(field, bad):
+    with_bad = summarized(**{field: [*MEASURED[field][:2], bad, MEASURED[field][3]]})
+    if field in STEPS:  # the largest conservation error is that of this very step
+        less = {name: np.delete(MEASURED[name], 2) for name in STEPS}
+        without = summarized(**less, conservation_errors=[0, 1e-6, 3e-6])
+    else:
+        without = summarized(conservation_errors=[0, 1e-6, 0, 2e-6])
+    counts = {"undefined_steps": 1, "steps": 4}
+    assert with_bad == dataclasses.replace(without, **counts)
+    assert with_bad.conservation_error == (3e-6 if field in STEPS else 2e-6)
+    (sentence,) = with_bad.warnings()
+    assert sentence.startswith("Of 4 steps, 1 had a predicted or actual decrease or a conservation")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["values", "value_errors"])
+def test_an_example_that_is_not_finite_is_told_and_left_out(field, bad):
+    with_bad = summarized(**{field: [*MEASURED[field][:2], bad]})
+    without = summarized(values=[1.0, 3.0], value_errors=[0.3, 0.4])
+    assert with_bad == dataclasses.replace(without, undefined_examples=1, examples=3)
+    assert with_bad.sampling_error == pytest.approx(np.sqrt(0.125))
+    (sentence,) = with_bad.warnings()
+    assert sentence.startswith("Of 3 examples, 1 have a value or standard error that is not")
+
+
+def test_steps_are_counted_once():
+    nan = np.nan
+    found = summarized(
+        predicted=[nan, 2.0, 3.0, nan],
+        actual=[nan, 2.5, nan, -0.5],
+        conservation_errors=[nan, 1e-6, 3e-6, 2e-6],
+    )
+    assert (found.undefined_steps, found.conservation_error) == (3, 3e-6)
+    assert found.prediction_ratio == pytest.approx(1.25)
+
+
+def test_nothing_finite_leaves_no_figure():
+    nothing = dict.fromkeys(MEASURED, [np.nan] * 3)
+    found = summarized(**nothing)
+    assert (found.undefined_steps, found.undefined_examples, found.audit_error) == (3, 3, None)
+    figures = dataclasses.asdict(found)
+    assert all(
+        np.isnan(figure)
+        for name, figure in figures.items()
+        if name.endswith(("_correlation", "_ratio", "_error")) and name != "audit_error"
+    )
+    assert "Of 3 steps, 3 had" in found.warnings()[0]
+    empty = summarized(values=[], value_errors=[])
+    assert np.isnan(empty.sampling_error)
+    assert not empty.warnings()
+
+
+def test_an_audit_that_failed_is_no_missing_one():
+    found = summarized(audit_errors=[np.nan, np.inf, 1e-6, np.nan])
+    assert found.audit_error == np.inf
+    assert "audit error" in found.warnings()[0]
+
+
+def test_sizes_of_float32_do_not_overflow():
+    found = summarized(values=np.float32([3e38, -3e38, 0]), value_errors=np.float32([1e38] * 3))
+    assert found.sampling_error == pytest.approx(1 / np.sqrt(6))
