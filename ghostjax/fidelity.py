@@ -93,40 +93,129 @@ def audit(
     direction: Any,
     dots: jax.Array,
     rows: jax.Array,
+    shared: Any = None,
+    row_weights: jax.Array | None = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """Redoes some rows by autodiff of these rows alone, at the live parameters.
+    """Redoes some rows by autodiff of other batches, at the live parameters.
 
-        error = max_r | dots[r] - < g[r], direction > | / max_i | dots[i] |
+        error = max_r | dots[r] - w[r] (< g[r], direction > - shared) | / max_i | dots[i] |
         g[r] = d loss_fn(params, batch[r : r + 1]) / d params
 
-    It shares no code with what it audits.
+    It shares no code with what it audits. The loss must be a mean over rows, of any weights w[r]
+    with mean 1, plus terms that belong to no row and do not depend on the rows, as weight decay:
+
+        loss_fn(params, batch) = mean_r( w[r] l[r] ) + shared term
+
+    where a batch of some of the rows has the same weights but for their mean. So it is for the sum
+    of masked losses over the sum of the mask.
 
     Args:
-      loss_fn: the mean loss; of a batch of one row, that row's own loss.
+      loss_fn: takes batches of any number of rows, and gives a row the same loss in each. Without
+        ``row_weights``, of B + B/4 rows as well.
+      batch: tree of arrays [B, ...].
       dots: [B], the sum over the parameters, as ``result.total()`` gives it.
-      rows: [n] integers, which rows to redo; each takes a gradient.
+      rows: [n] integers, which rows to redo.
+      shared: ``result.shared``: a tree of scalars, of which the sum is taken. By default there is
+        no such term, or it is what the dots lack of the gradient of the batch, whichever fits
+        better; but there is none where one row has all the weight, as in a batch of one. So an
+        error that is the same in all rows is left to ``conservation_error``.
+      row_weights: [B], the w: ones for a mean, ``B * mask / sum(mask)`` for a masked one. By
+        default they are found by leaving row r out of the batch and putting it in several times,
+        which takes two gradients of the batch for each r. They are 1 where that does not tell:
+        where the gradient of row r is that of the other rows; and where the loss is no such mean,
+        which then shows as an error, unless the dots are those of row r's own loss.
       args, kwargs: passed on to ``loss_fn``.
 
     Returns:
-      float32 scalar; infinite where a number that is not finite leaves nothing to compare.
+      float32 scalar; infinite where a number that is not finite leaves nothing to compare. A row
+      of weight 0 may have a loss that is not finite.
+
+    With a sum over rows, and dots of ``loss_reduction="sum"``, give ``shared`` and ones as
+    ``row_weights``.
 
     >>> import jax, jax.numpy as jnp
     >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
     >>> w, x = jnp.ones(2), jnp.array([[1.0, 0.0], [1.0, 2.0]])
-    >>> audit(loss_fn, w, x, direction=w, dots=jnp.array([4.0, 9.0]), rows=jnp.array([1]))
+    >>> audit(loss_fn, w, x, direction=w, dots=jnp.array([2.0, 9.0]), rows=jnp.array([1])).round(3)
     Array(0.5, dtype=float32)
     """
+    count = dots.shape[0]
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def gradient(*chosen):
+        """Of a batch of the rows with these numbers."""
+        part = jax.tree.map(lambda leaf: leaf[jnp.concatenate(chosen)], batch)
+        grads = jax.grad(loss_fn)(params, part, *args, **kwargs)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
 
     def redo(row):
-        single = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), batch)
-        return _inner_product(jax.grad(loss_fn)(params, single, *args, **kwargs), direction)
+        single = gradient(row[None])
+        if row_weights is not None:
+            weight = row_weights[row].astype(jnp.float32)
+        elif count == 1:  # there are no others
+            weight = jnp.float32(1)
+        else:
+            others = jnp.arange(count - 1)
+            others = jnp.where(others < row, others, others + 1).astype(row.dtype)
+            copies = jnp.full(-(-count // 4), row)
+            rest, mixed = gradient(others), gradient(others, copies)
+            weight = _weight(single, rest, mixed, copies.size, count)
+        return _inner_product(single, direction), weight
 
-    expected = jax.lax.map(redo, rows)
-    size = jnp.maximum(jnp.max(jnp.abs(dots)), jnp.max(jnp.abs(expected)))
-    error = jnp.max(jnp.abs(dots[rows] - expected)) / jnp.where(size > 0, size, 1)
-    # Not NaN, which is below every tolerance and stands for "no audit" in a log.
-    return jnp.where(jnp.isnan(error), jnp.inf, error).astype(jnp.float32)
+    own, weights = jax.lax.map(redo, rows)
+
+    def error(shared, seen=1.0):
+        expected = jnp.where(weights == 0, 0, weights * (own - shared))
+        size = jnp.maximum(jnp.max(jnp.abs(dots)), jnp.max(jnp.abs(expected)))
+        difference = jnp.max(jnp.abs(dots[rows] - expected) / seen)
+        error = difference / jnp.where(size > 0, size, 1)
+        # Not NaN, which is below every tolerance and stands for "no audit" in a log.
+        return jnp.where(jnp.isnan(error), jnp.inf, error).astype(jnp.float32)
+
+    if shared is not None:
+        return error(sum(jnp.float32(leaf) for leaf in jax.tree.leaves(shared)))
+    whole = _inner_product(jax.grad(loss_fn)(params, batch, *args, **kwargs), direction)
+    # A wrong dot is in their mean as well, which makes up for so much of it.
+    seen = 1 - weights / count
+    return jnp.minimum(error(0), error(whole - jnp.mean(dots), seen))
+
+
+def _weight(single: Any, rest: Any, mixed: Any, copies: int, count: int) -> jax.Array:
+    """The weight of a row, by the gradients of it, of the other rows, and of these and some copies
+    of it, as
+
+        mixed = part * single + (1 - part) * rest
+        part = copies * share / (1 - share + copies * share),  share = weight / count
+
+    1 where that does not tell.
+    """
+    trees = single, rest, mixed
+    sizes = [
+        jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)])
+        for tree in trees
+    ]
+    has_single, has_rest, has_mixed = (jnp.isfinite(size).all() for size in sizes)
+    largest = jnp.max(jnp.nan_to_num(jnp.stack(sizes), posinf=0))
+    # Their squares may be zero in float32.
+    single, rest, mixed = (
+        jax.tree.map(lambda leaf: leaf / jnp.where(largest > 0, largest, 1), tree) for tree in trees
+    )
+    apart = jax.tree.map(jnp.subtract, single, rest)
+    moved = jax.tree.map(jnp.subtract, mixed, rest)
+    distance = _inner_product(apart, apart)
+    part = jnp.clip(_inner_product(moved, apart) / distance, 0, 1)
+    beside = jax.tree.map(lambda there, way: there - part * way, moved, apart)
+    is_clear = (distance > 1e-6 * (_inner_product(single, single) + _inner_product(rest, rest))) & (
+        _inner_product(beside, beside) <= MAX_AUDIT_ERROR**2 * distance
+    )
+    weight = jnp.where(is_clear, count * part / (copies * (1 - part) + part), 1)
+    # 0 / 0, where a mask leaves nothing of the row or of the others.
+    is_out = (
+        has_rest & has_mixed & (_inner_product(moved, moved) <= 1e-4 * _inner_product(rest, rest))
+    )
+    weight = jnp.where(~has_single & is_out, 0, weight)
+    return jnp.where(has_single & has_mixed & ~has_rest, count, weight)
 
 
 def _inner_product(first: Any, second: Any) -> jax.Array:
@@ -148,6 +237,9 @@ class Fidelity:
       sampling_error: root mean square of the values' standard errors over the values' spread.
       conservation_error: the largest of any step.
       audit_error: the largest of any audited step, None if there was none.
+      undefined_steps: how many of ``steps`` have a predicted or actual decrease or a conservation
+        error that is not finite; the figures leave out what is not.
+      undefined_examples: likewise, of ``examples``, for values and their standard errors.
     """
 
     prediction_correlation: float
@@ -157,10 +249,24 @@ class Fidelity:
     sampling_error: float
     conservation_error: float
     audit_error: float | None
+    undefined_steps: int = 0
+    steps: int = 0
+    undefined_examples: int = 0
+    examples: int = 0
 
     def warnings(self) -> list[str]:
         """Plain sentences, one for every reason not to trust the scores."""
         found = []
+        if self.undefined_steps:
+            found.append(
+                f"Of {self.steps} steps, {self.undefined_steps} had a predicted or actual decrease "
+                "or a conservation error that is not finite: the figures are of the others."
+            )
+        if self.undefined_examples:
+            found.append(
+                f"Of {self.examples} examples, {self.undefined_examples} have a value or standard "
+                "error that is not finite: the figures are of the others."
+            )
         if not self.conservation_error <= MAX_CONSERVATION_ERROR:
             found.append(
                 "The scores do not add up to what the gradient says: the conservation error "
@@ -212,6 +318,12 @@ def summarize(
       audit_errors: [steps], NaN where there was no audit.
       values, value_errors: [n], of the examples that were visited.
 
+    Returns:
+      The figures. What is not finite is left out and counted: a step without both decreases is
+      left out of the figures about predictions, one without a conservation error of their maximum,
+      an example without value or error of the sampling error. A figure of which nothing is left is
+      NaN. An infinite audit error stays: that audit failed.
+
     >>> ones = np.ones(2)
     >>> found = summarize(predicted=np.array([1.0, 2.0]), actual=np.array([1.0, 1.8]),
     ...     correlations=ones, conservation_errors=0 * ones, audit_errors=np.nan * ones,
@@ -219,21 +331,38 @@ def summarize(
     >>> round(found.prediction_ratio, 3), found.audit_error, found.warnings()
     (0.933, None, [])
     """
+    arrays = predicted, actual, conservation_errors, values, value_errors
+    predicted, actual, conservation_errors, values, value_errors = (
+        np.asarray(array, np.float64) for array in arrays
+    )
+    has_both = np.isfinite(predicted) & np.isfinite(actual)
+    has_certificate = np.isfinite(conservation_errors)
+    has_value = np.isfinite(values) & np.isfinite(value_errors)
+    predicted, actual = predicted[has_both], actual[has_both]
+    values, value_errors = values[has_value], value_errors[has_value]
     audited = audit_errors[~np.isnan(audit_errors)]
-    defined = correlations[~np.isnan(correlations)]
-    spread = np.std(values)
-    together = np.std(predicted) * np.std(actual)
-    moved = np.mean((predicted - predicted.mean()) * (actual - actual.mean()))
+    together = _of(np.std, predicted) * _of(np.std, actual)
+    moved = _of(np.mean, (predicted - _of(np.mean, predicted)) * (actual - _of(np.mean, actual)))
     return Fidelity(
         prediction_correlation=float(moved / together) if together > 0 else float("nan"),
-        prediction_error=_ratio(np.median(np.abs(predicted - actual)), np.median(np.abs(actual))),
+        prediction_error=_ratio(
+            _of(np.median, np.abs(predicted - actual)), _of(np.median, np.abs(actual))
+        ),
         prediction_ratio=_ratio(actual.sum(), predicted.sum()),
-        plain_correlation=float(np.median(defined)) if len(defined) else float("nan"),
-        sampling_error=_ratio(np.sqrt(np.mean(value_errors**2)), spread),
-        conservation_error=float(np.max(conservation_errors)),
+        plain_correlation=_of(np.median, correlations[np.isfinite(correlations)]),
+        sampling_error=_ratio(np.sqrt(_of(np.mean, value_errors**2)), _of(np.std, values)),
+        conservation_error=_of(np.max, conservation_errors[has_certificate]),
         audit_error=float(audited.max()) if len(audited) else None,
+        undefined_steps=int(np.sum(~(has_both & has_certificate))),
+        steps=len(has_both),
+        undefined_examples=int(np.sum(~has_value)),
+        examples=len(has_value),
     )
 
 
+def _of(figure: Callable[[np.ndarray], Any], numbers: np.ndarray) -> float:
+    return float(figure(numbers)) if len(numbers) else float("nan")
+
+
 def _ratio(part: Any, whole: Any) -> float:
-    return float(part / whole) if whole != 0 else float("nan")
+    return float(part) / float(whole) if whole != 0 else float("nan")

@@ -52,6 +52,168 @@ def test_an_audit_finds_a_row_that_is_wrong():
     assert audit(wrong, jnp.array([0, 1])) < 1e-5
 
 
+MASKS = {
+    "some": [[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0], [1, 0, 0, 0]],
+    "without a row": [[1, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 0], [1, 0, 0, 0]],
+    "one row": [[0, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+}
+WORDS = {  # losses of sequences: (how rows are averaged, mask, weight decay)
+    "mean": (None, "some", 0),
+    "decay": (None, "some", 0.1),
+    "mask": ("mask", "some", 0),
+    "mask, decay": ("mask", "some", 0.1),
+    "mask without a row, decay": ("mask", "without a row", 0.1),
+    "clamped mask without a row, decay": ("clamped", "without a row", 0.1),
+    "mask of one row": ("mask", "one row", 0),
+    "clamped mask of one row": ("clamped", "one row", 0),
+}
+
+
+def words(name, dtype):
+    """Loss, parameters, batch, weights of the rows, direction, and what ghostjax finds."""
+    average, mask, decay = WORDS[name]
+    generator = np.random.default_rng(4)
+
+    def normal(*shape):
+        return jnp.asarray(generator.normal(size=shape), dtype)
+
+    params = {"embed": normal(7, 6), "out": normal(6, 7)}
+    ids = jnp.asarray(generator.integers(0, 7, (5, 5)))
+    batch = {"ids": ids, "mask": jnp.array(MASKS[mask], jnp.float32)}
+    direction = {"embed": normal(7, 6), "out": normal(6, 7)}
+
+    def loss(params, batch):
+        ids, mask = batch["ids"], batch["mask"]
+        logits = jnp.tanh(params["embed"][ids[:, :-1]]) @ params["out"]
+        logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        losses = -jnp.take_along_axis(logs, ids[:, 1:, None], axis=-1)[..., 0]
+        rest = decay * sum(
+            jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(params)
+        )
+        if average is None:
+            return jnp.mean(losses) + rest
+        total = jnp.sum(mask)
+        total = jnp.maximum(total, 1) if average == "clamped" else total
+        return jnp.sum(losses * mask) / total + rest
+
+    fn = value_grad_and_dots(loss)
+    result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(params, batch, direction)
+    by_row = batch["mask"].sum(1) if average else jnp.ones(5)
+    return loss, params, batch, 5 * by_row / by_row.sum(), direction, result
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", WORDS)
+def test_audits_of_masks_and_weight_decay(name, dtype):
+    loss, params, batch, weights, direction, result = words(name, dtype)
+    dots, rows, tolerance = result.total(), jnp.array([0, 1, 4]), 1e-5
+    if dtype == jnp.bfloat16:
+        tolerance = 1e-2  # the gradients are of bfloat16
+
+    @jax.jit
+    def audits(dots):
+        """With everything left to be found out, and with everything told."""
+
+        def audit(**told):
+            return fidelity.audit(
+                loss, params, batch, direction=direction, dots=dots, rows=rows, **told
+            )
+
+        return jnp.stack([audit(), audit(shared=result.shared, row_weights=weights)])
+
+    assert (audits(dots) < tolerance).all()
+    size = jnp.abs(dots).max()
+    assert (audits(dots.at[1].add(0.1 * size)) > 0.06).all()
+    assert (audits(1.5 * dots) > 0.06).all()
+    one_missing = dots - result.dots["embed"]
+    assert (audits(one_missing) > 0.06).all()
+    own_loss = jnp.where(weights > 0, dots / weights, 0)
+    if not jnp.allclose(weights, 1):
+        assert (audits(own_loss) > 0.06).all()
+    # All rows alike: a term that belongs to no row, unless that is told.
+    assert audits(dots + 0.1 * size)[1] > 0.06
+
+
+def audited(loss, params, batch, **told):
+    return jax.jit(lambda params, batch, told: fidelity.audit(loss, params, batch, **told))(
+        params, batch, told
+    )
+
+
+def test_dots_that_hold_the_weight_decay_are_wrong_where_it_is_told():
+    loss, params, batch, _, direction, result = words("decay", jnp.float32)
+    share = sum(jax.tree.leaves(result.shared))
+    told = {"direction": direction, "rows": jnp.arange(5), "shared": result.shared}
+    assert audited(loss, params, batch, dots=result.total(), **told) < 1e-5
+    assert audited(loss, params, batch, dots=result.total() + share, **told) > 0.1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_audits_of_few_rows(count):
+    direction = direction_like(DENSE)
+    result = jax.jit(value_grad_and_dots(loss_fn))(DENSE, X[:count], direction=direction)
+    dots, rows = result.total(), jnp.arange(count)
+    for told in ({}, {"shared": result.shared}, {"row_weights": jnp.ones(count)}):
+        told = {"direction": direction, "rows": rows, **told}
+        assert audited(loss_fn, DENSE, X[:count], dots=dots, **told) < 1e-5
+        assert audited(loss_fn, DENSE, X[:count], dots=1.1 * dots, **told) > 0.01
+
+
+def test_rows_with_one_gradient_have_one_weight():
+    x = jnp.stack([X[0]] * 4)
+    direction = direction_like(DENSE)
+
+    def loss(params, x):
+        return loss_fn(params, x) + 0.1 * jnp.sum(jnp.square(params["w"]))
+
+    dots = jax.jit(value_grad_and_dots(loss))(DENSE, x, direction=direction).total()
+    told = {"direction": direction, "rows": jnp.array([1, 3])}
+    assert audited(loss, DENSE, x, dots=dots, **told) < 1e-5
+    assert audited(loss, DENSE, x, dots=dots.at[1].multiply(1.1), **told) > 0.05
+
+
+def test_gradients_with_squares_of_zero():
+    direction = direction_like(DENSE)
+    weights = jnp.array([1.0, 2.0, 0.0, 1.0, 5.0, 3.0])
+
+    def loss(params, batch):
+        x, weights = batch
+        losses = 1e-25 * mean_squares(dense(params, x))
+        return jnp.sum(weights * losses) / jnp.sum(weights)
+
+    batch = X, weights
+    dots = jax.jit(value_grad_and_dots(loss))(DENSE, batch, direction=direction).total()
+    told = {"direction": direction, "rows": jnp.arange(6)}
+    assert audited(loss, DENSE, batch, dots=dots, **told) < 1e-5
+    assert audited(loss, DENSE, batch, dots=dots.at[4].multiply(1.1), **told) > 0.05
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_audits_of_a_sum_over_rows(told):
+    def loss(params, x):
+        rest = jnp.sum(jnp.square(params["w"])) if told else 0
+        return jnp.sum(mean_squares(dense(params, x))) + rest
+
+    direction = direction_like(DENSE)
+    result = jax.jit(value_grad_and_dots(loss, loss_reduction="sum"))(DENSE, X, direction=direction)
+    more = {"shared": result.shared, "row_weights": jnp.ones(6)} if told else {}
+    more |= {"direction": direction, "rows": jnp.array([0, 5])}
+    assert audited(loss, DENSE, X, dots=result.total(), **more) < 1e-5
+    assert audited(loss, DENSE, X, dots=1.2 * result.total(), **more) > 0.05
+
+
+def test_keys_can_be_in_the_batch():
+    def loss(params, batch):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (5,)))(batch["key"])
+        return loss_fn(params, batch["x"] + noise)
+
+    batch = {"x": X, "key": jax.random.split(jax.random.key(0), 6)}
+    direction = direction_like(DENSE)
+    dots = jax.jit(value_grad_and_dots(loss))(DENSE, batch, direction=direction).total()
+    error = audited(loss, DENSE, batch, direction=direction, dots=dots, rows=jnp.array([2, 3]))
+    assert error < 1e-5
+
+
 def test_predicted_decrease_is_that_of_a_small_step():
     grads = jax.grad(loss_fn)(DENSE, X)
     updates = jax.tree.map(lambda leaf: -1e-3 * leaf, grads)
@@ -126,3 +288,85 @@ def test_a_run_summed_up():
     assert found.plain_correlation == pytest.approx(0.3)
     assert found.sampling_error == pytest.approx(np.sqrt(0.125))
     assert (found.conservation_error, found.audit_error) == (3e-6, 2e-6)
+    assert (found.undefined_steps, found.steps) == (0, 4)
+    assert (found.undefined_examples, found.examples) == (0, 2)
+
+
+STEPS = {"predicted": [1.0, 2.0, 3.0, -1.0], "actual": [0.9, 2.2, 2.5, -0.9]}
+MEASURED = {
+    **STEPS,
+    "correlations": [0.1, 0.2, 0.3, 0.4],
+    "conservation_errors": [0, 1e-6, 3e-6, 2e-6],
+    "audit_errors": [np.nan, 1e-6, np.nan, np.nan],
+    "values": [1.0, 3.0, 7.0],
+    "value_errors": [0.3, 0.4, 0.2],
+}
+
+
+def summarized(**changes):
+    return fidelity.summarize(**{k: np.array(v) for k, v in (MEASURED | changes).items()})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["predicted", "actual", "conservation_errors"])
+def test_a_step_that_is_not_finite_is_told_and_left_out(field, bad):
+    with_bad = summarized(**{field: [*MEASURED[field][:2], bad, MEASURED[field][3]]})
+    if field in STEPS:  # the largest conservation error is that of this very step
+        less = {name: np.delete(MEASURED[name], 2) for name in STEPS}
+        without = summarized(**less, conservation_errors=[0, 1e-6, 3e-6])
+    else:
+        without = summarized(conservation_errors=[0, 1e-6, 0, 2e-6])
+    counts = {"undefined_steps": 1, "steps": 4}
+    assert with_bad == dataclasses.replace(without, **counts)
+    assert with_bad.conservation_error == (3e-6 if field in STEPS else 2e-6)
+    (sentence,) = with_bad.warnings()
+    assert sentence.startswith("Of 4 steps, 1 had a predicted or actual decrease or a conservation")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["values", "value_errors"])
+def test_an_example_that_is_not_finite_is_told_and_left_out(field, bad):
+    with_bad = summarized(**{field: [*MEASURED[field][:2], bad]})
+    without = summarized(values=[1.0, 3.0], value_errors=[0.3, 0.4])
+    assert with_bad == dataclasses.replace(without, undefined_examples=1, examples=3)
+    assert with_bad.sampling_error == pytest.approx(np.sqrt(0.125))
+    (sentence,) = with_bad.warnings()
+    assert sentence.startswith("Of 3 examples, 1 have a value or standard error that is not")
+
+
+def test_steps_are_counted_once():
+    nan = np.nan
+    found = summarized(
+        predicted=[nan, 2.0, 3.0, nan],
+        actual=[nan, 2.5, nan, -0.5],
+        conservation_errors=[nan, 1e-6, 3e-6, 2e-6],
+    )
+    assert (found.undefined_steps, found.conservation_error) == (3, 3e-6)
+    assert found.prediction_ratio == pytest.approx(1.25)
+
+
+def test_nothing_finite_leaves_no_figure():
+    nothing = dict.fromkeys(MEASURED, [np.nan] * 3)
+    found = summarized(**nothing)
+    assert (found.undefined_steps, found.undefined_examples, found.audit_error) == (3, 3, None)
+    figures = dataclasses.asdict(found)
+    assert all(
+        np.isnan(figure)
+        for name, figure in figures.items()
+        if name.endswith(("_correlation", "_ratio", "_error")) and name != "audit_error"
+    )
+    assert "Of 3 steps, 3 had" in found.warnings()[0]
+    empty = summarized(values=[], value_errors=[])
+    assert np.isnan(empty.sampling_error)
+    assert not empty.warnings()
+
+
+def test_an_audit_that_failed_is_no_missing_one():
+    found = summarized(audit_errors=[np.nan, np.inf, 1e-6, np.nan])
+    assert found.audit_error == np.inf
+    assert "audit error" in found.warnings()[0]
+
+
+def test_sizes_of_float32_do_not_overflow():
+    found = summarized(values=np.float32([3e38, -3e38, 0]), value_errors=np.float32([1e38] * 3))
+    assert found.sampling_error == pytest.approx(1 / np.sqrt(6))

@@ -1,6 +1,9 @@
 """InRunValues against numpy's np.add.at, compiled, scanned, donated, and saved and restored."""
 
+import os
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -75,7 +78,8 @@ def test_sum_over_steps_is_that_of_numpy(way, names):
 def test_before_the_first_step():
     values = InRunValues.zeros(EXAMPLES, NAMES)
     chex.assert_shape((values.values, values.visits), ((EXAMPLES, 3), (EXAMPLES,)))
-    assert values.values.dtype == jnp.float32
+    chex.assert_shape(values.compensation, (EXAMPLES, 3))
+    assert values.values.dtype == values.compensation.dtype == jnp.float32
     assert values.visits.dtype == values.rejected.dtype == jnp.int32
     assert not any(leaf.any() for leaf in jax.tree.leaves(values))
 
@@ -98,6 +102,100 @@ def test_padding_is_passed_over_whatever_its_score(score):
 def test_nan_stays_with_its_example():
     found = InRunValues.zeros(3).add(jnp.array([0, 1, 0]), jnp.array([1.0, 2.0, np.nan]))
     np.testing.assert_array_equal(found.of("val"), [np.nan, 2, 0])
+
+
+def many(name):
+    """Ids and scores [100_000, 4] of three examples."""
+    generator = np.random.default_rng(2)
+    shape = 100_000, 4
+    ids = generator.integers(-1, 3, shape, np.int32)
+    scores = {
+        "alike": np.full(shape, 0.1),
+        "positive": generator.random(shape),
+        "of both signs": generator.normal(size=shape),
+        "of many sizes": np.exp(4 * generator.normal(size=shape)),
+    }
+    return ids, np.float32(scores[name])
+
+
+@pytest.mark.parametrize("name", ["alike", "positive", "of both signs", "of many sizes"])
+def test_a_hundred_thousand_additions_are_rounded_once(name):
+    ids, scores = many(name)
+    found = in_scan(InRunValues.zeros(3), ids, scores[..., None])
+    expected = np.zeros(3)
+    np.add.at(expected, ids[ids >= 0], scores[ids >= 0].astype(np.float64))
+    np.testing.assert_array_equal(found.of("val"), expected.astype(np.float32))
+    both = np.float64(found.values) + np.float64(found.compensation)
+    np.testing.assert_allclose(both[:, 0], expected, rtol=1e-10)
+
+
+OPTIMIZED = """
+import jax, jax.numpy as jnp, numpy as np
+from ghostjax import InRunValues
+
+steps = 100_000
+ids, scores = np.int32([0, 0, 1, -1, 2]), np.float32([0.1, 0.7, 1e-3, 5.0, -3.3])
+exact = steps * np.array([scores[:2].astype(np.float64).sum(), scores[2], scores[4]], np.float64)
+
+def repeat(values, ids, scores):
+    return jax.lax.scan(lambda c, _: (c.add(ids, scores), None), values, length=steps)[0]
+
+given = jax.jit(repeat, donate_argnums=0)(InRunValues.zeros(3), ids, scores)
+known = jax.jit(lambda v: repeat(v, jnp.asarray(ids), jnp.asarray(scores)))(InRunValues.zeros(3))
+many = jax.jit(jax.vmap(repeat, (0, None, 0)))(
+    jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), InRunValues.zeros(3)),
+    ids, np.stack([scores, 2 * scores]),
+)
+for values in (given.values, known.values, many.values[0], many.values[1] / 2):
+    assert np.array_equal(values[:, 0], np.float32(exact)), (values, exact)
+"""
+
+
+def test_optimized_code_keeps_the_compensation():
+    """The flags of these tests leave most optimizations out."""
+    environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", OPTIMIZED], check=True, env=environment)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 1000])
+def test_rows_of_one_call_are_rounded_once(rows):
+    generator = np.random.default_rng(rows)
+    ids = generator.integers(0, 2, rows, np.int32)
+    scores = np.float32(np.exp(6 * generator.normal(size=(rows, 2))))
+    before = InRunValues.zeros(2, ("a", "b")).add(
+        jnp.arange(2), jnp.float32([[1e6, -1], [3, 1e-6]])
+    )
+    expected = np.float64(before.values)
+    np.add.at(expected, ids, scores.astype(np.float64))
+    found = before.add(ids, scores)
+    np.testing.assert_array_equal(found.values, expected.astype(np.float32))
+
+
+def test_what_cancels_leaves_the_rest():
+    ids = jnp.array([4, 1, 4, -1, 1, 4, 1])
+    scores = jnp.array([1e8, -3e9, 1.0, np.nan, 0.5, -1e8, 3e9])
+    found = InRunValues.zeros(5).add(ids, scores)
+    np.testing.assert_array_equal(found.of("val"), [0, 0.5, 0, 0, 1])
+    by_one = InRunValues.zeros(5)
+    for row in range(7):
+        by_one = by_one.add(ids[row : row + 1], scores[row : row + 1])
+    chex.assert_trees_all_equal(by_one, found)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([np.inf, 1.0], np.inf), ([3e38, 3e38], np.inf), ([np.inf, -np.inf], np.nan)],
+)
+def test_infinite_values_stay_what_they_are(scores, expected):
+    values = InRunValues.zeros(2).add(jnp.zeros(2, jnp.int32), jnp.array(scores))
+    for found in (values, values.add(jnp.zeros(1, jnp.int32), jnp.ones(1))):
+        np.testing.assert_array_equal(found.values[:, 0], [expected, 0])
+        assert not found.compensation.any()
+
+
+def test_no_rows_add_nothing():
+    values = InRunValues.zeros(2).add(jnp.zeros(3, jnp.int32), jnp.full(3, 0.1))
+    chex.assert_trees_all_equal(values.add(jnp.zeros(0, jnp.int32), jnp.zeros((0, 1))), values)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -190,6 +288,7 @@ def test_saved_and_restored_beside_the_train_state(tmp_path):
     params = {"w": jnp.arange(6.0).reshape(2, 3)}
     ids, scores = draw(3)
     values = in_a_loop(InRunValues.zeros(EXAMPLES, NAMES), ids[:4], scores[:4])
+    assert values.compensation.any()
     state = {"params": params, "optimizer": optax.adam(1e-3).init(params), "values": values}
     target = jax.tree.map(jnp.zeros_like, state)
     assert target["values"].names == NAMES

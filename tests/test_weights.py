@@ -25,8 +25,9 @@ RULES = {
         ([NAN, 1.0, -1.0], [0, 3, 0]),
         ([INF, -INF], [2, 0]),
         ([-1.0, NAN, -INF], [0, 0, 0]),
+        ([-1e-40, 1e-45, -1e-45], [0, 3, 0]),
     ],
-    ids=["all", "some", "zeros stay", "nan", "infinite", "none"],
+    ids=["all", "some", "zeros stay", "nan", "infinite", "none", "subnormal"],
 )
 def test_drop_negative(scores, expected):
     np.testing.assert_array_equal(drop_negative(jnp.array(scores)), np.float32(expected))
@@ -46,6 +47,8 @@ def test_drop_negative(scores, expected):
         ([0.0, -0.0], 1, [2, 0]),
         ([-INF, NAN, NAN], 2, [3, 0, 0]),
         ([NAN, NAN], 1, [0, 0]),
+        ([1e-45, 2e-40, -1e-40, 1e-40], 2, [0, 2, 0, 2]),
+        ([3.4e38, INF, -3.4e38, -INF], 3, [4 / 3, 4 / 3, 4 / 3, 0]),
     ],
 )
 def test_top_k(scores, k, expected):
@@ -85,6 +88,48 @@ def test_softmax_of_other_rows_is_as_if_a_bad_row_were_not_there(bad):
     expected = np.insert(np.asarray(softmax(others)) * 4 / 3, 1, 0)
     np.testing.assert_allclose(softmax(scores), expected, rtol=1e-6)
     np.testing.assert_array_equal(softmax(jnp.full(2, bad)), np.zeros(2))
+
+
+def softmax_of_numpy(scores, temperature=1.0):
+    """In float64, over the finite scores."""
+    scores = np.asarray(scores, np.float32).astype(np.float64)
+    finite = scores[np.isfinite(scores)]
+    weights = np.zeros(scores.shape)
+    spread = finite.std()
+    scaled = (finite - finite.max()) / (temperature * spread if spread > 0 else 1)
+    weights[np.isfinite(scores)] = np.exp(scaled) / np.exp(scaled).sum()
+    return weights * len(scores)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1e38, -3e38],
+        [3e38, 3e38, -3e38],
+        [3.4e38, -3.4e38, 1.0, 1e-45],
+        [1e-40, 2e-40, 3e-40],
+        [-2e-38, 1e-38, 5e-39, -3e-40],
+        [1e-45, 0.0, -1e-45],
+        [1.0, 1.0000001, 1.0000002],
+        [-7e37, NAN, 3e38, INF, -1e38, -INF],
+        [5.0],
+        [-3e38],
+        [3.4e38] * 3,
+        [0.1] * 3,
+        [1e-45] * 2,
+        [0.0, -0.0],
+    ],
+    ids=str,
+)
+def test_softmax_of_any_scores_there_are(scores, compiled):
+    found = (jax.jit(softmax) if compiled else softmax)(jnp.array(scores, jnp.float32))
+    np.testing.assert_allclose(found, softmax_of_numpy(scores), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1e-40, [0, 2]), (1e40, [1, 1])])
+def test_temperatures_beyond_float32(temperature, expected):
+    np.testing.assert_array_equal(softmax(jnp.array([1.0, 2.0]), temperature), expected)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, NAN])

@@ -57,7 +57,9 @@ def _is_poor(fidelity: Fidelity, steps: int) -> bool:
     """Whether there is a reason that leaves nothing of the values."""
     unrelated = not fidelity.prediction_correlation >= MIN_PREDICTION_CORRELATION / 2
     return (
-        not fidelity.conservation_error <= MAX_CONSERVATION_ERROR
+        fidelity.undefined_steps > 0
+        or fidelity.undefined_examples > 0
+        or not fidelity.conservation_error <= MAX_CONSERVATION_ERROR
         or _exceeds(fidelity.audit_error, MAX_AUDIT_ERROR)
         or not fidelity.sampling_error <= USELESS_SAMPLING_ERROR
         or (steps >= FEW_STEPS and unrelated)
@@ -94,7 +96,9 @@ def _doubts(fidelity: Fidelity) -> list[str]:
 
 def _findings(fidelity: Fidelity) -> list[str]:
     """What was measured, one sentence each."""
-    found = [_prediction(fidelity.prediction_ratio)]
+    found = []
+    if math.isfinite(fidelity.prediction_ratio) or not fidelity.undefined_steps:
+        found.append(_prediction(fidelity.prediction_ratio))
     if math.isfinite(fidelity.prediction_correlation):
         found.append(
             "From step to step, predicted and actual decrease have a correlation of "
@@ -107,7 +111,7 @@ def _findings(fidelity: Fidelity) -> list[str]:
             f"The sampling error of a value is {_percent(fidelity.sampling_error)} of the typical "
             "difference between examples. It comes from drawing a few validation rows per step."
         )
-    else:
+    elif not fidelity.undefined_examples:
         found.append("The values do not differ between examples, so their error means little.")
     found.append(
         "The certificate, that the scores add up to what the gradient says, was checked at every "

@@ -182,6 +182,8 @@ def make_step(
                 direction=first[2],
                 dots=one_direction.total(),
                 rows=audited,
+                shared=one_direction.shared,
+                row_weights=jnp.ones(rows),
             ),
             lambda: jnp.float32(jnp.nan),
         )

@@ -34,6 +34,8 @@ GOOD = Fidelity(
         ("poor", {"conservation_error": 0.5}, "do not add up"),
         ("poor", {"conservation_error": float("nan")}, "do not add up"),
         ("poor", {"audit_error": 0.5}, "came out differently"),
+        ("poor", {"undefined_steps": 1, "steps": 100}, "Of 100 steps, 1 had a predicted"),
+        ("poor", {"undefined_examples": 2, "examples": 30}, "Of 30 examples, 2 have a value"),
     ],
 )
 def test_judgements(level, changes, words):
@@ -48,3 +50,13 @@ def test_few_steps_are_a_reason_for_caution():
     assert judge(GOOD, steps=1).level == "fair"
     assert "1 step is too few" in judge(GOOD, steps=1).reasons[0]
     assert judge(GOOD, steps=9).level == "fair"
+
+
+def test_nothing_is_said_of_figures_that_nothing_is_left_of():
+    nan = float("nan")
+    figures = {"prediction_ratio": nan, "prediction_correlation": nan, "sampling_error": nan}
+    whole = dataclasses.replace(GOOD, **figures)
+    for counts in ({"undefined_steps": 9, "steps": 9}, {"undefined_examples": 9, "examples": 9}):
+        found = " ".join(judge(dataclasses.replace(whole, **counts), steps=100).findings)
+        assert ("no change of the validation loss" in found) == ("steps" not in counts)
+        assert ("do not differ between examples" in found) == ("examples" not in counts)
