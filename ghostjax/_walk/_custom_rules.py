@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation
+from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
 from ghostjax._walk._linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax._walk._lookups import as_run
 from ghostjax._walk._meeting import row_sums
@@ -137,7 +137,8 @@ class ParameterRule:
 
 def _function(eqn: Any) -> str:
     """The call and the function; of the operations in a backward rule JAX keeps no source line."""
-    info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
+    ((jaxpr, _),) = inner_jaxprs(eqn)
+    info = getattr(jaxpr, "debug_info", None)
     source = getattr(info, "func_src_info", None) or ""
     return f"{describe_operation(eqn)} ({source})" if " at " in source else describe_operation(eqn)
 
