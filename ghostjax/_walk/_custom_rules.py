@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation
+from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
 from ghostjax._walk._linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax._walk._lookups import as_run
 from ghostjax._walk._meeting import Meeting, masked, row_sums, wide_dtype
@@ -167,7 +167,8 @@ def push_through_rule(eqn: Any, primals, moving, name: str):
 
 def _function(eqn: Any) -> str:
     """The call and the function; of the operations in a backward rule JAX keeps no source line."""
-    info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
+    ((jaxpr, _),) = inner_jaxprs(eqn)
+    info = getattr(jaxpr, "debug_info", None)
     source = getattr(info, "func_src_info", None) or ""
     return f"{describe_operation(eqn)} ({source})" if " at " in source else describe_operation(eqn)
 

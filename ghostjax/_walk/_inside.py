@@ -33,8 +33,8 @@ def inside(
         actives[start:end] = _carried(body, actives, start, end)
         return [(body, infos, actives)]
     if eqn.primitive.name == "while":
-        body, tested = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
-        start = eqn.params["body_nconsts"]
+        body, tested = eqn.params["body_jaxpr"], eqn.params["cond_nconsts"]
+        body, start = getattr(body, "jaxpr", body), eqn.params["body_nconsts"]
         after = propagate(eqn, infos, num_rows)
         if all(isinstance(info, Mixed) for info in after):
             return []  # rows say how long it runs, and its outputs say so

@@ -6,7 +6,7 @@ from typing import Any
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation, is_var
-from ghostjax._walk._inside import inside
+from ghostjax._walk._inside import inside, is_container
 from ghostjax._walk._linear import (
     Kind,
     NotLinearError,
@@ -158,6 +158,7 @@ def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows:
             if _loses_rows(inner_infos, inner_moving, rows):
                 _check_aligned(inner, inner_infos, inner_moving, num_rows)
             known.update((var, (info, any(inner_moving))) for var, info in zip(inner.outvars, rows))
+    if is_container(eqn):
         return
     others = [info for info, is_moving in zip(infos, moving) if not is_moving and info is not None]
     if others and not (eqn.primitive.name in _PAIRED and _PAIRED[eqn.primitive.name](eqn, infos)):

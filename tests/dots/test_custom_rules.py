@@ -116,6 +116,11 @@ def looped_with_other_rows(x, w, g):
     return g @ w.T, jax.lax.scan(add, jnp.zeros_like(w), pairs)[0]
 
 
+def branch_with_other_rows(x, w, g):
+    branches = contract, lambda x, g: contract(x[::-1], g)
+    return g @ w.T, jax.lax.cond(w[0, 0] < 9, *branches, x, g)
+
+
 # Rules whose gradient of a parameter is no sum over rows: what is said, and of which operation.
 REFUSED = {
     "norm_of_the_batch": (
@@ -154,6 +159,7 @@ REFUSED = {
     ),
     "positions_for_rows": (positions_for_rows, "sums over rows and pairs them with other rows"),
     "other_rows_in_a_loop": (looped_with_other_rows, "pairs them with other rows"),
+    "other_rows_in_a_branch": (branch_with_other_rows, "pairs them with other rows"),
     "added_rows": (
         lambda x, w, g: (
             g @ w.T,
