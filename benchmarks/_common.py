@@ -14,13 +14,15 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 def figures(function, *args) -> dict[str, Any]:
     """XLA's own FLOPs and scratch memory, the time to compile, and the compiled function."""
-    lowered = jax.jit(function).lower(*args)
     start = time.perf_counter()
+    lowered = jax.jit(function).lower(*args)
+    traced = time.perf_counter()
     compiled = lowered.compile()
     return {
         "gflop": compiled.cost_analysis()["flops"] / 1e9,
         "scratch_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
-        "compile_s": time.perf_counter() - start,
+        "trace_s": traced - start,
+        "compile_s": time.perf_counter() - traced,
         "compiled": compiled,
     }
 
@@ -39,7 +41,7 @@ def times(functions: dict[str, Any], args: dict[str, tuple], repeats: int) -> di
 
 
 def compare(functions: dict[str, tuple[Any, tuple]], check: Any) -> dict[str, dict[str, float]]:
-    """Figures and times (relative to the first) of ``name -> (function, args)``.
+    """Figures and times (relative to the first and to the second) of ``name -> (function, args)``.
 
     ``check(outputs)`` gets all outputs by name, before anything is timed.
     """
@@ -48,8 +50,10 @@ def compare(functions: dict[str, tuple[Any, tuple]], check: Any) -> dict[str, di
     args = {name: args for name, (_, args) in functions.items()}
     check({name: function(*args[name]) for name, function in compiled.items()})
     seconds = times(compiled, args, repeats=5)
+    first, floor = [seconds[name] for name in list(functions)[:2]]
     for name, row in table.items():
-        row["time"] = seconds[name] / seconds[next(iter(functions))]
+        row["time"] = seconds[name] / first
+        row["over_floor"] = seconds[name] / floor
     return table
 
 
@@ -58,12 +62,11 @@ def run(name: str, shapes: dict[str, tuple], measure: Any) -> None:
     results = {}
     for shape, sizes in shapes.items():
         results[shape] = measure(*sizes)
-        print(f"\n{shape:22s} {'GFLOP':>8s} {'MiB':>8s} {'compile s':>10s} {'time':>6s}")
+        heads = ("GFLOP", "MiB", "trace s", "compile s", "time", "over floor")
+        print(f"\n{shape:22s}" + "".join(f"{head:>11s}" for head in heads))
         for label, row in results[shape].items():
-            print(
-                f"{label:22s} {row['gflop']:8.2f} {row['scratch_mib']:8.0f} "
-                f"{row['compile_s']:10.1f} {row['time']:6.2f}"
-            )
+            figures = ("gflop", "scratch_mib", "trace_s", "compile_s", "time", "over_floor")
+            print(f"{label:22s}" + "".join(f"{row[name]:11.2f}" for name in figures))
     save(name, results)
 
 
@@ -73,6 +76,7 @@ def save(name: str, result: Any) -> None:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

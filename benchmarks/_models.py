@@ -21,26 +21,49 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """(tokens, positions), both [N, T] -> logits [N, T, VOCABULARY]."""
+    """(tokens, positions), both [N, T] -> logits [N, T, VOCABULARY].
+
+    ``stacked``: "unrolled", or a loop over stacked layers, "scan", or "scan+remat".
+    """
+
+    layers: int
+    positions: int
+    stacked: str = "unrolled"
 
     @nn.compact
     def __call__(self, tokens, positions):
         embed = nn.Embed(VOCABULARY, FEATURES)
-        x = embed(tokens) + nn.Embed(POSITIONS, FEATURES)(positions)
-        for _ in range(LAYERS):
-            x = Block()(x)
+        x = embed(tokens) + nn.Embed(self.positions, FEATURES)(positions)
+        if self.stacked == "unrolled":
+            for _ in range(self.layers):
+                x = Block()(x)
+        else:
+            block = nn.remat(Block, prevent_cse=False) if "remat" in self.stacked else Block
+            x, _ = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.layers,
+            )(block(), x, None)
         return embed.attend(nn.LayerNorm()(x))
 
 
-def setup(rows: int):
+def setup(
+    rows: int,
+    *,
+    layers: int | None = None,
+    positions: int | None = None,
+    stacked: str = "unrolled",
+):
     """``(row_losses, params, batch)``; ``row_losses(params, batch) -> [N]``."""
-    model = GPT()
+    layers, positions = layers or LAYERS, positions or POSITIONS
+    model = GPT(layers, positions, stacked)
     generator = np.random.default_rng(0)
-    tokens = generator.integers(0, VOCABULARY, (rows, POSITIONS + 1), np.int32)
+    tokens = generator.integers(0, VOCABULARY, (rows, positions + 1), np.int32)
     batch = {
         "tokens": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
-        "positions": jnp.broadcast_to(jnp.arange(POSITIONS, dtype=jnp.int32), (rows, POSITIONS)),
+        "positions": jnp.broadcast_to(jnp.arange(positions, dtype=jnp.int32), (rows, positions)),
     }
 
     def row_losses(params, batch):
@@ -50,3 +73,29 @@ def setup(rows: int):
 
     params = model.init(jax.random.key(0), batch["tokens"][:1], batch["positions"][:1])["params"]
     return row_losses, params, batch
+
+
+class NormedMLP(nn.Module):
+    """784-512-512-10 with LayerNorms."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.LayerNorm()(nn.Dense(512)(x)))
+        return nn.Dense(10)(x)
+
+
+def mlp(rows: int):
+    """The same for ``NormedMLP``."""
+    generator = np.random.default_rng(0)
+    batch = {
+        "x": jnp.asarray(generator.normal(size=(rows, 784)), jnp.float32),
+        "y": jnp.asarray(generator.integers(0, 10, rows, np.int32)),
+    }
+    model = NormedMLP()
+
+    def row_losses(params, batch):
+        logits = model.apply({"params": params}, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    return row_losses, model.init(jax.random.key(0), batch["x"])["params"], batch

@@ -1,6 +1,7 @@
-"""Claim: the engine costs one forward-shaped product more than a plain step of all N rows.
+"""Claim: the engine costs little over a plain step and a validation gradient.
 
-A GPT-2-shaped model with a tied head. Rivals: a plain step, and per-row gradients by vmap(grad).
+The GPT-2 shape, and a network with LayerNorms on single positions, where products over pairs of
+rows are cheapest. Rivals: `jax.jvp` of the row losses, and per-row gradients by vmap(grad).
 
     python -m benchmarks.engine_cost
 """
@@ -9,19 +10,35 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks._common import compare, run
-from benchmarks._models import setup
+from benchmarks._models import mlp, setup
 from ghostjax import GradDotProdEngine, testing
 
-SHAPES = {"B 8, V 8": (8, 8), "B 16, V 2": (16, 2)}
+SHAPES = {
+    "B 8, V 8": (setup, 8, 8),
+    "B 16, V 2": (setup, 16, 2),
+    "MLP, B 64, V 64": (mlp, 64, 64),
+}
 
 
-def measure(train_rows, val_rows):
-    loss_fn, params, batch = setup(train_rows + val_rows)
+def measure(model, train_rows, val_rows):
+    loss_fn, params, batch = model(train_rows + val_rows)
     engine = GradDotProdEngine(loss_fn, val_batch_size=val_rows)
     train = jax.tree.map(lambda leaf: leaf[:train_rows], batch)
+    val = jax.tree.map(lambda leaf: leaf[train_rows:], batch)
 
     def mean_loss(params, batch):
         return loss_fn(params, batch).mean()
+
+    def plain(params, train, val):
+        return jax.value_and_grad(mean_loss)(params, train)
+
+    def plain_and_validation(params, train, val):
+        return plain(params, train, val), jax.grad(mean_loss)(params, val)
+
+    def forward_mode(params, train, val):
+        direction = jax.grad(mean_loss)(params, val)
+        dots = jax.jvp(lambda p: loss_fn(p, train), (params,), (direction,))[1]
+        return plain(params, train, val), dots
 
     def per_row(params, batch):
         def one(row):
@@ -36,14 +53,19 @@ def measure(train_rows, val_rows):
         )
 
     functions = {
-        "plain step, B rows": (jax.value_and_grad(mean_loss), (params, train)),
+        "plain step": (plain, (params, train, val)),
+        "+ validation gradient": (plain_and_validation, (params, train, val)),
         "plain step, N rows": (jax.value_and_grad(mean_loss), (params, batch)),
         "engine": (engine, (params, batch)),
+        "jvp of row losses": (forward_mode, (params, train, val)),
         "vmap(grad)": (per_row, (params, batch)),
     }
 
     def check(outputs):
-        testing.assert_dots_close(outputs["engine"].dots, jax.device_get(outputs["vmap(grad)"]))
+        expected = jax.device_get(outputs["vmap(grad)"])
+        testing.assert_dots_close(outputs["engine"].dots, expected)
+        total = sum(jax.tree.leaves(expected))
+        testing.assert_dots_close(outputs["jvp of row losses"][1], total)
 
     return compare(functions, check)
 

@@ -11,7 +11,7 @@ from ghostjax._jaxprs import describe_operation, scan_counts
 from ghostjax._walk._inside import slice_rows
 from ghostjax._walk._rows import join
 from ghostjax._walk._values import Value
-from ghostjax._walk._walk import HANDLERS, Walk, check_rows, stack_rows
+from ghostjax._walk._walk import HANDLERS, Walk, stack_rows
 
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -93,8 +93,7 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     """Walks the body; the class of a carry is a fixed point."""
     params = eqn.params
     num_consts, num_carry = scan_counts(eqn)
-    if walk.num_rows is not None:
-        _check(walk, eqn, operands)
+    walk.rows_after(eqn, operands)
     # Every round uses them: their gradient is a sum.
     consts = [dataclasses.replace(value, direct=False) for value in operands[:num_consts]]
     carry = operands[num_consts : num_consts + num_carry]
@@ -190,15 +189,6 @@ def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     raise NotImplementedError(
         f"{describe_operation(eqn)}: a while loop has no reverse-mode derivative, so parameters "
         "and data cannot meet in it. Use lax.scan, or lax.fori_loop with static bounds."
-    )
-
-
-def _check(walk: Walk, eqn: Any, operands: list[Value]) -> None:
-    check_rows(
-        eqn,
-        [value.rows for value in operands],
-        [value.active or bool(value.tangents) for value in operands],
-        walk.num_rows,
     )
 
 

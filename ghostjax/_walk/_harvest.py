@@ -29,6 +29,7 @@ class Harvest(Walk):
     def __init__(self, names, num_rows, marker: Any = None, slots: dict[str, Any] | None = None):
         super().__init__(names, num_rows)
         self.marker, self.slots = marker, slots
+        self.checks_rows = slots is None
         self.meetings: dict[str, Meeting] = {}
 
     def attach(self, meeting: Meeting, function, operands):

@@ -25,6 +25,7 @@ class Push(Walk):
     """
 
     computes_data = False
+    checks_rows = False
 
     def __init__(self, names, num_rows, stacked: bool, named_meetings=None):
         super().__init__(names, num_rows, named_meetings)

@@ -46,6 +46,7 @@ class Split(Walk):
     def __init__(self, loss, num_train, taps=None, slots=None, at_once=frozenset()):
         super().__init__(loss.names, loss.num_rows, loss.named_meetings)
         self.num_train, self.taps, self.slots = num_train, taps, slots
+        self.checks_rows = slots is None
         self.keys_at_once = at_once
         self.found = Found({}, {})
 

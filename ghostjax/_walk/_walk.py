@@ -41,12 +41,14 @@ class Walk:
       names: of the parameters, for messages.
       named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
       num_rows: B; None where the jaxpr is that of a single row.
+      checks_rows: whether rows that are mixed are an error; another walk may have looked.
       stacked: whether tangents have a leading axis of directions.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
     """
 
     computes_data = True
+    checks_rows = True
     stacked = False
     slots: dict[str, Any] | None = None
 
@@ -202,12 +204,11 @@ class Walk:
     def rows_after(self, eqn, operands) -> list[RowInfo]:
         if self.num_rows is None:
             return [None] * len(eqn.outvars)
-        return check_rows(
-            eqn,
-            [value.rows for value in operands],
-            [value.active or bool(value.tangents) for value in operands],
-            self.num_rows,
-        )
+        infos = [value.rows for value in operands]
+        if not self.checks_rows:
+            return propagate(eqn, infos, self.num_rows)
+        actives = [value.active or bool(value.tangents) for value in operands]
+        return check_rows(eqn, infos, actives, self.num_rows)
 
 
 def check_rows(eqn, infos, actives, num_rows) -> list[RowInfo]:
