@@ -130,7 +130,7 @@ def _marked(inside, next_fun, args, kwargs, context):
     def call(x, params):
         return applied(again, {"params": params}, x), applied(bare, {}, x.astype(wide))
 
-    call.__name__ = _PREFIX + "_".join(sorted(params))
+    call.__name__ = "_".join([_PREFIX + type(module).__name__, *sorted(params)])
     outputs, _ = jax.jit(call)(inputs[0], params)
     # An interceptor around the engine would have changed the outputs twice.
     return outputs if all(unchanged) else next_fun(*args, **kwargs)
@@ -147,7 +147,7 @@ def _is_known(module: Any, inputs: list[Any]) -> bool:
     )
 
 
-_PREFIX = "ghostjax_norm_"
+_PREFIX = "ghostjax_"
 
 
 class NormMeeting:
@@ -158,7 +158,7 @@ class NormMeeting:
     ):
         del function, rows, names
         self.eqn, self.num_rows, self.num_train = eqn, num_rows, num_train
-        self.names = dict(zip(_places(eqn), eqn.params["name"].removeprefix(_PREFIX).split("_")))
+        self.names = dict(zip(_places(eqn), _parameters(eqn)))
         self.moving: dict[int, tuple[int, ...]] = {}
         for position, value in enumerate(operands):
             for path in value.tangents:
@@ -218,8 +218,16 @@ class NormMeeting:
 
 def _places(eqn: Any) -> list[int]:
     """The positions of the parameters among the operands: the last ones."""
-    count = len(eqn.params["name"].removeprefix(_PREFIX).split("_"))
-    return list(range(len(eqn.invars) - count, len(eqn.invars)))
+    return list(range(len(eqn.invars) - len(_parameters(eqn)), len(eqn.invars)))
 
 
-NORM_MEETINGS = {_PREFIX + names: NormMeeting for names in ("bias", "scale", "bias_scale")}
+def _parameters(eqn: Any) -> list[str]:
+    """The names of the parameters, which the mark's name ends with."""
+    return eqn.params["name"].removeprefix(_PREFIX).split("_")[1:]
+
+
+NORM_MEETINGS = {
+    f"{_PREFIX}{norm.__name__}_{names}": NormMeeting
+    for norm in NORMS
+    for names in ("bias", "scale", "bias_scale")
+}
