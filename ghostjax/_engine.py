@@ -195,6 +195,7 @@ def _later(loss: Loss, arrays: Arrays, factors: dict[str, Any]):
     dots = [wide_zeros(leaf, (num_train,)) for leaf in arrays.params]
     for key, (meeting, *own) in factors.items():
         for path, found in summed(meeting.dots, meeting, *own, vectors[key]).items():
+            chex.assert_shape(found, (num_train,))
             dots[path] = dots[path] + found
     return pulled("train"), dots
 

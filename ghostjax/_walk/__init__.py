@@ -10,6 +10,7 @@ from ghostjax._walk._harvest import summed as summed
 from ghostjax._walk._meeting import Meeting as Meeting
 from ghostjax._walk._push import Push as Push
 from ghostjax._walk._rows import Rows as Rows
+from ghostjax._walk._rows import infer as infer
 from ghostjax._walk._split import Found as Found
 from ghostjax._walk._split import Split as Split
 from ghostjax._walk._values import Value as Value

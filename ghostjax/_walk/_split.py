@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -91,6 +92,7 @@ class Split(Walk):
 
         def backward(kept, cotangents):
             dots, gradients = meeting.at_once(kept, cotangents)
+            chex.assert_shape(list(dots.values()), (self.num_train,))
             return {"taps": dots, "operands": gradients}
 
         return through_channel(meeting, backward, outputs, carried, kept)
