@@ -231,7 +231,8 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
                 raise RowAxisError(
                     f"{describe_operation(eqn, around)} combines rows with a value in which rows "
                     f"are mixed ({info.reason}), so that no row has a gradient of its own. "
-                    f"{WAY_OUT}"
+                    "Statistics of the batch have to be constants, as the running averages of "
+                    f"BatchNorm are. {WAY_OUT}"
                 )
     if any(actives):
         for jaxpr, *given in inside(eqn, infos, actives, num_rows):

@@ -1,5 +1,7 @@
 """What the engine promises beyond the numbers of one batch."""
 
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -104,11 +106,11 @@ def test_one_trace_for_equal_shapes():
         return loss_fn(params, batch)
 
     engine = GradDotProdEngine(counted, val_batch_size=V)
-    engine(params, batch)
-    first = len(calls)
     for _ in range(3):
         engine(params, batch)
-    assert len(calls) == first == 3  # at N rows, at 2N rows, and the pass that is differentiated
+    assert len(calls) == 1
+    engine(params, jax.tree.map(lambda leaf: leaf[1:], batch))
+    assert len(calls) == 2
 
 
 def test_inside_a_larger_jitted_step_with_donation(tied_result):
@@ -307,14 +309,29 @@ def test_cost_is_one_forward_shaped_product_more():
     assert engine <= 1.02 * (plain + product)
 
 
-def test_coverage_names_the_calls_of_every_parameter():
+def test_coverage_names_the_operations_of_every_parameter():
     _, params, batch, engine = tied()
-    coverage = engine.coverage(params, batch)
-    assert coverage["['Embed_0']['embedding']"] == [
-        "Embed.__call__ (Embed_0)",
-        "Embed.attend (Embed_0)",
-    ]
-    assert len(coverage) == len(jax.tree.leaves(params))
+    coverage = engine.coverage({**params, "unused": jnp.ones(2)}, batch)
+    here = r".*cases\.py:\d+"
+    expected = {
+        "['Embed_0']['embedding']": [rf"gather in _take at {here}", rf"dot_general at {here}"],
+        "['LayerNorm_0']['scale']": [rf"ghostjax_LayerNorm_bias_scale at {here}"],
+        "['LayerNorm_0']['bias']": [rf"ghostjax_LayerNorm_bias_scale at {here}"],
+        "['Dense_0']['kernel']": [rf"dot_general at {here}"],
+        "['Dense_0']['bias']": [rf"add at {here}"],
+        "['unused']": [],
+    }
+    assert coverage.keys() == expected.keys()
+    for name, places in coverage.items():
+        assert len(places) == len(expected[name])
+        assert all(map(re.fullmatch, expected[name], places)), places
+
+
+def test_coverage_names_the_line_of_a_cell_that_a_library_loops_over():
+    loss_fn, params, batch = CASES["gru"](B + V, 3, jnp.float32)
+    coverage = GradDotProdEngine(loss_fn, val_batch_size=V).coverage(params, batch)
+    [place] = coverage["['GRUCell_0']['hn']['kernel']"]
+    assert re.fullmatch(r"dot_general in scan at .*cases\.py:\d+", place)
 
 
 def test_scanned_layers_carry_no_records():
