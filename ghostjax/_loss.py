@@ -1,4 +1,4 @@
-"""A loss function, its parameters and its batch, as the walks take them: one jaxpr and its arrays."""
+"""A loss function, its parameters and its batch, as the walks take them: a jaxpr and its arrays."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -159,9 +159,7 @@ def trace_loss(
         outputs=jax.tree.structure(shapes),
         loss_reduction=loss_reduction,
     )
-    return loss, Arrays(
-        jax.tree.leaves(params), jax.tree.leaves(batch), [*closed.consts, *arrays]
-    )
+    return loss, Arrays(jax.tree.leaves(params), jax.tree.leaves(batch), [*closed.consts, *arrays])
 
 
 def check_reduction(loss_reduction: str) -> None:
