@@ -59,7 +59,7 @@ class LateDots:
         return self.result(direction).dots
 
     def result(self, direction: Any) -> GradDots:
-        """The same as ``value_grad_and_dots`` returns it: for ``conservation_error``."""
+        """What ``value_grad_and_dots`` returns: the dots, ``total()``, the parts of no row."""
         loss = self.program.loss
         params = jax.tree.unflatten(loss.params, self.arrays.params)
         directions = check_direction(params, direction, stacked=True)
@@ -126,16 +126,15 @@ def value_and_dots_fn(
     Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``.
 
     Raises:
-      What ``value_grad_and_dots`` raises; and NotImplementedError by ``dots(direction)`` where a
-      branch that depends on the batch chooses between values made of parameters alone.
+      What ``value_grad_and_dots`` raises, of directions by ``dots(direction)``.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
     ...     return jnp.mean(jnp.square(x @ w) / 2)
     >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
     >>> value, grads, dots = value_and_dots_fn(loss_fn)(w, x)
-    >>> value, grads, dots(0.1 * grads).round(2)
-    (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([0.2, 2.4], dtype=float32))
+    >>> value, grads, dots(grads / 2)
+    (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([ 1., 12.], dtype=float32))
     """
     check_reduction(loss_reduction)
 

@@ -16,7 +16,9 @@ RANKS = {
     "_jaxprs": 1,
     "_scalars": 2,
     "_walk": 2,
-    "_dots": 3,
+    "_loss": 3,
+    "_dots": 4,
+    "_late": 5,
     "_types": 1,
     "directions": 3,
     "testing": 1,
@@ -24,10 +26,10 @@ RANKS = {
     "fidelity": 4,
     "values": 4,
     "weights": 4,
-    "runs": 5,
-    "cli": 6,
-    "__main__": 7,
-    "": 7,  # the package itself re-exports
+    "runs": 6,
+    "cli": 7,
+    "__main__": 8,
+    "": 8,  # the package itself re-exports
 }
 EXTRAS = ("orbax", "pyarrow", "rich", "tokenizers", "tyro")
 FILES = sorted(ROOT.rglob("*.py"))
