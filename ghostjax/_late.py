@@ -76,8 +76,8 @@ class LateDots:
         )
 
     def _contracted(self, vectors: list[Any], directions: int | None):
-        loss, stacked = self.program.loss, directions is not None
-        moved = loss.push(self.arrays, vectors, stacked)
+        loss = self.program.loss
+        moved = loss.push(self.arrays, vectors, stacked=directions is not None)
         leading = () if directions is None else (directions,)
         dots = [wide_zeros(leaf, (*leading, loss.num_rows)) for leaf in self.arrays.params]
         shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
@@ -85,7 +85,7 @@ class LateDots:
             meeting = self.program.meetings[key]
 
             def one(kept, cotangents, meeting=meeting, vectors=moved[key]):
-                return contract(meeting, kept, cotangents, vectors, stacked)
+                return contract(meeting, kept, cotangents, vectors, directions)
 
             if loss.per_example:
                 one = jax.vmap(one, out_axes=-1)

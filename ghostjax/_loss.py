@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend import core
 
 from ghostjax._checks import batch_rows, check_argnums, check_parameters
+from ghostjax._jaxprs import live_equations
 from ghostjax._walk import Push, Rows, Value, Walk
 
 
@@ -162,8 +163,10 @@ def trace_loss(
         seen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(params, seen, arrays)
     check_loss(shapes[0])
+    # What nothing needs is not walked: it may mix rows, and its parameters are unused.
+    needed, _ = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     loss = Loss(
-        jaxpr=closed.jaxpr,
+        jaxpr=closed.jaxpr.replace(eqns=needed),
         names=names,
         num_rows=num_rows,
         per_example=per_example,

@@ -31,7 +31,8 @@ class Directed(Walk):
         if self.slots is None:
             return function(primals)
         some_tap = next(iter(self.taps.values()))
-        taken = meeting.takes_gradient(some_tap.shape[0] if self.stacked else 1)
+        route = meeting.route(some_tap.shape[0] if self.stacked else None, late=False)
+        taken = meeting.takes_gradient(route)
         carried: dict[str, Any] = {
             "taps": {path: self.taps[path] for path, own in meeting.in_rows.items() if own},
             "shared": {path: self.shared[path] for path, own in meeting.in_rows.items() if not own},
@@ -48,7 +49,7 @@ class Directed(Walk):
         def backward(residuals, cotangents):
             found = {}
             if taken is None:
-                sums = meeting.sums(*residuals, cotangents, stacked)
+                sums = meeting.sums(*residuals, cotangents, stacked, route)
             else:
                 sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
             found["shared"] = {path: sums[path] for path in without_rows}

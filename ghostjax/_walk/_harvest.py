@@ -51,12 +51,22 @@ def _pass_on(residuals, cotangents):
 
 
 def contract(
-    meeting: Meeting, kept: Any, cotangents: list[Any], vectors: dict[int, Any], stacked: bool
+    meeting: Meeting,
+    kept: Any,
+    cotangents: list[Any],
+    vectors: dict[int, Any],
+    directions: int | None,
 ) -> dict[int, Any]:
-    """The dots of one meeting, summed over the loops it is in."""
+    """The dots of one meeting, summed over the loops it is in.
+
+    ``directions`` is K where ``vectors`` are stacked.
+    """
+    if not cotangents:  # a comparison, say: nothing flows back through its outputs
+        return {}
+    route = meeting.route(directions, late=True)
 
     def one(kept, cotangents, vectors):
-        return meeting.sums(kept, vectors, cotangents, stacked)
+        return meeting.sums(kept, vectors, cotangents, directions is not None, route)
 
     return summed(one, meeting, kept, cotangents, vectors)
 

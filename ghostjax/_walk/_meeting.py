@@ -6,6 +6,7 @@ follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for ev
 the same numbers that cost less for some shapes are in ``_routes``.
 """
 
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +67,22 @@ class TangentProgram:
         return core.jaxpr_as_fun(closed)(*primals, *vectors)
 
 
+class Route(enum.StrEnum):
+    """The ways from a meeting to its dots; what each costs is said in ``_routes``.
+
+    Attributes:
+      TANGENT: the direction is pushed through the operation, and paired with the cotangent.
+      ROWS: the weight gradient is made row by row, and every row's part dotted with all directions.
+      FEATURES: the gradient of what is repeated over rows is made per row, then dotted with all.
+      RULE: of a custom_vjp function, what its rule sums over rows is dotted with all.
+    """
+
+    TANGENT = "tangent"
+    ROWS = "rows"
+    FEATURES = "features"
+    RULE = "rule"
+
+
 class Meeting:
     """What is static about one meeting; arrays are handed in.
 
@@ -122,8 +139,21 @@ class Meeting:
         del self._consts
         return consts
 
+    def route(self, directions: int | None, *, late: bool) -> Route:
+        """The route that costs least, for K directions; None where they are not stacked.
+
+        ``late``: the gradient has been made before, so that no route can make it on its way.
+        """
+        del directions, late
+        return Route.TANGENT
+
     def sums(
-        self, kept: Any, vectors: dict[int, Sequence[Any]], cotangents: Sequence[Any], stacked: bool
+        self,
+        kept: Any,
+        vectors: dict[int, Sequence[Any]],
+        cotangents: Sequence[Any],
+        stacked: bool,
+        route: Route,
     ) -> dict[int, Any]:
         """By parameter, its dots [B] (a scalar where they belong to no row), or [K, ...].
 
@@ -131,7 +161,9 @@ class Meeting:
           kept: what ``keep`` gave.
           vectors: by parameter, the direction at the operands that move.
           cotangents: of the differentiable outputs.
+          route: one that ``route`` gives for as many directions.
         """
+        del route
         arrays, consts = kept
         operands = dict(zip(self.kept, arrays))
         consts = dict(zip(sorted(self._programs), consts))
@@ -153,9 +185,9 @@ class Meeting:
         triples = zip(cotangents, tangents, where)
         return sum(row_sums(*triple, self.num_rows) for triple in triples)
 
-    def takes_gradient(self, directions: int) -> int | None:
-        """The operand whose gradient comes out of ``sums_and_gradient``, where that costs less."""
-        del directions
+    def takes_gradient(self, route: Route) -> int | None:
+        """The operand whose gradient that route makes on its way, by ``sums_and_gradient``."""
+        del route
         return None
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghostjax._walk._meeting import Meeting, wide_dtype
+from ghostjax._walk._meeting import Meeting, Route, wide_dtype
 from ghostjax._walk._row_loop import row_loop
 from ghostjax._walk._rows import Rows, split_rows
 
@@ -81,18 +81,19 @@ class Product(Meeting):
         # [i, o] where the parameter has its inputs first, else [o, i]: so that nothing is copied.
         self._inputs_first = self._contracted[:1] == [0] or not self._free
 
-    def takes_gradient(self, directions):
-        if not all(self.in_rows.values()):
-            return None
-        if rows_cost_less(self.sizes, directions * len(self.moving), gradient=True):
-            return self.parameter
-        return None
+    def route(self, directions, *, late):
+        count = len(self.moving) * (directions or 1)
+        if all(self.in_rows.values()) and rows_cost_less(self.sizes, count, gradient=not late):
+            return Route.ROWS
+        return Route.TANGENT
 
-    def sums(self, kept, vectors, cotangents, stacked):
-        directions = len(vectors) * _count(vectors, stacked)
-        if all(self.in_rows.values()) and rows_cost_less(self.sizes, directions, gradient=False):
+    def takes_gradient(self, route):
+        return self.parameter if route is Route.ROWS else None
+
+    def sums(self, kept, vectors, cotangents, stacked, route):
+        if route is Route.ROWS:
             return self.sums_and_gradient(kept, vectors, cotangents, stacked)[0]
-        return super().sums(kept, vectors, cotangents, stacked)
+        return super().sums(kept, vectors, cotangents, stacked, route)
 
     def sums_and_gradient(self, kept, vectors, cotangents, stacked):
         """What ``sums`` gives, and the gradient of the operand ``takes_gradient`` names."""
@@ -160,9 +161,16 @@ class Repeated(Meeting):
         """Whether the gradients of all rows are no more than the operation's output."""
         return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
 
-    def sums(self, kept, vectors, cotangents, stacked):
-        if not (stacked and self.few and all(self.in_rows.values())):
-            return super().sums(kept, vectors, cotangents, stacked)
+    def route(self, directions, *, late):
+        del late
+        stacked = directions is not None
+        if stacked and self.few and all(self.in_rows.values()):
+            return Route.FEATURES
+        return Route.TANGENT
+
+    def sums(self, kept, vectors, cotangents, stacked, route):
+        if route is not Route.FEATURES:
+            return super().sums(kept, vectors, cotangents, stacked, route)
         rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
         return {
             path: jnp.einsum(
@@ -192,10 +200,6 @@ class Repeated(Meeting):
 
     def parameter_like(self, gradient: jax.Array) -> jax.Array:
         return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)
-
-
-def _count(vectors, stacked) -> int:
-    return next(iter(vectors.values()))[0].shape[0] if stacked else 1
 
 
 def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -> Meeting:

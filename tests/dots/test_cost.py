@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from benchmarks import _models
-from ghostjax import directions, value_and_dots_fn, value_grad_and_dots
+from ghostjax import directions, explain, value_and_dots_fn, value_grad_and_dots
 
 TRAIN_ROWS, VAL_ROWS = 4, 4
 SIZES = {"LAYERS": 2, "FEATURES": 128, "HEADS": 4, "POSITIONS": 64, "VOCABULARY": 512}
@@ -97,3 +97,21 @@ def test_cost_of_further_directions(setup):
         one_flops, _ = figures(many, params, train, stacked(1))
         four_flops, _ = figures(many, params, train, stacked(4))
         assert four_flops - one_flops <= 1.01 * 3 * forward_flops
+
+
+def test_explained_cost(setup):
+    """``explain`` says beforehand what XLA counts."""
+    loss_fn, (params, train, _) = setup
+
+    def with_dots(params, train, direction):
+        result = value_grad_and_dots(loss_fn)(params, train, direction=direction)
+        return result.value, result.grads, result.dots
+
+    explanation = explain(loss_fn)(params, train)
+    plain_flops, _ = figures(jax.value_and_grad(loss_fn), params, train)
+    flops, _ = figures(with_dots, params, train, params)
+    assert {str(use.route) for use in explanation.uses} == {"tangent"}
+    assert explanation.plain_flops == pytest.approx(plain_flops, rel=0.03)
+    extra = explanation.flops - explanation.plain_flops
+    assert extra == pytest.approx(flops - plain_flops, rel=0.03)
+    assert explanation.cost == pytest.approx(flops / plain_flops, rel=0.01)
