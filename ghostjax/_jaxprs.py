@@ -1,9 +1,12 @@
 """Reading jaxprs, with public names alone."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import core
+
+_PACKAGE = pathlib.Path(__file__).parent.as_posix() + "/"
 
 
 def is_var(atom: Any) -> bool:
@@ -73,6 +76,7 @@ def describe_operation(eqn: Any) -> str:
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         path = frame.file_name.replace("\\", "/")
-        if not any(part in path for part in ("/jax/", "/flax/", "/ghostjax/", "<frozen")):
+        own = path.startswith(_PACKAGE)
+        if not own and not any(part in path for part in ("/jax/", "/flax/", "<frozen")):
             return f"{eqn.primitive.name} at {frame.file_name}:{frame.line_num}"
     return eqn.primitive.name
