@@ -117,8 +117,7 @@ def value_grad_and_dots(
     Raises:
       RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
       ValueError, TypeError: the batch or the direction does not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked, or the result
-        is differentiated.
+      NotImplementedError: a parameter goes into an operation that cannot be walked.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from ghostjax._channel import channel
+from ghostjax._channel import all_but_one, channel
 from ghostjax._walk._meeting import Meeting, one_per_row
 from ghostjax._walk._walk import Walk
 
@@ -38,8 +38,9 @@ class Directed(Walk):
         }
         if taken is not None:
             carried["operand"] = primals[taken]
-            primals[taken] = jax.lax.stop_gradient(primals[taken])
-        outputs = function(primals)
+            outputs = all_but_one(function, taken, primals)
+        else:
+            outputs = function(primals)
         if self.num_rows is None:
             outputs = one_per_row(outputs, some_tap.ravel()[0])
         shardings = {path: jax.typeof(tap).sharding for path, tap in carried["taps"].items()}

@@ -213,10 +213,14 @@ def one_per_row(outputs: Sequence[Any], marker: Any) -> list[Any]:
     The cotangents of what vectorization need not repeat come summed over the rows, too late for a
     channel that is to tell them apart.
     """
+    return _repeated(outputs, marker)
+
+
+def _repeated(outputs, marker):
     return [jax.lax.select_n(marker == 0, output, output) for output in outputs]
 
 
 one_per_row.defvjp(
-    lambda outputs, marker: (one_per_row(outputs, marker), None),
+    lambda outputs, marker: (_repeated(outputs, marker), None),
     lambda _, cotangents: (cotangents, None),
 )

@@ -89,7 +89,7 @@ _partitioned.def_partition(partition=_partition, sharding_rule="b t i, b t o, k 
 _sequential = jax.custom_batching.sequential_vmap(lambda *operands: _partitioned(*operands))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def row_loop(a: jax.Array, c: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(total [i, o], dots [K, B]) of a [B, T, i], c [B, T, o] and directions [K, i, o].
 
@@ -98,7 +98,6 @@ def row_loop(a: jax.Array, c: jax.Array, directions: jax.Array) -> tuple[jax.Arr
     return _sequential(a, c, directions)
 
 
-row_loop.defvjp(
-    lambda *operands: (row_loop(*operands), operands),
-    lambda operands, cotangents: jax.vjp(_plain, *operands)[1](cotangents),
-)
+@row_loop.defjvp
+def _(operands, tangents):
+    return row_loop(*operands), jax.jvp(_plain, operands, tangents)[1]
