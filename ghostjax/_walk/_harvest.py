@@ -70,7 +70,7 @@ def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *other
         return function(kept, cotangents, *others)
     every = _in_one_loop((kept, cotangents, *others), len(rounds))
     shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], every))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
 
     def step(total, each):
         return jax.tree.map(jnp.add, total, function(*each)), None
