@@ -139,8 +139,7 @@ def value_grad_and_dots(
     Raises:
       RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
       ValueError, TypeError: the batch or the direction does not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked, or the result
-        is differentiated.
+      NotImplementedError: a parameter goes into an operation that cannot be walked.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -185,7 +184,7 @@ def directed(loss: Loss, arrays: Arrays, direction: Any, directions: int | None)
     """
     leading = () if directions is None else (directions,)
     rows = (*leading, loss.num_rows)
-    taps = [_sharded_like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
+    taps = [_like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
     shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
     stacked = directions is not None
     vectors = loss.push(arrays, jax.tree.leaves(direction), stacked)
@@ -223,15 +222,16 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 
-def _sharded_like_rows(tap, batch):
-    """Rows of the batch may be sharded over explicit axes of a mesh, and then dots are, too."""
-    sharding = jax.typeof(batch[0]).sharding
-    axes = sharding.spec[:1]
-    if not axes or axes[0] is None:
-        return tap
-    leading = [None] * (tap.ndim - 1)
-    spec = jax.sharding.PartitionSpec(*leading, *axes)
-    return jax.sharding.reshard(tap, sharding.update(spec=spec))
+def _like_rows(tap, batch):
+    """Explicit axes of a mesh, and manual ones, are part of a type: dots have that of the rows."""
+
+    def by_row(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return jnp.sum(leaf, axis=range(1, leaf.ndim))
+
+    kind = jax.eval_shape(by_row, batch[0])
+    return jnp.broadcast_to(jnp.zeros_like(kind, tap.dtype), tap.shape)
 
 
 def wide_zeros(param: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -91,7 +91,7 @@ class LateDots:
                 one = jax.vmap(one, out_axes=-1)
             for path, sums in one(kept, cotangents).items():
                 total = dots if meeting.in_rows[path] else shared
-                total[path] = total[path] + sums
+                total[path] = total[path] + sums.astype(total[path].dtype)
         return dots, shared
 
 
@@ -209,4 +209,4 @@ def harvesting(loss: Loss, arrays: Arrays):
 def empty_slots(run, params) -> dict[str, Any]:
     """Zeros for the cotangents of all meetings, found by a walk in shapes."""
     _, _, specs = jax.eval_shape(lambda params: run(params, None), params)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs)
+    return jax.tree.map(jnp.zeros_like, specs)

@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from ghostjax._jaxprs import live_equations
+from ghostjax._jaxprs import bind, is_var, live_equations
 from ghostjax._walk._lookups import as_gradients_see
 from ghostjax._walk._rows import Rows, split_rows
 from ghostjax._walk._values import Value, paths_of
@@ -47,24 +46,28 @@ class TangentProgram:
 
         closed = jax.make_jaxpr(tangents)(primals, [primals[position] for position in moving])
         moves = [False] * len(primals) + [True] * len(moving)
-        self._jaxpr = as_gradients_see(closed.jaxpr, moves)
-        _, live = live_equations(self._jaxpr, [True] * len(self._jaxpr.outvars))
-        self.consts = closed.consts
-        inputs = self._jaxpr.invars[: len(primals)]
-        self._avals = [var.aval for var in inputs]
-        self.kept = [position for position, var in enumerate(inputs) if var in live]
+        jaxpr = as_gradients_see(closed.jaxpr, moves)
+        self._needed, live = live_equations(jaxpr, [True] * len(jaxpr.outvars))
+        self._jaxpr, self.consts = jaxpr, closed.consts
+        self._inputs, self._vectors = jaxpr.invars[: len(primals)], jaxpr.invars[len(primals) :]
+        self.kept = [k for k, var in enumerate(self._inputs) if var in live]
 
     def at(self, primals: Sequence[Any]) -> Callable[[Sequence[Any]], list[Any]]:
         """The tangents as a function of the direction alone."""
         return functools.partial(self, dict(enumerate(primals)), self.consts)
 
     def __call__(self, operands: dict[int, Any], consts, vectors: Sequence[Any]) -> list[Any]:
-        primals = [
-            operands[position] if position in self.kept else jnp.zeros(aval.shape, aval.dtype)
-            for position, aval in enumerate(self._avals)
-        ]
-        closed = core.ClosedJaxpr(self._jaxpr, list(consts))
-        return core.jaxpr_as_fun(closed)(*primals, *vectors)
+        values = dict(zip(self._jaxpr.constvars, consts, strict=True))
+        values.update((self._inputs[k], operands[k]) for k in self.kept)
+        values.update(zip(self._vectors, vectors, strict=True))
+
+        def read(atom):
+            return values[atom] if is_var(atom) else atom.val
+
+        for eqn in self._needed:
+            outputs = bind(eqn, [read(atom) for atom in eqn.invars])
+            values.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in self._jaxpr.outvars]
 
 
 class Route(enum.StrEnum):
@@ -226,6 +229,8 @@ def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int | 
     product = paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
+    if rows.outer * rows.inner == 1:  # without a reshape, which explicit shardings may forbid
+        return jnp.sum(product, axis=[k for k in range(product.ndim) if k != rows.axis])
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
 
 
@@ -245,10 +250,14 @@ def one_per_row(outputs: Sequence[Any], marker: Any) -> list[Any]:
     The cotangents of what vectorization need not repeat come summed over the rows, too late for a
     channel that is to tell them apart.
     """
+    return _repeated(outputs, marker)
+
+
+def _repeated(outputs, marker):
     return [jax.lax.select_n(marker == 0, output, output) for output in outputs]
 
 
 one_per_row.defvjp(
-    lambda outputs, marker: (one_per_row(outputs, marker), None),
+    lambda outputs, marker: (_repeated(outputs, marker), None),
     lambda _, cotangents: (cotangents, None),
 )

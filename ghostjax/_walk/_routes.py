@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from ghostjax._walk._meeting import Meeting, Route, wide_dtype
 from ghostjax._walk._row_loop import row_loop
@@ -103,7 +104,8 @@ class Product(Meeting):
         matrices = [
             self._matrix(vector if stacked else vector[None]) for (vector,) in vectors.values()
         ]
-        total, dots = row_loop(*pair, jnp.concatenate(matrices))
+        precision = self.eqn.params["precision"]
+        total, dots = row_loop(precision, *pair, jnp.concatenate(matrices))
         dots = jnp.split(dots, len(vectors))
         sums = {path: part if stacked else part[0] for path, part in zip(vectors, dots)}
         return sums, self._parameter_like(total)
@@ -172,12 +174,12 @@ class Repeated(Meeting):
         if route is not Route.FEATURES:
             return super().sums(kept, vectors, cotangents, stacked, route)
         rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
-        return {
-            path: jnp.einsum(
-                "bf,kf->kb", rows, vector.astype(rows.dtype).reshape(-1, rows.shape[1])
-            )
-            for path, (vector,) in vectors.items()
-        }
+
+        def products(vectors):
+            vectors = vectors.astype(rows.dtype).reshape(-1, rows.shape[1])
+            return jnp.einsum("bf,kf->kb", rows, vectors, precision="highest")
+
+        return {path: products(vectors) for path, (vectors,) in vectors.items()}
 
     def row_gradients(self, arrays: dict[int, Any], cotangent: Any) -> jax.Array:
         """[B, F]: the gradient of the parameter, flat, by every row."""
@@ -202,6 +204,14 @@ class Repeated(Meeting):
         return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)
 
 
+def _loops_over_rows(eqn, operands) -> bool:
+    """Whether ``row_loop`` can take this product."""
+    meshes = [jax.typeof(value.primal).sharding.mesh for value in operands]
+    automatic = all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
+    precision = eqn.params["precision"]  # else a DotAlgorithm, with accumulators of its own
+    return automatic and (precision is None or isinstance(precision, tuple))
+
+
 def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -> Meeting:
     """The kind of meeting that an equation is."""
     return _kind(eqn, operands, rows)(eqn, function, operands, outputs, rows, num_rows, names)
@@ -224,7 +234,7 @@ def _kind(eqn, operands, rows) -> type[Meeting]:
     if not (data.is_data and isinstance(data.rows, Rows) and real):
         return Meeting
     if name == "dot_general" and not any(eqn.params["dimension_numbers"][1]):
-        return Product
+        return Product if _loops_over_rows(eqn, operands) else Meeting
     (place,) = rows
     is_repeated = jnp.shape(parameter.primal)[place.axis : place.axis + 1] == (1,)
     if name in ELEMENTWISE and place.outer * place.inner == 1 and is_repeated:
