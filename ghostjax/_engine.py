@@ -15,7 +15,7 @@ from ghostjax._dots import wide_zeros
 from ghostjax._errors import RowAxisError
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax._types import EngineResult
-from ghostjax._walk import Found, Rows, Split, described, mapped, summed
+from ghostjax._walk import Found, Rows, Split, mapped, summed
 from ghostjax.linen.layernorm import NORM_MEETINGS, capturing_norms
 
 
@@ -90,9 +90,9 @@ class GradDotProdEngine:
         loss, arrays = self._trace(params, batch, args, kwargs)
         found, _ = _find(loss, arrays, self.val_batch_size)
         uses: dict[str, list[str]] = {name: [] for name in loss.names}
-        for meeting in found.meetings.values():
+        for key, meeting in found.meetings.items():
             for path in meeting.moving:
-                uses[loss.names[path]].append(described(meeting.eqn))
+                uses[loss.names[path]].append(found.places[key])
         return uses
 
     def _trace(self, params, batch, args, kwargs) -> tuple[Loss, Arrays]:
@@ -195,19 +195,21 @@ def _later(loss: Loss, arrays: Arrays, factors: dict[str, Any]):
     dots = [wide_zeros(leaf, (num_train,)) for leaf in arrays.params]
     for key, (meeting, *own) in factors.items():
         for path, found in summed(meeting.dots, meeting, *own, vectors[key]).items():
+            chex.assert_shape(found, (num_train,))
             dots[path] = dots[path] + found
     return pulled("train"), dots
 
 
 def _find(loss: Loss, arrays: Arrays, val_rows: int) -> tuple[Found, dict[str, Any]]:
     """A walk in shapes: the meetings, and zeros like their cotangents."""
-    found = Found({}, {})
+    found = Found()
 
     def run(params):
         walk = Split(loss, loss.num_rows - val_rows)
         _losses(loss, arrays, walk, params)
         found.meetings.update(walk.found.meetings)
         found.direct.update(walk.found.direct)
+        found.places.update(walk.found.places)
         return walk.specs
 
     specs = jax.eval_shape(run, arrays.params)
@@ -218,10 +220,11 @@ def _find(loss: Loss, arrays: Arrays, val_rows: int) -> tuple[Found, dict[str, A
 def _losses(loss: Loss, arrays: Arrays, walk: Split, params) -> jax.Array:
     losses, _ = loss.open(walk, params, arrays.batch, arrays.others)
     if losses.rows != Rows(0):
+        reason = getattr(losses.rows, "reason", "they depend on no row")
         raise RowAxisError(
-            "loss_fn must return one loss per row, with row i's at place i. Its rows are "
-            f"{getattr(losses.rows, 'reason', losses.rows) or 'lost: it depends on no row'}. Keep "
-            "the rows of the batch apart and in their order."
+            "loss_fn must return losses [N], that of row i at place i. Found losses that are mixed "
+            f"or in another order: {reason}. Compute every row's loss from that row alone, and "
+            "return the losses in the order of the batch."
         )
     return losses.primal
 

@@ -4,9 +4,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
 
-_PACKAGE = pathlib.Path(__file__).parent.as_posix() + "/"
+_CALLS = ("jit", "pjit")
+_OWN_FOLDERS = tuple(
+    f"{pathlib.Path(file).parent.as_posix()}/" for file in (__file__, jax.__file__)
+)
+_LIBRARIES = ("chex", "equinox", "flax", "haiku", "jax", "optax")
 
 
 def is_var(atom: Any) -> bool:
@@ -71,12 +76,23 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
-def describe_operation(eqn: Any) -> str:
-    """The operation and the innermost source line outside the libraries."""
+def describe_operation(eqn: Any, around: Sequence[Any] = ()) -> str:
+    """The operation and the innermost source line outside the libraries.
+
+    Args:
+      around: the calls that the equation is inside of, the innermost first. What a library's own
+        jitted function does has no line outside the libraries.
+    """
+    name = eqn.params["name"] if eqn.primitive.name in _CALLS else eqn.primitive.name
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
-        path = frame.file_name.replace("\\", "/")
-        own = path.startswith(_PACKAGE)
-        if not own and not any(part in path for part in ("/jax/", "/flax/", "<frozen")):
-            return f"{eqn.primitive.name} at {frame.file_name}:{frame.line_num}"
-    return eqn.primitive.name
+        if not _is_of_library(frame.file_name.replace("\\", "/")):
+            return f"{name} at {frame.file_name}:{frame.line_num}"
+    return f"{name} in {describe_operation(around[0], around[1:])}" if around else name
+
+
+def _is_of_library(path: str) -> bool:
+    _, installed, rest = path.rpartition("-packages/")
+    return path.startswith((*_OWN_FOLDERS, "<frozen")) or (
+        bool(installed) and rest.split("/")[0] in _LIBRARIES
+    )

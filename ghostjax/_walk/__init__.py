@@ -11,8 +11,8 @@ from ghostjax._walk._meeting import Meeting as Meeting
 from ghostjax._walk._meeting import Route as Route
 from ghostjax._walk._push import Push as Push
 from ghostjax._walk._rows import Rows as Rows
+from ghostjax._walk._rows import infer as infer
 from ghostjax._walk._split import Found as Found
 from ghostjax._walk._split import Split as Split
-from ghostjax._walk._split import described as described
 from ghostjax._walk._values import Value as Value
 from ghostjax._walk._walk import Walk as Walk

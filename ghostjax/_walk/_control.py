@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax._jaxprs import describe_operation, scan_counts
+from ghostjax._jaxprs import scan_counts
 from ghostjax._walk._inside import slice_rows
 from ghostjax._walk._rows import join
 from ghostjax._walk._values import Value
@@ -154,7 +154,10 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         lambda first, second: [_joined(walk, *pair) for pair in zip(first, second)], found
     )
     if index.is_data:  # chooses, so that what it chooses from is not made of parameters alone
-        classes = [walk.data(value.primal, True, value.rows) for value in classes]
+        classes = [
+            walk.data(value.primal, value.active or bool(value.tangents), value.rows or index.rows)
+            for value in classes
+        ]
     if index.is_data and not walk.computes_data:
         taken = [_received(walk, branch(k, operands, None, classes)) for k in numbers]
         return taken[0]
@@ -187,7 +190,7 @@ def _zeros(shapes):
 
 def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     raise NotImplementedError(
-        f"{describe_operation(eqn)}: a while loop has no reverse-mode derivative, so parameters "
+        f"{walk.describe(eqn)}: a while loop has no reverse-mode derivative, so parameters "
         "and data cannot meet in it. Use lax.scan, or lax.fori_loop with static bounds."
     )
 

@@ -145,13 +145,23 @@ class Parts:
         if not all(isinstance(info, Rows) and info.outer == 1 for info in places):
             return False
         if self.eqn.primitive.name in _OTHERS:
-            return True
+            return not self._parameter_has_rows()
         # What is the same for all rows may have been repeated for each of them.
         shapes = [jnp.shape(value.primal) for value in operands if not value.is_data]
         axis = self.rows[0].axis
         return self.eqn.primitive.name in _ELEMENTWISE and all(
             not shape or shape[axis] == 1 for shape in shapes
         )
+
+    def _parameter_has_rows(self) -> bool:
+        """Whether a parameter's axis is paired with that of the rows, one entry for each."""
+        dims = self.eqn.params["dimension_numbers"]
+        if self.eqn.primitive.name == "dot_general":
+            (_, (batch, _)) = dims
+            return self.rows[0].axis < len(batch)
+        if self.eqn.primitive.name == "gather":
+            return self.operand_rows[1].axis in dims.start_indices_batching_dims
+        return False
 
     def keep(self, operands: Sequence[Value], outputs: Any) -> Any:
         """The arrays that all else needs. Called once, where the meeting was made."""

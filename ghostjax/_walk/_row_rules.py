@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from ghostjax._jaxprs import describe_operation
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -52,7 +54,7 @@ def shape_of(var) -> tuple[int, ...]:
 
 
 def lost(eqn, why: str) -> Mixed:
-    return Mixed(f"{eqn.primitive.name} {why}")
+    return Mixed(f"{describe_operation(eqn)} {why}")
 
 
 def agree(eqn, places: Iterable[RowInfo]) -> RowInfo:

@@ -148,12 +148,13 @@ def _while(eqn, operands, num_rows):
 
 
 def _cond(eqn, operands, num_rows):
-    if operands[0] is not None:
-        return Mixed("cond takes the branch that rows say")
     branches = [infer(branch, operands[1:], num_rows) for branch in eqn.params["branches"]]
     outputs = branches[0]
     for branch in branches[1:]:
         outputs = [join(a, b) for a, b in zip(outputs, branch)]
+    if operands[0] is not None:  # which branch is no part of the gradient, but of the value
+        mixed = Mixed("cond takes the branch that rows say")
+        outputs = [mixed if info is None else info for info in outputs]
     return outputs
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from ghostjax._jaxprs import describe_operation
 from ghostjax._walk._directed import through_channel
 from ghostjax._walk._parts import Parts
 from ghostjax._walk._walk import Walk
@@ -14,10 +14,16 @@ from ghostjax._walk._walk import Walk
 
 @dataclasses.dataclass
 class Found:
-    """What a first walk, in shapes, finds: by key, the meetings."""
+    """What a first walk, in shapes, finds: by key, the meetings.
 
-    meetings: dict[str, Any]
-    direct: dict[str, bool]
+    Attributes:
+      direct: whether every parameter comes to the meeting once and as it is.
+      places: descriptions.
+    """
+
+    meetings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    direct: dict[str, bool] = dataclasses.field(default_factory=dict)
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def at_once(self) -> frozenset[str]:
         """Meetings of parameters that nothing else uses: dots come out of their backward pass."""
@@ -43,12 +49,14 @@ class Split(Walk):
         in a walk in shapes, which finds them.
     """
 
+    takes_shared = False
+
     def __init__(self, loss, num_train, taps=None, slots=None, at_once=frozenset()):
         super().__init__(loss.names, loss.num_rows, loss.named_meetings)
         self.num_train, self.taps, self.slots = num_train, taps, slots
         self.checks_rows = slots is None
         self.keys_at_once = at_once
-        self.found = Found({}, {})
+        self.found = Found()
 
     def make(self, eqn, function, operands, outputs, rows):
         kind = (eqn is not None and self.named_meeting(eqn, operands)) or Parts
@@ -70,6 +78,7 @@ class Split(Walk):
         ]
         outputs = function(primals)
         if self.slots is None:
+            self.found.places[key] = self.describe(meeting.eqn)
             self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
             return outputs
         kept = meeting.keep(operands, outputs)
@@ -83,10 +92,7 @@ class Split(Walk):
 
         def backward(kept, cotangents):
             dots, gradients = meeting.at_once(kept, cotangents)
+            chex.assert_shape(list(dots.values()), (self.num_train,))
             return {"taps": dots, "operands": gradients}
 
         return through_channel(meeting, backward, outputs, carried, kept)
-
-
-def described(eqn: Any) -> str:
-    return "the loss or a carry" if eqn is None else describe_operation(eqn)

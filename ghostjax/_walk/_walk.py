@@ -28,8 +28,8 @@ from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
 from ghostjax._walk._values import Value, paths_of
 
 WAY_OUT = (
-    "Write the loss for one row and pass per_example=True, which needs no row axis, or keep one "
-    "row per place along an axis."
+    "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
+    "to value_grad_and_dots, which then needs no row axis."
 )
 
 
@@ -45,10 +45,14 @@ class Walk:
       stacked: whether tangents have a leading axis of directions.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
+      takes_shared: whether dots may belong to no row.
+      around: the calls that are being walked, the innermost first, for messages.
     """
 
     computes_data = True
     checks_rows = True
+    takes_shared = True
+    around: tuple[Any, ...] = ()
     stacked = False
     slots: dict[str, Any] | None = None
 
@@ -123,12 +127,15 @@ class Walk:
         name = eqn.primitive.name
         # Of parameters alone, forward mode takes everything but a custom_vjp function.
         if name in HANDLERS and (has_data or holds(eqn, "custom_vjp_call")):
-            return HANDLERS[name](self, eqn, operands)
+            outside, self.around = self.around, (eqn, *self.around)
+            outputs = HANDLERS[name](self, eqn, operands)
+            self.around = outside
+            return outputs
         if not has_data:
             return self.parameters_only(eqn, operands)
         if is_container(eqn) and name not in ("custom_jvp_call", *KINDS):
             raise NotImplementedError(
-                f"{describe_operation(eqn)} uses parameters ({self.named(operands)}) "
+                f"{self.describe(eqn)} uses parameters ({self.named(operands)}) "
                 "together with the batch, and cannot be walked. Move the parameters out of it."
             )
         return self.operation(eqn, operands)
@@ -182,8 +189,9 @@ class Walk:
         scalars = all(not meeting.outputs[position].shape for position in meeting.differentiable)
         for path in meeting.moving:
             in_rows = self.num_rows is None or all(isinstance(info, Rows) for info in infos)
-            if not in_rows and (meeting.needs_data or not scalars):
-                raise RowAxisError(_lost(eqn, self.names[path], infos))
+            is_shared = self.takes_shared and scalars and not meeting.needs_data
+            if not in_rows and not is_shared:
+                raise RowAxisError(_lost(self.describe(eqn), self.names[path], infos))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
         return [self.data(output, True, info) for output, info in zip(outputs, rows)]
@@ -198,6 +206,9 @@ class Walk:
             return None
         return kind
 
+    def describe(self, eqn: Any) -> str:
+        return "the loss" if eqn is None else describe_operation(eqn, self.around)
+
     def named(self, operands: Sequence[Value]) -> str:
         return ", ".join(self.names[path] for path in paths_of(operands))
 
@@ -208,36 +219,37 @@ class Walk:
         if not self.checks_rows:
             return propagate(eqn, infos, self.num_rows)
         actives = [value.active or bool(value.tangents) for value in operands]
-        return check_rows(eqn, infos, actives, self.num_rows)
+        return check_rows(eqn, infos, actives, self.num_rows, self.around)
 
 
-def check_rows(eqn, infos, actives, num_rows) -> list[RowInfo]:
+def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
     """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
     has_rows = any(isinstance(info, Rows) for info in infos)
     if has_rows:
         for info, active in zip(infos, actives):
             if active and isinstance(info, Mixed):
                 raise RowAxisError(
-                    f"{describe_operation(eqn)} combines rows with a value in which rows are mixed "
-                    f"({info.reason}), so that no row has a gradient of its own. {WAY_OUT}"
+                    f"{describe_operation(eqn, around)} combines rows with a value in which rows "
+                    f"are mixed ({info.reason}), so that no row has a gradient of its own. "
+                    f"{WAY_OUT}"
                 )
     if any(actives):
         for jaxpr, *given in inside(eqn, infos, actives, num_rows):
-            _check_inside(jaxpr, *given, num_rows)
+            _check_inside(jaxpr, *given, num_rows, (eqn, *around))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
     if len(both) > 1 and lost and not is_container(eqn):
         raise RowAxisError(
-            f"{describe_operation(eqn)} combines rows with other rows ({lost[0]}), so that no row "
-            f"has a gradient of its own. {WAY_OUT}"
+            f"{describe_operation(eqn, around)} combines rows with other rows ({lost[0]}), so that "
+            f"no row has a gradient of its own. {WAY_OUT}"
         )
     if any(actives) and has_rows and eqn.primitive.name in CHECKS:
         CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
     return rows
 
 
-def _check_inside(jaxpr, infos, actives, num_rows):
+def _check_inside(jaxpr, infos, actives, num_rows, around):
     pairs = zip(infos, actives, strict=True)
     known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:
@@ -246,7 +258,8 @@ def _check_inside(jaxpr, infos, actives, num_rows):
             for atom in inner.invars
         ]
         active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
-        rows = check_rows(inner, *([list(side) for side in zip(*pairs)] or [[], []]), num_rows)
+        sides = [list(side) for side in zip(*pairs)] or [[], []]
+        rows = check_rows(inner, *sides, num_rows, around)
         known.update((var, (info, active)) for var, info in zip(inner.outvars, rows))
 
 
@@ -257,10 +270,10 @@ def stack_rows(info: RowInfo) -> RowInfo:
     return info
 
 
-def _lost(eqn, path, infos) -> str:
+def _lost(place, path, infos) -> str:
     reasons = [info.reason for info in infos if isinstance(info, Mixed)]
     return (
-        f"parameter {path} meets data in {describe_operation(eqn)}, whose result has no axis with "
+        f"parameter {path} meets data in {place}, whose result has no axis with "
         f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT}"
     )
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_val_batch_size
-from ghostjax._walk import Rows
+from ghostjax._walk import Rows, infer
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 
@@ -91,13 +91,14 @@ def _row_gradients(normalized, cotangents) -> dict[str, jax.Array]:
 @contextlib.contextmanager
 def capturing_norms() -> Iterator[None]:
     """Within it, calls of Flax's norms are marked in the jaxpr, for ``NormMeeting`` to be found."""
-    inside: list[list[Any]] = []  # a list of outputs for every mark that is being made
+    inside: list[list[Any]] = []  # for every mark that is being made, its calls: (inputs, outputs)
 
     def intercept(next_fun, args, kwargs, context):
         if not inside:
             return _marked(inside, next_fun, args, kwargs, context)
-        inside[-1].append(next_fun(*args, **kwargs))
-        return inside[-1][-1]
+        outputs = next_fun(*args, **kwargs)
+        inside[-1].append(([*args, *kwargs.values()], outputs))
+        return outputs
 
     with nn.intercept_methods(intercept):
         yield
@@ -119,20 +120,22 @@ def _marked(inside, next_fun, args, kwargs, context):
     unchanged = []
 
     def applied(module, variables, x):
-        inside.append([])
+        calls = []
+        inside.append(calls)
         try:
             outputs = module.apply(variables, x)
-            unchanged.append(outputs is inside[-1][-1])
         finally:
             inside.pop()
+        inputs, own = calls[-1] if calls else ([], None)
+        unchanged.append(len(inputs) == 1 and inputs[0] is x and outputs is own)
         return outputs
 
     def call(x, params):
         return applied(again, {"params": params}, x), applied(bare, {}, x.astype(wide))
 
-    call.__name__ = _PREFIX + "_".join(sorted(params))
+    call.__name__ = "_".join([_PREFIX + type(module).__name__, *sorted(params)])
     outputs, _ = jax.jit(call)(inputs[0], params)
-    # An interceptor around the engine would have changed the outputs twice.
+    # An interceptor around the engine would have changed inputs or outputs twice.
     return outputs if all(unchanged) else next_fun(*args, **kwargs)
 
 
@@ -147,7 +150,7 @@ def _is_known(module: Any, inputs: list[Any]) -> bool:
     )
 
 
-_PREFIX = "ghostjax_norm_"
+_PREFIX = "ghostjax_"
 
 
 class NormMeeting:
@@ -158,7 +161,7 @@ class NormMeeting:
     ):
         del function, rows, names
         self.eqn, self.num_rows, self.num_train = eqn, num_rows, num_train
-        self.names = dict(zip(_places(eqn), eqn.params["name"].removeprefix(_PREFIX).split("_")))
+        self.names = dict(zip(_places(eqn), _parameters(eqn)))
         self.moving: dict[int, tuple[int, ...]] = {}
         for position, value in enumerate(operands):
             for path in value.tangents:
@@ -172,7 +175,7 @@ class NormMeeting:
 
     @staticmethod
     def fits(eqn: Any, operands: Any, rows: Any) -> bool:
-        """Whether rows lie in front and nothing but the features is a parameter's axis."""
+        """Whether rows lie in front, and the features, which are a parameter's only axis, last."""
         places, shape = _places(eqn), eqn.outvars[0].aval.shape
         return (
             list(rows) == [Rows(0), Rows(0)]
@@ -181,6 +184,7 @@ class NormMeeting:
                 not operands[k].is_data
                 and len(operands[k].tangents) == 1
                 and eqn.invars[k].aval.shape == shape[-1:]
+                and _axis_of(eqn, k) == Rows(len(shape) - 1)
                 for k in places
             )
         )
@@ -206,7 +210,9 @@ class NormMeeting:
             own = rows[self.names[position]]
             return jnp.einsum("bf,f->b", own, vector.astype(own.dtype))
 
-        return {path: sum(map(of, own, vectors[path])) for path, own in self.moving.items()}
+        found = {path: sum(map(of, own, vectors[path])) for path, own in self.moving.items()}
+        chex.assert_shape(list(found.values()), (self.num_train,))
+        return found
 
     def at_once(self, normalized, cotangents) -> tuple[dict[int, Any], dict[int, Any]]:
         found = layernorm_dot_products(
@@ -218,8 +224,22 @@ class NormMeeting:
 
 def _places(eqn: Any) -> list[int]:
     """The positions of the parameters among the operands: the last ones."""
-    count = len(eqn.params["name"].removeprefix(_PREFIX).split("_"))
-    return list(range(len(eqn.invars) - count, len(eqn.invars)))
+    return list(range(len(eqn.invars) - len(_parameters(eqn)), len(eqn.invars)))
 
 
-NORM_MEETINGS = {_PREFIX + names: NormMeeting for names in ("bias", "scale", "bias_scale")}
+def _axis_of(eqn: Any, place: int) -> Any:
+    """Where the axis of a parameter is in the output: vectorization may have put another last."""
+    axes = [Rows(0) if k == place else None for k in range(len(eqn.invars))]
+    return infer(eqn.params["jaxpr"], axes, eqn.invars[place].aval.shape[0])[0]
+
+
+def _parameters(eqn: Any) -> list[str]:
+    """The names of the parameters, which the mark's name ends with."""
+    return eqn.params["name"].removeprefix(_PREFIX).split("_")[1:]
+
+
+NORM_MEETINGS = {
+    f"{_PREFIX}{norm.__name__}_{names}": NormMeeting
+    for norm in NORMS
+    for names in ("bias", "scale", "bias_scale")
+}
