@@ -1,4 +1,4 @@
-"""Claim: dots cost little over a plain step and a validation gradient, the floor of any exact method.
+"""Claim: dots cost little over a plain step and a validation gradient, the floor of any exact one.
 
 The GPT-2 shape. Rivals: forward mode, vmap(grad), optax's micro_grad with a metric per row, and a
 scan over rows; of what loops, XLA counts one round's FLOPs only. "late, AdamW": at the current

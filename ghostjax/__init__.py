@@ -10,5 +10,9 @@ from ghostjax._dots import GradDots as GradDots
 from ghostjax._dots import conservation_error as conservation_error
 from ghostjax._dots import value_grad_and_dots as value_grad_and_dots
 from ghostjax._engine import GradDotProdEngine as GradDotProdEngine
+from ghostjax._explain import explain as explain
+from ghostjax._explanation import Explanation as Explanation
+from ghostjax._late import LateDots as LateDots
+from ghostjax._late import value_and_dots_fn as value_and_dots_fn
 from ghostjax._types import EngineResult as EngineResult
 from ghostjax.values import InRunValues as InRunValues

@@ -1,7 +1,11 @@
-"""The channel: an identity that carries results out of the backward pass."""
+"""The channel: an identity that carries results out of the backward pass.
+
+All of these are for the differentiation that makes the gradient. Where its results are themselves
+differentiated, that sees what the values depend on, as it would not with ``stop_gradient``.
+"""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,3 +39,40 @@ def _backward(backward, residuals, cotangents):
 
 
 channel.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def set_aside(values: Any, differentiated: Any) -> Any:
+    """``values``, for use outside: no gradient passes.
+
+    ``differentiated`` is what the gradient is taken of, among others: by it this differentiation,
+    and not one around it, is the first that comes by.
+    """
+    del differentiated
+    return values
+
+
+set_aside.defvjp(lambda values, _: (values, None), lambda _, cotangents: (None, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def all_but_one(
+    function: Callable[[Sequence[Any]], Any], position: int, operands: Sequence[Any]
+) -> Any:
+    """``function`` of the operands; the one at ``position`` gets its gradient elsewhere."""
+    return function(operands)
+
+
+def _all_but_one_backward(function, position, operands, cotangents):
+    others = [*operands[:position], *operands[position + 1 :]]
+
+    def of_others(others):
+        return function([*others[:position], operands[position], *others[position:]])
+
+    (gradients,) = jax.vjp(of_others, others)[1](cotangents)
+    return ([*gradients[:position], None, *gradients[position:]],)
+
+
+all_but_one.defvjp(
+    lambda function, position, operands: (function(operands), operands), _all_but_one_backward
+)

@@ -24,9 +24,10 @@ class GradDots:
       value: scalar, the loss.
       aux: what the loss function returned beside it, or None.
       grads: what ``jax.grad`` returns.
-      dots: tree of the parameters, every leaf [B] in float32 (float64 for float64 parameters).
-      shared: tree of scalars: the part of <grads, direction> that belongs to no row, such as weight
-        decay inside the loss.
+      dots: tree of the parameters, every leaf [B], or [K, B] of K stacked directions; in float32
+        (float64 for float64 parameters).
+      shared: tree of scalars, or [K]: the part of <grads, direction> that belongs to no row, such
+        as weight decay inside the loss.
       loss_reduction: "mean" or "sum", static: the scale of the dots.
     """
 
@@ -38,8 +39,8 @@ class GradDots:
     loss_reduction: str = dataclasses.field(metadata={"static": True})
 
     def total(self) -> jax.Array:
-        """The dots summed over all parameters, [B]."""
-        return aggregate(self.dots)
+        """The dots summed over all parameters, [B]; of K stacked directions [K, B]."""
+        return (jax.vmap(aggregate) if _is_stacked(self.dots) else aggregate)(self.dots)
 
 
 def conservation_error(result: GradDots, direction: Any) -> Any:
@@ -48,17 +49,33 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
     With s = 1/B for loss_reduction "mean" and 1 for "sum", ``s * sum_i dots[i] + shared`` must be
     ``<grads, direction>``, and ``grads`` is computed without any of the dots' machinery.
 
+    Args:
+      direction: that of the result; with a leading axis K on every leaf where it was so there.
+
     Returns:
-      A tree of the parameters of float32 scalars: the difference, relative to
-      ``s * sum_i |dots[i]| + |shared|`` or, where larger, to ``|<grads, direction>|``; but at least
-      to a thousandth of the largest of these in the tree, as a gradient that is zero but for
-      rounding has no meaningful relative error. A use of a parameter that was missed shows as an
-      error of order one, by name.
+      A tree of the parameters of float32 scalars (of K stacked directions [K]): the difference,
+      relative to ``s * sum_i |dots[i]| + |shared|`` or, where larger, to ``|<grads, direction>|``;
+      but at least to a thousandth of the largest of these in the tree, as a gradient that is zero
+      but for rounding has no meaningful relative error. A use of a parameter that was missed shows
+      as an error of order one, by name.
+
+    >>> import jax.numpy as jnp
+    >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
+    >>> direction = jnp.array([[1.0, 0.5], [3.0, 1.0]])
+    >>> result = value_grad_and_dots(lambda w, x: jnp.mean(x @ w))(w, x, direction=direction)
+    >>> conservation_error(result, direction)
+    Array([0., 0.], dtype=float32)
     """
 
-    return _conservation_error(
-        result.grads, direction, result.dots, result.shared, result.loss_reduction
-    )
+    def of_one(direction, dots, shared):
+        return _conservation_error(result.grads, direction, dots, shared, result.loss_reduction)
+
+    of_all = jax.vmap(of_one) if _is_stacked(result.dots) else of_one
+    return of_all(direction, result.dots, result.shared)
+
+
+def _is_stacked(dots: Any) -> bool:
+    return {jnp.ndim(leaf) for leaf in jax.tree.leaves(dots)} == {2}
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -90,9 +107,11 @@ def value_grad_and_dots(
 ) -> Callable[..., GradDots]:
     """``jax.value_and_grad``, and the inner product of every row's gradient with a direction.
 
-        dots[p][i] = < d l_i / d p , direction[p] >
+        dots[p][i] = < d l_i / d p , direction[p] >            or, of K directions at once,
+        dots[p][k, i] = < d l_i / d p , direction[p][k] >
 
-    for any JAX function, out of the backward pass that gives the gradient.
+    for any JAX function, out of the backward pass that gives the gradient. Where the direction
+    depends on that gradient, see ``value_and_dots_fn``.
 
     Args:
       loss_fn: ``loss_fn(params, batch, ...) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
@@ -107,18 +126,20 @@ def value_grad_and_dots(
 
     Returns:
       ``fn(*args, direction, **kwargs) -> GradDots``, with ``direction`` a tree like the parameters
-      (a tuple of trees for several argnums), same shapes and dtypes. It is a pure function for use
-      under ``jax.jit``.
+      (a tuple of trees for several argnums), same shapes and dtypes; or with a leading axis K on
+      every leaf, of K directions, and then dots are [K, B] and only the products with the
+      directions are computed K times. It is a pure function for use under ``jax.jit``.
 
-    Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``. Where
+    Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``; but a
+    matrix product over many positions or with many directions makes its weight gradient row by row,
+    if that costs less, and the sum over rows equals that of ``jax.grad`` to rounding. Where
     parameters are used is found in the jaxpr, whatever library made it; which axis holds rows is
     tracked through every operation. What cannot be followed is an error, never a skip.
 
     Raises:
       RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
       ValueError, TypeError: the batch or the direction does not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked, or the result
-        is differentiated.
+      NotImplementedError: a parameter goes into an operation that cannot be walked.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -128,6 +149,9 @@ def value_grad_and_dots(
     >>> result = fn(w, x, direction=jnp.array([1.0, 0.5]))
     >>> result.value, result.grads, result.dots
     (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([1., 6.], dtype=float32))
+    >>> fn(w, x, direction=jnp.eye(2)).dots
+    Array([[1., 3.],
+           [0., 6.]], dtype=float32)
 
     Source: Data Shapley in One Training Run, arXiv:2406.11011, for what the dots are good for.
     """
@@ -160,7 +184,7 @@ def directed(loss: Loss, arrays: Arrays, direction: Any, directions: int | None)
     """
     leading = () if directions is None else (directions,)
     rows = (*leading, loss.num_rows)
-    taps = [_sharded_like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
+    taps = [_like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
     shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
     stacked = directions is not None
     vectors = loss.push(arrays, jax.tree.leaves(direction), stacked)
@@ -198,15 +222,16 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 
-def _sharded_like_rows(tap, batch):
-    """Rows of the batch may be sharded over explicit axes of a mesh, and then dots are, too."""
-    sharding = jax.typeof(batch[0]).sharding
-    axes = sharding.spec[:1]
-    if not axes or axes[0] is None:
-        return tap
-    leading = [None] * (tap.ndim - 1)
-    spec = jax.sharding.PartitionSpec(*leading, *axes)
-    return jax.sharding.reshard(tap, sharding.update(spec=spec))
+def _like_rows(tap, batch):
+    """Explicit axes of a mesh, and manual ones, are part of a type: dots have that of the rows."""
+
+    def by_row(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return jnp.sum(leaf, axis=range(1, leaf.ndim))
+
+    kind = jax.eval_shape(by_row, batch[0])
+    return jnp.broadcast_to(jnp.zeros_like(kind, tap.dtype), tap.shape)
 
 
 def wide_zeros(param: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -59,7 +59,7 @@ class LateDots:
         return self.result(direction).dots
 
     def result(self, direction: Any) -> GradDots:
-        """The same as ``value_grad_and_dots`` returns it: for ``conservation_error``."""
+        """What ``value_grad_and_dots`` returns: the dots, ``total()``, the parts of no row."""
         loss = self.program.loss
         params = jax.tree.unflatten(loss.params, self.arrays.params)
         directions = check_direction(params, direction, stacked=True)
@@ -76,8 +76,8 @@ class LateDots:
         )
 
     def _contracted(self, vectors: list[Any], directions: int | None):
-        loss, stacked = self.program.loss, directions is not None
-        moved = loss.push(self.arrays, vectors, stacked)
+        loss = self.program.loss
+        moved = loss.push(self.arrays, vectors, stacked=directions is not None)
         leading = () if directions is None else (directions,)
         dots = [wide_zeros(leaf, (*leading, loss.num_rows)) for leaf in self.arrays.params]
         shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
@@ -85,13 +85,13 @@ class LateDots:
             meeting = self.program.meetings[key]
 
             def one(kept, cotangents, meeting=meeting, vectors=moved[key]):
-                return contract(meeting, kept, cotangents, vectors, stacked)
+                return contract(meeting, kept, cotangents, vectors, directions)
 
             if loss.per_example:
                 one = jax.vmap(one, out_axes=-1)
             for path, sums in one(kept, cotangents).items():
                 total = dots if meeting.in_rows[path] else shared
-                total[path] = total[path] + sums
+                total[path] = total[path] + sums.astype(total[path].dtype)
         return dots, shared
 
 
@@ -126,16 +126,15 @@ def value_and_dots_fn(
     Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``.
 
     Raises:
-      What ``value_grad_and_dots`` raises; and NotImplementedError by ``dots(direction)`` where a
-      branch that depends on the batch chooses between values made of parameters alone.
+      What ``value_grad_and_dots`` raises, of directions by ``dots(direction)``.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
     ...     return jnp.mean(jnp.square(x @ w) / 2)
     >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
     >>> value, grads, dots = value_and_dots_fn(loss_fn)(w, x)
-    >>> value, grads, dots(0.1 * grads).round(2)
-    (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([0.2, 2.4], dtype=float32))
+    >>> value, grads, dots(grads / 2)
+    (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([ 1., 12.], dtype=float32))
     """
     check_reduction(loss_reduction)
 
@@ -210,4 +209,4 @@ def harvesting(loss: Loss, arrays: Arrays):
 def empty_slots(run, params) -> dict[str, Any]:
     """Zeros for the cotangents of all meetings, found by a walk in shapes."""
     _, _, specs = jax.eval_shape(lambda params: run(params, None), params)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs)
+    return jax.tree.map(jnp.zeros_like, specs)

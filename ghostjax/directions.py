@@ -4,7 +4,6 @@ Dots are linear in their direction, so every score is a choice of it. All direct
 same way: positive dots belong to rows that lower the validation loss.
 """
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -40,16 +39,14 @@ def through_optimizer(
     Args:
       tx: any optax transformation whose update has a useful derivative.
       opt_state: the state that the update of this step starts from.
-      grads: where the update is linearised: the gradient that the step takes. Compute it by
-        ``jax.grad`` beside ``value_grad_and_dots`` in one jitted step: XLA merges the two backward
-        passes into one (not those of ``jax.checkpoint``ed functions or of loops, which run twice).
-        The previous step's gradient, with the current ``opt_state``, saves that second pass there.
+      grads: where the update is linearised: the gradient that the step takes, as
+        ``value_and_dots_fn`` gives it before it needs the direction.
       val_grads: gradient of the mean validation loss, or what ``midpoint`` or ``look_ahead``
-        give. Several: ``jax.vmap`` over stacked ones.
+        give; a tree like ``params``, or with a leading axis K on every leaf, of K such gradients.
       extra_args: passed on to ``tx.update``.
 
     Returns:
-      A tree like ``params``, in its dtypes.
+      A tree like ``params``, in its dtypes; with the leading axis K of stacked ``val_grads``.
 
     Guarantees: finite where its arguments are. Where gradient and second moment are both zero, as
     for a token that has not occurred yet, Adam's update has no finite derivative: such a coordinate
@@ -75,7 +72,7 @@ def through_optimizer(
     here its derivative is that of the optimizer at hand.
     """
     check_direction(params, grads, "grads")
-    check_direction(params, val_grads, "val_grads")
+    stacked = check_direction(params, val_grads, "val_grads", stacked=True) is not None
     update = _update_function(tx, opt_state, params, extra_args)
 
     def direction(grads, val_grads):
@@ -93,10 +90,14 @@ def through_optimizer(
             undefined,
         )
 
-    closed = jax.make_jaxpr(direction)(grads, val_grads)
+    closed = jax.make_jaxpr(direction)(grads, params)
     _check_derivative(update, closed, grads)
-    leaves = evaluate(closed, jax.tree.leaves((grads, val_grads)))
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def evaluated(val_grads):
+        leaves = evaluate(closed, jax.tree.leaves((grads, val_grads)))
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    return (jax.vmap(evaluated) if stacked else evaluated)(val_grads)
 
 
 def count_undefined(
@@ -200,15 +201,17 @@ def look_ahead(
 
 
 def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn = value_grad_and_dots(...)`` over K directions at once, for several validation sets.
+    """``fn = value_grad_and_dots(...)`` for code that relies on K directions, one of them or more.
 
         dots[p][k, i] = < d l_i / d p , direction[p][k] >
 
+    ``fn`` takes stacked directions itself; but a single one, too, and then its dots are [B].
+
     Returns:
-      A function like ``fn`` that takes ``direction`` with a leading axis K on every leaf. In its
-      result, ``value``, ``aux`` and ``grads`` are as for one direction; the leaves of ``dots`` are
-      [K, B] and those of ``shared`` [K]. ``jax.vmap(aggregate)(result.dots)`` is [K, B]. Only the
-      products with the directions are computed K times.
+      A function like ``fn``, whose dots are [K, B].
+
+    Raises:
+      ValueError: ``direction`` has no leading axis K.
 
     >>> import jax.numpy as jnp
     >>> from ghostjax import value_grad_and_dots
@@ -220,18 +223,13 @@ def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def over_directions(*args: Any, direction: Any, **kwargs: Any) -> Any:
-        results = []
-
-        def one(vector):
-            result = fn(*args, direction=vector, **kwargs)
-            results.append(result)
-            return (result.value, result.aux, result.grads), (result.dots, result.shared)
-
-        once, each = jax.vmap(one, out_axes=(None, 0))(direction)
-        (value, aux, grads), (dots, shared) = once, each
-        return dataclasses.replace(
-            results[-1], value=value, aux=aux, grads=grads, dots=dots, shared=shared
-        )
+        result = fn(*args, direction=direction, **kwargs)
+        if {leaf.ndim for leaf in jax.tree.leaves(result.dots)} != {2}:
+            raise ValueError(
+                "direction must have a leading axis K on every leaf, of K directions. Found a "
+                "single direction, with the shapes of the parameters."
+            )
+        return result
 
     return over_directions
 

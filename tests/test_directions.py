@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from ghostjax import aggregate, directions, testing, value_grad_and_dots
+from ghostjax import directions, testing, value_grad_and_dots
 
 STEPS = 7
 
@@ -241,16 +241,27 @@ def test_a_part_that_is_sign_based_is_named(params):
         directions.through_optimizer(tx, tx.init(params), params, params, params)
 
 
-def test_stacked_validation_gradients(params):
-    tx = optax.adamw(1e-2)
-    state = warmed_up(tx, params)
+@pytest.mark.parametrize("name", ["sgd", "clipped_adamw", "adafactor", "multi_transform"])
+def test_stacked_validation_gradients(name, params):
+    tx = OPTIMIZERS[name]()
+    args = tx, warmed_up(tx, params), params, draw_like(params, 11)
     several = [draw_like(params, seed) for seed in (1, 2, 3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
-    found = jax.vmap(
-        lambda val_grads: directions.through_optimizer(tx, state, params, params, val_grads)
-    )(stacked)
-    one = directions.through_optimizer(tx, state, params, params, several[1])
-    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[1], found), one)
+    for count in (3, 1):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several[:count])
+        found = directions.through_optimizer(*args, stacked)
+        each = [directions.through_optimizer(*args, one) for one in several[:count]]
+        expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        chex.assert_trees_all_close(found, expected, rtol=1e-10)
+
+
+def test_stacked_gradients_that_do_not_fit(params):
+    tx = optax.sgd(0.1)
+    args = tx, tx.init(params), params
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    with pytest.raises(ValueError, match=r"val_grads must have the shapes and dtypes.*\(or, all"):
+        directions.through_optimizer(*args, params, {**stacked, "w": params["w"]})
+    with pytest.raises(ValueError, match="grads must have the shapes and dtypes"):
+        directions.through_optimizer(*args, stacked, stacked)
 
 
 def test_arguments_of_the_transformation(params):
@@ -480,13 +491,14 @@ def test_stacked_directions_give_value_and_gradient_once(per_example, params):
     fn = value_grad_and_dots(loss_fn, has_aux=True, per_example=per_example)
     several = [draw_like(params, seed) for seed in (1, 2, 3)]
     direction = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
-    result = jax.jit(lambda direction: directions.stacked(fn)(params, x, direction=direction))(
-        direction
-    )
-    total = jax.vmap(aggregate)(result.dots)
-    for place, vector in enumerate(several):
+    result = jax.jit(directions.stacked(fn))(params, x, direction=direction)
+    rows = testing.per_example_grads(losses_of, params, x)
+    for total, vector in zip(result.total(), several, strict=True):
+        products = jax.tree.map(lambda leaf, v: np.tensordot(leaf, v, v.ndim), rows, vector)
+        testing.assert_dots_close(total, sum(jax.tree.leaves(products)), rtol=1e-10)
         one = fn(params, x, direction=vector)
-        np.testing.assert_allclose(total[place], one.total(), rtol=1e-10)
         chex.assert_trees_all_close(
             (result.value, result.aux, result.grads), (one.value, one.aux, one.grads), rtol=1e-10
         )
+    with pytest.raises(ValueError, match="direction must have a leading axis K on every leaf"):
+        directions.stacked(fn)(params, x, direction=several[0])

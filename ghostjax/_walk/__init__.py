@@ -8,6 +8,7 @@ from ghostjax._walk._harvest import contract as contract
 from ghostjax._walk._harvest import mapped as mapped
 from ghostjax._walk._harvest import summed as summed
 from ghostjax._walk._meeting import Meeting as Meeting
+from ghostjax._walk._meeting import Route as Route
 from ghostjax._walk._push import Push as Push
 from ghostjax._walk._rows import Rows as Rows
 from ghostjax._walk._rows import infer as infer

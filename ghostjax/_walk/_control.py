@@ -185,7 +185,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
 
 def _zeros(shapes):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.tree.map(jnp.zeros_like, shapes)
 
 
 def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

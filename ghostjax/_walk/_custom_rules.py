@@ -19,7 +19,7 @@ from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
 from ghostjax._walk._linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax._walk._lookups import as_run
-from ghostjax._walk._meeting import Meeting, masked, row_sums, wide_dtype
+from ghostjax._walk._meeting import Meeting, Route, masked, row_sums, wide_dtype
 from ghostjax._walk._program import Program, is_literal, run
 from ghostjax._walk._push import PUSHES
 from ghostjax._walk._routes import KINDS
@@ -81,7 +81,12 @@ class RuleMeeting(Meeting):
 
         return [env[number] for number in split.summed], rest
 
-    def sums(self, kept, vectors, cotangents, stacked):
+    def route(self, directions, *, late):
+        del directions, late
+        return Route.RULE
+
+    def sums(self, kept, vectors, cotangents, stacked, route):
+        del route
         env = self._given(kept, cotangents)
         one = self._without_rows(env) if self._split is None else self._by_row(env)
         return {

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from ghostjax._channel import channel
+from ghostjax._channel import all_but_one, channel
 from ghostjax._walk._meeting import Meeting, one_per_row
 from ghostjax._walk._walk import Walk
 
@@ -31,30 +31,30 @@ class Directed(Walk):
         if self.slots is None:
             return function(primals)
         some_tap = next(iter(self.taps.values()))
-        taken = meeting.takes_gradient(some_tap.shape[0] if self.stacked else 1)
+        route = meeting.route(some_tap.shape[0] if self.stacked else None, late=False)
+        taken = meeting.takes_gradient(route)
         carried: dict[str, Any] = {
             "taps": {path: self.taps[path] for path, own in meeting.in_rows.items() if own},
             "shared": {path: self.shared[path] for path, own in meeting.in_rows.items() if not own},
         }
         if taken is not None:
             carried["operand"] = primals[taken]
-            primals[taken] = jax.lax.stop_gradient(primals[taken])
-        outputs = function(primals)
+            outputs = all_but_one(function, taken, primals)
+        else:
+            outputs = function(primals)
         if self.num_rows is None:
             outputs = one_per_row(outputs, some_tap.ravel()[0])
-        shardings = {path: jax.typeof(tap).sharding for path, tap in carried["taps"].items()}
-        without_rows, stacked = list(carried["shared"]), self.stacked
+        types = {name: jax.tree.map(jax.typeof, carried[name]) for name in ("taps", "shared")}
+        stacked = self.stacked
 
         def backward(residuals, cotangents):
             found = {}
             if taken is None:
-                sums = meeting.sums(*residuals, cotangents, stacked)
+                sums = meeting.sums(*residuals, cotangents, stacked, route)
             else:
                 sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
-            found["shared"] = {path: sums[path] for path in without_rows}
-            found["taps"] = {
-                path: _sharded_as(sums[path], sharding) for path, sharding in shardings.items()
-            }
+            for name, expected in types.items():
+                found[name] = {path: _typed_as(sums[path], kind) for path, kind in expected.items()}
             return found
 
         residuals = meeting.keep(operands), self.slots[key]
@@ -72,8 +72,9 @@ def through_channel(meeting: Meeting, backward, outputs, carried, residuals) -> 
     return outputs
 
 
-def _sharded_as(array: jax.Array, sharding: Any) -> jax.Array:
+def _typed_as(array: jax.Array, kind: Any) -> jax.Array:
     """On a mesh of explicit axes, shardings are part of a type."""
-    if jax.typeof(array).sharding.spec == sharding.spec:
+    array = array.astype(kind.dtype)
+    if jax.typeof(array).sharding.spec == kind.sharding.spec:
         return array
-    return jax.sharding.reshard(array, sharding)
+    return jax.sharding.reshard(array, kind.sharding)

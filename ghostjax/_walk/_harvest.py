@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ghostjax._channel import set_aside
 from ghostjax._walk._directed import through_channel
 from ghostjax._walk._meeting import Meeting, one_per_row
 from ghostjax._walk._walk import Walk
@@ -36,12 +37,13 @@ class Harvest(Walk):
         key = self.next_key()
         self.meetings[key] = meeting
         outputs = function([value.primal for value in operands])
-        self.emitted[key] = jax.lax.stop_gradient(meeting.keep(operands))
+        kept = meeting.keep(operands)
         if self.num_rows is None:
             outputs = one_per_row(outputs, self.marker)
         if self.slots is None:
             self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
             return outputs
+        self.emitted[key] = set_aside(kept, self.slots[key])
         return through_channel(meeting, _pass_on, outputs, self.slots[key], ())
 
 
@@ -51,12 +53,22 @@ def _pass_on(residuals, cotangents):
 
 
 def contract(
-    meeting: Meeting, kept: Any, cotangents: list[Any], vectors: dict[int, Any], stacked: bool
+    meeting: Meeting,
+    kept: Any,
+    cotangents: list[Any],
+    vectors: dict[int, Any],
+    directions: int | None,
 ) -> dict[int, Any]:
-    """The dots of one meeting, summed over the loops it is in."""
+    """The dots of one meeting, summed over the loops it is in.
+
+    ``directions`` is K where ``vectors`` are stacked.
+    """
+    if not cotangents:  # a comparison, say: nothing flows back through its outputs
+        return {}
+    route = meeting.route(directions, late=True)
 
     def one(kept, cotangents, vectors):
-        return meeting.sums(kept, vectors, cotangents, stacked)
+        return meeting.sums(kept, vectors, cotangents, directions is not None, route)
 
     return summed(one, meeting, kept, cotangents, vectors)
 
@@ -68,7 +80,7 @@ def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *other
         return function(kept, cotangents, *others)
     every = _in_one_loop((kept, cotangents, *others), len(rounds))
     shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], every))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
 
     def step(total, each):
         return jax.tree.map(jnp.add, total, function(*each)), None

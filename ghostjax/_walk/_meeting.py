@@ -6,15 +6,15 @@ follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for ev
 the same numbers that cost less for some shapes are in ``_routes``.
 """
 
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from ghostjax._jaxprs import live_equations
+from ghostjax._jaxprs import bind, is_var, live_equations
 from ghostjax._walk._lookups import as_gradients_see
 from ghostjax._walk._rows import Rows, split_rows
 from ghostjax._walk._values import Value, paths_of
@@ -46,24 +46,44 @@ class TangentProgram:
 
         closed = jax.make_jaxpr(tangents)(primals, [primals[position] for position in moving])
         moves = [False] * len(primals) + [True] * len(moving)
-        self._jaxpr = as_gradients_see(closed.jaxpr, moves)
-        _, live = live_equations(self._jaxpr, [True] * len(self._jaxpr.outvars))
-        self.consts = closed.consts
-        inputs = self._jaxpr.invars[: len(primals)]
-        self._avals = [var.aval for var in inputs]
-        self.kept = [position for position, var in enumerate(inputs) if var in live]
+        jaxpr = as_gradients_see(closed.jaxpr, moves)
+        self._needed, live = live_equations(jaxpr, [True] * len(jaxpr.outvars))
+        self._jaxpr, self.consts = jaxpr, closed.consts
+        self._inputs, self._vectors = jaxpr.invars[: len(primals)], jaxpr.invars[len(primals) :]
+        self.kept = [k for k, var in enumerate(self._inputs) if var in live]
 
     def at(self, primals: Sequence[Any]) -> Callable[[Sequence[Any]], list[Any]]:
         """The tangents as a function of the direction alone."""
         return functools.partial(self, dict(enumerate(primals)), self.consts)
 
     def __call__(self, operands: dict[int, Any], consts, vectors: Sequence[Any]) -> list[Any]:
-        primals = [
-            operands[position] if position in self.kept else jnp.zeros(aval.shape, aval.dtype)
-            for position, aval in enumerate(self._avals)
-        ]
-        closed = core.ClosedJaxpr(self._jaxpr, list(consts))
-        return core.jaxpr_as_fun(closed)(*primals, *vectors)
+        values = dict(zip(self._jaxpr.constvars, consts, strict=True))
+        values.update((self._inputs[k], operands[k]) for k in self.kept)
+        values.update(zip(self._vectors, vectors, strict=True))
+
+        def read(atom):
+            return values[atom] if is_var(atom) else atom.val
+
+        for eqn in self._needed:
+            outputs = bind(eqn, [read(atom) for atom in eqn.invars])
+            values.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in self._jaxpr.outvars]
+
+
+class Route(enum.StrEnum):
+    """The ways from a meeting to its dots; what each costs is said in ``_routes``.
+
+    Attributes:
+      TANGENT: the direction is pushed through the operation, and paired with the cotangent.
+      ROWS: the weight gradient is made row by row, and every row's part dotted with all directions.
+      FEATURES: the gradient of what is repeated over rows is made per row, then dotted with all.
+      RULE: of a custom_vjp function, what its rule sums over rows is dotted with all.
+    """
+
+    TANGENT = "tangent"
+    ROWS = "rows"
+    FEATURES = "features"
+    RULE = "rule"
 
 
 class Meeting:
@@ -122,8 +142,21 @@ class Meeting:
         del self._consts
         return consts
 
+    def route(self, directions: int | None, *, late: bool) -> Route:
+        """The route that costs least, for K directions; None where they are not stacked.
+
+        ``late``: the gradient has been made before, so that no route can make it on its way.
+        """
+        del directions, late
+        return Route.TANGENT
+
     def sums(
-        self, kept: Any, vectors: dict[int, Sequence[Any]], cotangents: Sequence[Any], stacked: bool
+        self,
+        kept: Any,
+        vectors: dict[int, Sequence[Any]],
+        cotangents: Sequence[Any],
+        stacked: bool,
+        route: Route,
     ) -> dict[int, Any]:
         """By parameter, its dots [B] (a scalar where they belong to no row), or [K, ...].
 
@@ -131,7 +164,9 @@ class Meeting:
           kept: what ``keep`` gave.
           vectors: by parameter, the direction at the operands that move.
           cotangents: of the differentiable outputs.
+          route: one that ``route`` gives for as many directions.
         """
+        del route
         arrays, consts = kept
         operands = dict(zip(self.kept, arrays))
         consts = dict(zip(sorted(self._programs), consts))
@@ -153,9 +188,9 @@ class Meeting:
         triples = zip(cotangents, tangents, where)
         return sum(row_sums(*triple, self.num_rows) for triple in triples)
 
-    def takes_gradient(self, directions: int) -> int | None:
-        """The operand whose gradient comes out of ``sums_and_gradient``, where that costs less."""
-        del directions
+    def takes_gradient(self, route: Route) -> int | None:
+        """The operand whose gradient that route makes on its way, by ``sums_and_gradient``."""
+        del route
         return None
 
 
@@ -194,6 +229,8 @@ def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int | 
     product = paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
+    if rows.outer * rows.inner == 1:  # without a reshape, which explicit shardings may forbid
+        return jnp.sum(product, axis=[k for k in range(product.ndim) if k != rows.axis])
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
 
 
@@ -213,10 +250,14 @@ def one_per_row(outputs: Sequence[Any], marker: Any) -> list[Any]:
     The cotangents of what vectorization need not repeat come summed over the rows, too late for a
     channel that is to tell them apart.
     """
+    return _repeated(outputs, marker)
+
+
+def _repeated(outputs, marker):
     return [jax.lax.select_n(marker == 0, output, output) for output in outputs]
 
 
 one_per_row.defvjp(
-    lambda outputs, marker: (one_per_row(outputs, marker), None),
+    lambda outputs, marker: (_repeated(outputs, marker), None),
     lambda _, cotangents: (cotangents, None),
 )

@@ -211,7 +211,8 @@ class Parts:
         part = self.train
         arrays, consts, _, cotangents = self._of(part, kept, cotangents)
         own = [arrays[position] for position in part.meeting.kept], consts
-        sums = part.meeting.sums(own, vectors, cotangents, False)
+        route = part.meeting.route(None, late=True)
+        sums = part.meeting.sums(own, vectors, cotangents, False, route)
         return {path: found[: part.stop] for path, found in sums.items()}
 
     def at_once(self, kept, cotangents) -> tuple[dict[int, Any], dict[int, Any]]:

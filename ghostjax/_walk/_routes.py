@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
-from ghostjax._walk._meeting import Meeting, wide_dtype
+from ghostjax._walk._meeting import Meeting, Route, wide_dtype
 from ghostjax._walk._row_loop import row_loop
 from ghostjax._walk._rows import Rows, split_rows
 
@@ -81,18 +82,19 @@ class Product(Meeting):
         # [i, o] where the parameter has its inputs first, else [o, i]: so that nothing is copied.
         self._inputs_first = self._contracted[:1] == [0] or not self._free
 
-    def takes_gradient(self, directions):
-        if not all(self.in_rows.values()):
-            return None
-        if rows_cost_less(self.sizes, directions * len(self.moving), gradient=True):
-            return self.parameter
-        return None
+    def route(self, directions, *, late):
+        count = len(self.moving) * (directions or 1)
+        if all(self.in_rows.values()) and rows_cost_less(self.sizes, count, gradient=not late):
+            return Route.ROWS
+        return Route.TANGENT
 
-    def sums(self, kept, vectors, cotangents, stacked):
-        directions = len(vectors) * _count(vectors, stacked)
-        if all(self.in_rows.values()) and rows_cost_less(self.sizes, directions, gradient=False):
+    def takes_gradient(self, route):
+        return self.parameter if route is Route.ROWS else None
+
+    def sums(self, kept, vectors, cotangents, stacked, route):
+        if route is Route.ROWS:
             return self.sums_and_gradient(kept, vectors, cotangents, stacked)[0]
-        return super().sums(kept, vectors, cotangents, stacked)
+        return super().sums(kept, vectors, cotangents, stacked, route)
 
     def sums_and_gradient(self, kept, vectors, cotangents, stacked):
         """What ``sums`` gives, and the gradient of the operand ``takes_gradient`` names."""
@@ -102,7 +104,8 @@ class Product(Meeting):
         matrices = [
             self._matrix(vector if stacked else vector[None]) for (vector,) in vectors.values()
         ]
-        total, dots = row_loop(*pair, jnp.concatenate(matrices))
+        precision = self.eqn.params["precision"]
+        total, dots = row_loop(precision, *pair, jnp.concatenate(matrices))
         dots = jnp.split(dots, len(vectors))
         sums = {path: part if stacked else part[0] for path, part in zip(vectors, dots)}
         return sums, self._parameter_like(total)
@@ -160,16 +163,23 @@ class Repeated(Meeting):
         """Whether the gradients of all rows are no more than the operation's output."""
         return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
 
-    def sums(self, kept, vectors, cotangents, stacked):
-        if not (stacked and self.few and all(self.in_rows.values())):
-            return super().sums(kept, vectors, cotangents, stacked)
+    def route(self, directions, *, late):
+        del late
+        stacked = directions is not None
+        if stacked and self.few and all(self.in_rows.values()):
+            return Route.FEATURES
+        return Route.TANGENT
+
+    def sums(self, kept, vectors, cotangents, stacked, route):
+        if route is not Route.FEATURES:
+            return super().sums(kept, vectors, cotangents, stacked, route)
         rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
-        return {
-            path: jnp.einsum(
-                "bf,kf->kb", rows, vector.astype(rows.dtype).reshape(-1, rows.shape[1])
-            )
-            for path, (vector,) in vectors.items()
-        }
+
+        def products(vectors):
+            vectors = vectors.astype(rows.dtype).reshape(-1, rows.shape[1])
+            return jnp.einsum("bf,kf->kb", rows, vectors, precision="highest")
+
+        return {path: products(vectors) for path, (vectors,) in vectors.items()}
 
     def row_gradients(self, arrays: dict[int, Any], cotangent: Any) -> jax.Array:
         """[B, F]: the gradient of the parameter, flat, by every row."""
@@ -194,8 +204,12 @@ class Repeated(Meeting):
         return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)
 
 
-def _count(vectors, stacked) -> int:
-    return next(iter(vectors.values()))[0].shape[0] if stacked else 1
+def _loops_over_rows(eqn, operands) -> bool:
+    """Whether ``row_loop`` can take this product."""
+    meshes = [jax.typeof(value.primal).sharding.mesh for value in operands]
+    automatic = all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
+    precision = eqn.params["precision"]  # else a DotAlgorithm, with accumulators of its own
+    return automatic and (precision is None or isinstance(precision, tuple))
 
 
 def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -> Meeting:
@@ -220,7 +234,7 @@ def _kind(eqn, operands, rows) -> type[Meeting]:
     if not (data.is_data and isinstance(data.rows, Rows) and real):
         return Meeting
     if name == "dot_general" and not any(eqn.params["dimension_numbers"][1]):
-        return Product
+        return Product if _loops_over_rows(eqn, operands) else Meeting
     (place,) = rows
     is_repeated = jnp.shape(parameter.primal)[place.axis : place.axis + 1] == (1,)
     if name in ELEMENTWISE and place.outer * place.inner == 1 and is_repeated:

@@ -5,8 +5,12 @@
 
 A loop over rows that are sharded would make XLA gather them. Behind ``custom_partitioning`` every
 device goes through its own rows, and two all-reduces are left: of the total over the mesh axes of
-the rows, and of the dots over those of the features.
+the rows, and of the dots over those of the features. On meshes with explicit or manual axes the
+types of the operands say where they are, which ``custom_partitioning`` does not heed.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ghostjax._walk._meeting import wide_dtype
 
 
-def _products(a, c):
+def _products(a, c, precision):
     """a^T c for one row, with sums in float32 or wider."""
     wide = wide_dtype(a, c)
 
     def native(a, c):
-        return jax.lax.dot_general(a, c, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        return jax.lax.dot_general(
+            a, c, (((0,), (0,)), ((), ())), precision, preferred_element_type=wide
+        )
 
     def widened(a, c):
         return native(a.astype(wide), c.astype(wide))
@@ -34,11 +40,11 @@ def _products(a, c):
     return jax.lax.platform_dependent(a, c, cpu=widened, default=native)
 
 
-def _loop(a, c, directions):
+def _loop(a, c, directions, precision):
     wide = wide_dtype(a, c)
 
     def step(total, row):
-        part = _products(*row)
+        part = _products(*row, precision)
         dots = [jnp.sum(part * direction.astype(wide)) for direction in directions]
         return total + part, jnp.stack(dots)
 
@@ -46,59 +52,69 @@ def _loop(a, c, directions):
     return total, dots.T
 
 
-def _plain(a, c, directions):
+def _plain(precision, a, c, directions):
     """The same by ordinary products, which can be differentiated."""
     wide = wide_dtype(a, c)
     a, c, directions = (array.astype(wide) for array in (a, c, directions))
-    tangents = jnp.einsum("bti,kio->kbto", a, directions)
-    return jnp.einsum("bti,bto->io", a, c), jnp.einsum("kbto,bto->kb", tangents, c)
+    tangents = jnp.einsum("bti,kio->kbto", a, directions, precision=precision)
+    dots = jnp.sum(tangents * c[None], axis=(2, 3))
+    return jnp.einsum("bti,bto->io", a, c, precision=precision), dots
 
 
-def _partition(mesh, operands, results):
+def _partition(precision, mesh, operands, results):
+    """Rows, positions and features stay where they are, each mesh axis with the first of them."""
     del results
+    taken: set[str] = set()
 
-    def axis(operand, number):
+    def axes(operand, number):
         spec = operand.sharding.spec
-        return spec[number] if number < len(spec) else None
+        names = spec[number] if number < len(spec) else None
+        names = (names,) if isinstance(names, str) else names or ()
+        found = tuple(name for name in names if name not in taken)
+        taken.update(found)
+        return found
 
     a, c, _ = operands
-    rows, inputs, outputs = axis(a, 0), axis(a, 2), axis(c, 2)
+    rows, positions, inputs, outputs = axes(a, 0), axes(a, 1), axes(a, 2), axes(c, 2)
 
     def local(a, c, directions):
-        total, dots = _loop(a, c, directions)
-        if rows is not None:
-            total = jax.lax.psum(total, rows)
-        features = [name for name in (inputs, outputs) if name is not None]
-        if features:
-            dots = jax.lax.psum(dots, jax.tree.leaves(features))
+        total, dots = _loop(a, c, directions, precision)
+        if rows or positions:
+            total = jax.lax.psum(total, rows + positions)
+        if positions or inputs or outputs:
+            dots = jax.lax.psum(dots, positions + inputs + outputs)
         return total, dots
 
     def placed(*spec):
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
-    operands = (
-        placed(rows, None, inputs),
-        placed(rows, None, outputs),
-        placed(None, inputs, outputs),
-    )
-    return mesh, local, (placed(inputs, outputs), placed(None, rows)), operands
+    operands = placed(rows, positions, inputs), placed(rows, positions, outputs)
+    results = placed(inputs, outputs), placed((), rows)
+    return mesh, local, results, (*operands, placed((), inputs, outputs))
 
 
-_partitioned = custom_partitioning(_loop)
+_partitioned = custom_partitioning(_loop, static_argnums=(3,))
 _partitioned.def_partition(partition=_partition, sharding_rule="b t i, b t o, k i o -> i o, k b")
-_sequential = jax.custom_batching.sequential_vmap(lambda *operands: _partitioned(*operands))
 
 
-@jax.custom_vjp
-def row_loop(a: jax.Array, c: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def row_loop(
+    precision: Any, a: jax.Array, c: jax.Array, directions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(total [i, o], dots [K, B]) of a [B, T, i], c [B, T, o] and directions [K, i, o].
 
-    Products take the operands' dtype; sums are float32 or wider.
+    Products take the operands' dtype, and ``precision`` as in ``jax.lax.dot_general``; sums are
+    float32 or wider.
     """
-    return _sequential(a, c, directions)
+
+    @jax.custom_batching.sequential_vmap
+    def loop(*operands):
+        return _partitioned(*operands, precision)
+
+    return loop(a, c, directions)
 
 
-row_loop.defvjp(
-    lambda *operands: (row_loop(*operands), operands),
-    lambda operands, cotangents: jax.vjp(_plain, *operands)[1](cotangents),
-)
+@row_loop.defjvp
+def _(precision, operands, tangents):
+    plain = functools.partial(_plain, precision)
+    return row_loop(precision, *operands), jax.jvp(plain, operands, tangents)[1]

@@ -63,7 +63,8 @@ class TrainConfig:
       order: Where the validation gradient is taken. 1: at the parameters. 2: half-way along the
         update, so that scores know about curvature, for one more gradient of the validation rows.
       dtype: What is computed in. Parameters, sums and scores are float32.
-      remat: Recompute activations in the backward pass, to save memory.
+      remat: Recompute activations in the backward pass, to save memory; takes a second pass for the
+        scores.
       audit_every: Every so many steps, two rows are redone by plain autodiff. 0: never.
       checkpoint_every: Every so many steps, the log and a checkpoint are written to disk.
       seed: Seed of the initial parameters, the order of the examples and all sampling.

@@ -95,7 +95,7 @@ class GPT(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=size.layers,
-            # XLA merges the two backward passes of a training step unless they are loops.
+            # A loop stacks what its backward pass needs: more memory and time, if layers are few.
             unroll=size.layers if size.layers <= FEW_LAYERS else 1,
         )
         x, _ = blocks(size, self.dtype, name="blocks")(x, None)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from ghostjax import directions, fidelity
-from ghostjax._aggregate import aggregate
 from ghostjax._dots import GradDots, conservation_error, value_grad_and_dots
+from ghostjax._late import value_and_dots_fn
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 
@@ -63,6 +63,7 @@ def make_step(
     *,
     order: int = 1,
     microbatches: int = 1,
+    remat: bool = False,
 ):
     """The jitted step ``(state, train_rows, val_rows, audited) -> (state, StepRecord)``.
 
@@ -72,9 +73,12 @@ def make_step(
     Args:
       kinds: for every leaf of the parameters, the number of its kind.
       order: 1, or 2 for validation gradients half-way along the update.
-      microbatches: how many parts of the batch are differentiated one after another. XLA merges the
-        two backward passes over the training rows, for the update and for its scores, into one;
-        but not two loops.
+      microbatches: how many parts of the batch are differentiated one after another.
+      remat: whether to save memory rather than time.
+
+    One forward and one backward pass over the training rows give the gradient, and the factors that
+    the scores are made of when it is known. With ``remat`` or several parts a second pass is made
+    instead: factors kept of all layers and rows would need the memory that is to be saved.
 
     ``train_rows`` are [B, ...], ``val_rows`` [K, PARTS, V / PARTS, ...]; ``audited`` are the rows
     to be redone by plain autodiff, [n], or all -1 for none.
@@ -102,70 +106,58 @@ def make_step(
         losses, grads = jax.lax.map(one, rows)
         return losses, grads[0], grads[-1]
 
-    def in_parts(rows):
-        return jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
-
-    def gradient(params, rows):
+    def differentiate(params, rows):
+        """(loss, row losses), gradient, and what gives ``GradDots`` for stacked directions."""
         if microbatches == 1:
-            return jax.grad(mean_loss)(params, rows)
+            fn = value_and_dots_fn(loss_fn, has_aux=True, remat=remat)
+            outputs, grads, dots = fn(params, rows)
+            return outputs, grads, dots.result
+        parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
 
         def add(total, rows):
-            return jax.tree.map(jnp.add, total, jax.grad(mean_loss)(params, rows)), None
+            (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+            return jax.tree.map(jnp.add, total, grads), losses
 
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), in_parts(rows))
-        return jax.tree.map(lambda leaf: leaf / microbatches, total)
+        total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
+        losses = losses.reshape(-1)
+        loss = jnp.mean(losses)
 
-    def train(params, rows, direction):
-        """One pass; or several, one after another, of parts of the batch."""
-        fn = directions.stacked(value_grad_and_dots(loss_fn, has_aux=True))
+        def result(direction):
+            def one(rows):
+                found = value_grad_and_dots(mean_loss)(params, rows, direction=direction)
+                return found.dots, found.shared
 
-        def one(rows):
-            return fn(params, rows, direction=direction)
+            dots, shared = jax.lax.map(one, parts)
+            dots = jax.tree.map(
+                lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1), dots
+            )
+            shared = jax.tree.map(lambda leaf: leaf.mean(0), shared)
+            return GradDots(loss, losses, grads, dots, shared, "mean")
 
-        if microbatches == 1:
-            return one(rows)
-
-        def add(total, rows):
-            result = one(rows)
-            sums = jax.tree.map(jnp.add, total, (result.value, result.grads, result.shared))
-            return sums, (result.aux, result.dots)
-
-        parts = in_parts(rows)
-        shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            (shapes.value, shapes.grads, shapes.shared),
-        )
-        sums, (losses, dots) = jax.lax.scan(add, zeros, parts)
-        value, grads, shared = jax.tree.map(lambda leaf: leaf / microbatches, sums)
-        dots = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1), dots)
-        return GradDots(value, losses.reshape(-1), grads, dots, shared, "mean")
+        return (loss, losses), grads, result
 
     def step(state, train_rows, val_rows, audited):
         params, opt_state = state.params, state.opt_state
         sets = jax.tree.leaves(val_rows)[0].shape[0]
         flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        grads = gradient(params, train_rows)
+        (loss, losses), grads, dots = differentiate(params, train_rows)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         val_losses, plain_grads, part_grads = validate(params, updates, flat_rows)
         plain_grads, val_grads = jax.tree.map(
             lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1),
             (plain_grads, part_grads),
         )
-        by_part = jax.vmap(
-            lambda val_grads: directions.through_optimizer(
-                optimizer, opt_state, params, grads, val_grads
-            )
-        )(part_grads)
+        by_part = directions.through_optimizer(optimizer, opt_state, params, grads, part_grads)
         # The plain gradients are there for comparison alone.
         direction = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, plain_grads)
-        result = train(params, train_rows, direction)
+        result = dots(direction)
 
         new_params = optax.apply_updates(params, updates)
         new_losses = jax.lax.map(lambda rows: mean_loss(new_params, rows), flat_rows)
 
-        rows = result.aux.shape[0]
-        scores = jax.vmap(aggregate)(result.dots) / rows
+        rows = losses.shape[0]
+        scores = result.total() / rows
         parts, plain = jnp.split(scores, [sets * PARTS])
         parts = parts.reshape(sets, PARTS, rows)
         own = parts.mean(1)
@@ -188,8 +180,8 @@ def make_step(
             lambda: jnp.float32(jnp.nan),
         )
         record = StepRecord(
-            loss=result.value,
-            row_losses=result.aux,
+            loss=loss,
+            row_losses=losses,
             scores=own,
             errors=jax.vmap(fidelity.standard_error)(parts),
             kinds=_by_kind(result.dots, kinds, own),

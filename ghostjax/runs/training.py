@@ -94,6 +94,7 @@ class Trainer:
             [self.kinds.index(kind) for kind in found],
             order=config.order,
             microbatches=config.microbatches,
+            remat=config.remat,
         )
 
     def init_params(self) -> Any:

@@ -1,4 +1,4 @@
-"""What value_grad_and_dots costs by XLA's own figures, on the GPT-2 shape of the benchmarks.
+"""What dots cost by XLA's own figures, on the GPT-2 shape of the benchmarks.
 
 The floor of any exact method is a plain step and the gradient of the validation rows. How much
 LLVM optimizes changes neither FLOPs nor scratch memory: both are fixed before.
@@ -6,10 +6,11 @@ LLVM optimizes changes neither FLOPs nor scratch memory: both are fixed before.
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from benchmarks import _models
-from ghostjax import value_grad_and_dots
+from ghostjax import directions, explain, value_and_dots_fn, value_grad_and_dots
 
 TRAIN_ROWS, VAL_ROWS = 4, 4
 SIZES = {"LAYERS": 2, "FEATURES": 128, "HEADS": 4, "POSITIONS": 64, "VOCABULARY": 512}
@@ -52,22 +53,65 @@ def test_cost_over_the_floor(setup):
     assert flops > floor_flops + 0.5 * forward_flops  # or XLA counts something else
 
 
+def test_cost_of_a_direction_made_of_the_gradient(setup):
+    """The training rows see one forward and one backward pass, though the direction comes late."""
+    loss_fn, args = setup
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def through_optimizer(params, grads, val):
+        state, val_grads = optimizer.init(params), jax.grad(loss_fn)(params, val)
+        return directions.through_optimizer(optimizer, state, params, grads, val_grads)
+
+    def floor(params, train, val):
+        value, grads = jax.value_and_grad(loss_fn)(params, train)
+        return value, grads, through_optimizer(params, grads, val)
+
+    def with_dots(params, train, val):
+        value, grads, dots = value_and_dots_fn(loss_fn)(params, train)
+        return value, grads, dots.result(through_optimizer(params, grads, val)).total()
+
+    forward_flops, _ = figures(lambda params, train, val: loss_fn(params, train), *args)
+    floor_flops, floor_bytes = figures(floor, *args)
+    flops, scratch_bytes = figures(with_dots, *args)
+    assert flops <= 1.01 * (floor_flops + forward_flops)
+    assert scratch_bytes <= 1.10 * floor_bytes
+
+
 def test_cost_of_further_directions(setup):
-    """vmap over K directions repeats the tangent products and nothing else."""
+    """K directions repeat the products with directions, at most, and nothing else."""
     loss_fn, (params, train, _) = setup
-    fn = value_grad_and_dots(loss_fn)
 
-    def many(params, train, directions):
-        def one(direction):
-            result = fn(params, train, direction=direction)
-            return result.value, result.grads, result.total()
+    def early(params, train, directions):
+        result = value_grad_and_dots(loss_fn)(params, train, direction=directions)
+        return result.value, result.grads, result.total()
 
-        return jax.vmap(one, out_axes=(None, None, 0))(directions)
+    def late(params, train, directions):
+        value, grads, dots = value_and_dots_fn(loss_fn)(params, train)
+        return value, grads, dots.result(directions).total()
 
     def stacked(count):
         return jax.tree.map(lambda leaf: jnp.stack([leaf] * count), params)
 
     forward_flops, _ = figures(loss_fn, params, train)
-    one_flops, _ = figures(many, params, train, stacked(1))
-    four_flops, _ = figures(many, params, train, stacked(4))
-    assert four_flops - one_flops <= 1.01 * 3 * forward_flops
+    for many in (early, late):
+        one_flops, _ = figures(many, params, train, stacked(1))
+        four_flops, _ = figures(many, params, train, stacked(4))
+        assert four_flops - one_flops <= 1.01 * 3 * forward_flops
+
+
+def test_explained_cost(setup):
+    """``explain`` says beforehand what XLA counts."""
+    loss_fn, (params, train, _) = setup
+
+    def with_dots(params, train, direction):
+        result = value_grad_and_dots(loss_fn)(params, train, direction=direction)
+        return result.value, result.grads, result.dots
+
+    explanation = explain(loss_fn)(params, train)
+    plain_flops, _ = figures(jax.value_and_grad(loss_fn), params, train)
+    flops, _ = figures(with_dots, params, train, params)
+    assert {str(use.route) for use in explanation.uses} == {"tangent"}
+    assert explanation.plain_flops == pytest.approx(plain_flops, rel=0.03)
+    extra = explanation.flops - explanation.plain_flops
+    assert extra == pytest.approx(flops - plain_flops, rel=0.03)
+    assert explanation.cost == pytest.approx(flops / plain_flops, rel=0.01)

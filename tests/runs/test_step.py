@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -174,9 +175,19 @@ def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     assert record.audit_error < 1e-4
 
 
+@pytest.mark.parametrize(("remat", "passes"), [(False, 1), (True, 2)])
+def test_forward_passes_over_the_training_rows(optimizer, kinds, remat, passes):
+    """Told by the activations of the perceptrons."""
+    step = make_step(TASK.row_losses, optimizer, kinds, order=2, remat=remat)
+    jaxpr = jax.make_jaxpr(step)(start(optimizer), BATCHES[0], VAL, NOBODY)
+    hidden = rf"f32\[{NUM_TRAIN},{LENGTH},{4 * SIZES['micro'].features}\] = tanh"
+    assert len(re.findall(hidden, str(jaxpr))) == passes
+
+
 @pytest.mark.slow
-def test_microbatches_change_nothing_but_memory(optimizer, step, warm, kinds):
-    split = make_step(TASK.row_losses, optimizer, kinds, microbatches=2)
+@pytest.mark.parametrize("options", [{"microbatches": 2}, {"remat": True}], ids=str)
+def test_saving_memory_changes_nothing_else(optimizer, step, warm, kinds, options):
+    split = make_step(TASK.row_losses, optimizer, kinds, **options)
     state, record = step(warm(), BATCHES[2], VAL, NOBODY)
     found_state, found = split(warm(), BATCHES[2], VAL, NOBODY)
     for name in ("scores", "errors"):

@@ -1,0 +1,191 @@
+"""What ``explain`` returns, and how it is printed."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from ghostjax._walk import Route
+
+HEADER = (
+    "parameter",
+    "meets data in",
+    "times",
+    "row axis",
+    "dots",
+    "route",
+    "FLOP",
+    "late route",
+    "late FLOP",
+    "late bytes",
+)
+NUMBERS = frozenset({"times", "FLOP", "late FLOP", "late bytes"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One parameter in one operation where it meets data.
+
+    Attributes:
+      parameter: its path, as ``jax.tree_util.keystr`` writes it.
+      operation: where they meet, and the source line: "dot_general at model.py:12"; a loop or a
+        branch where the parameter becomes what it carries or gives; "the loss" if it is that.
+      times: how often: the product of the lengths of the loops around it.
+      row_axis: which axis of the result holds the B rows: "0", "0 = B x 6" if merged with others,
+        "vmap" with ``per_example``, "-" where there is none.
+      in_rows: whether the dots of this use belong to rows; if not, they are in ``shared``.
+      route: of ``value_grad_and_dots`` to the dots: "tangent", "rows", "features" or "rule", a
+        ``Route``.
+      flops: FLOPs of that route for all directions, on top of the plain step.
+      late_route, late_flops: the same for ``value_and_dots_fn``.
+      late_bytes: bytes of the factors that ``value_and_dots_fn`` keeps.
+
+    FLOPs and bytes are those of all ``times``. Where several parameters meet data in one operation
+    at once, it is divided among them equally.
+    """
+
+    parameter: str
+    operation: str
+    times: int
+    row_axis: str
+    in_rows: bool
+    route: Route
+    flops: int
+    late_route: Route
+    late_flops: int
+    late_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Where parameters meet data, how their dots are made there, and what that costs.
+
+    Attributes:
+      uses: a row per parameter and operation, in the order of the parameters.
+      unused: parameters that meet no data.
+      num_rows: B.
+      directions: K, or None for one direction without a leading axis.
+      backend: the one that routes are for.
+      plain_flops: FLOPs of ``jax.value_and_grad``.
+      push_flops: of pushing the directions through what is made of parameters alone, such as casts.
+      uncounted: operations of the plain step whose work shapes do not tell, such as while loops:
+        one round of them is in ``plain_flops``.
+
+    Two things are bounds: of branches that are chosen from at run time, ``plain_flops`` has the
+    largest and ``uses`` has all; and what a custom_vjp rule does for the dots counts in full, where
+    a compiler may merge it with the backward pass. The FLOPs of the gradient that a direction is
+    made of are in no number.
+    """
+
+    uses: tuple[Use, ...]
+    unused: tuple[str, ...]
+    num_rows: int
+    directions: int | None
+    backend: str
+    plain_flops: int
+    push_flops: int
+    uncounted: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of ``value_grad_and_dots``."""
+        return self.plain_flops + self.push_flops + sum(use.flops for use in self.uses)
+
+    @property
+    def late_flops(self) -> int:
+        """FLOPs of ``value_and_dots_fn`` and of its dots."""
+        return self.plain_flops + self.push_flops + sum(use.late_flops for use in self.uses)
+
+    @property
+    def cost(self) -> float:
+        """FLOPs of ``value_grad_and_dots`` over those of the plain step."""
+        return self.flops / max(self.plain_flops, 1)
+
+    @property
+    def late_cost(self) -> float:
+        """FLOPs of ``value_and_dots_fn`` and its dots over those of the plain step."""
+        return self.late_flops / max(self.plain_flops, 1)
+
+    @property
+    def late_bytes(self) -> int:
+        """Bytes of all factors that ``value_and_dots_fn`` keeps."""
+        return sum(use.late_bytes for use in self.uses)
+
+    def __str__(self) -> str:
+        table = [HEADER, *self._cells()]
+        widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+                for name, cell, width in zip(HEADER, row, widths)
+            ).rstrip()
+            for row in table
+        ]
+        return "\n".join([*lines, "", *self._summary()])
+
+    def __rich__(self) -> Any:
+        """For ``rich.print``."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        for name in HEADER:
+            justify = "right" if name in NUMBERS else "left"
+            table.add_column(name, justify=justify, overflow="fold")
+        for row in self._cells():
+            table.add_row(*map(Text, row))  # brackets in names are no markup
+        return Group(table, *map(Text, self._summary()))
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                use.parameter,
+                _shortened(use.operation),
+                str(use.times),
+                use.row_axis,
+                "rows" if use.in_rows else "shared",
+                use.route,
+                in_units(use.flops),
+                use.late_route,
+                in_units(use.late_flops),
+                in_units(use.late_bytes, 1024),
+            )
+            for use in self.uses
+        ]
+
+    def _summary(self) -> list[str]:
+        count, factors = self.directions or 1, in_units(self.late_bytes, 1024)
+        plain, dots, late = map(in_units, (self.plain_flops, self.flops, self.late_flops))
+        lines = [
+            f"{self.num_rows} rows, {count} direction{'s' * (count > 1)}, on {self.backend}",
+            f"plain step           {plain:>6} FLOP",
+            f"value_grad_and_dots  {dots:>6} FLOP, {self.cost:.2f} of the plain step",
+            f"value_and_dots_fn    {late:>6} FLOP, {self.late_cost:.2f} of the plain step; keeps "
+            f"{factors}B of factors",
+        ]
+        if self.push_flops:
+            lines.append(
+                f"of both, {in_units(self.push_flops)} FLOP to move the directions to the data"
+            )
+        if self.unused:
+            lines.append(f"unused: {', '.join(self.unused)}")
+        if self.uncounted:
+            places = ", ".join(map(_shortened, self.uncounted))
+            lines.append(f"counted once, however often they run: {places}")
+        return lines
+
+
+def in_units(amount: int, base: int = 1000) -> str:
+    """Three digits and a unit: 1.23 G, or with a base of 1024 1.15 Gi."""
+    prefixes = ("", "k", "M", "G", "T", "P") if base == 1000 else ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+    size, power = float(amount), 0
+    while size >= 999.5 and power < len(prefixes) - 1:
+        size, power = size / base, power + 1
+    digits = 0 if not power or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {prefixes[power]}"
+
+
+def _shortened(operation: str) -> str:
+    """The name of the file without its folders."""
+    name, at, place = operation.partition(" at ")
+    return f"{name}{at}{pathlib.PurePath(place).name}"
