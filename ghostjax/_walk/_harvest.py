@@ -41,6 +41,7 @@ class Harvest(Walk):
         if self.num_rows is None:
             outputs = one_per_row(outputs, self.marker)
         if self.slots is None:
+            self.emitted[key] = kept
             self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
             return outputs
         self.emitted[key] = set_aside(kept, self.slots[key])
