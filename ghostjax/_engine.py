@@ -11,11 +11,11 @@ import numpy as np
 
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
-from ghostjax._dots import wide_zeros
+from ghostjax._dots import like_rows, wide_zeros
 from ghostjax._errors import RowAxisError
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax._types import EngineResult
-from ghostjax._walk import Found, Rows, Split, mapped, summed
+from ghostjax._walk import Found, Rows, Split, mapped, summed, typed_as
 from ghostjax.linen.layernorm import NORM_MEETINGS, capturing_norms
 
 
@@ -145,11 +145,11 @@ def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight
     found, specs = _find(loss, arrays, loss.num_rows - num_train)
     at_once = found.at_once()
     slots = {
-        key: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in spec]
+        key: [jnp.zeros_like(leaf) for leaf in spec]
         for key, spec in specs.items()
         if key not in at_once
     }
-    taps = [wide_zeros(leaf, (num_train,)) for leaf in arrays.params]
+    taps = [_zero_dots(leaf, num_train, arrays) for leaf in arrays.params]
     meetings = {}
 
     def run(params, taps, slots):
@@ -160,6 +160,7 @@ def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight
 
     losses, pull_back, kept = jax.vjp(run, arrays.params, taps, slots, has_aux=True)
     weights = jnp.full(loss.num_rows, val_weight, losses.dtype).at[:num_train].set(train_weight)
+    weights = typed_as(weights, jax.typeof(losses))
     grads, dots, cotangents = pull_back(weights)
     if not slots:
         return losses, grads, dots
@@ -192,12 +193,18 @@ def _later(loss: Loss, arrays: Arrays, factors: dict[str, Any]):
 
     vectors = push(pulled("val"))
     num_train = next(iter(factors.values()))[0].num_train
-    dots = [wide_zeros(leaf, (num_train,)) for leaf in arrays.params]
+    dots = [_zero_dots(leaf, num_train, arrays) for leaf in arrays.params]
     for key, (meeting, *own) in factors.items():
         for path, found in summed(meeting.dots, meeting, *own, vectors[key]).items():
             chex.assert_shape(found, (num_train,))
-            dots[path] = dots[path] + found
+            dots[path] = dots[path] + typed_as(found, jax.typeof(dots[path]))
     return pulled("train"), dots
+
+
+def _zero_dots(param: Any, num_train: int, arrays: Arrays) -> jax.Array:
+    """[B], sharded as the rows of the batch are."""
+    rows = arrays.batch[0].shape[0]
+    return like_rows(wide_zeros(param, (rows,)), arrays.batch)[:num_train]
 
 
 def _find(loss: Loss, arrays: Arrays, val_rows: int) -> tuple[Found, dict[str, Any]]:

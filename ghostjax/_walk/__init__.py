@@ -3,6 +3,7 @@
 from ghostjax._walk import _control as _control
 from ghostjax._walk import _custom_rules as _custom_rules
 from ghostjax._walk._directed import Directed as Directed
+from ghostjax._walk._directed import typed_as as typed_as
 from ghostjax._walk._harvest import Harvest as Harvest
 from ghostjax._walk._harvest import contract as contract
 from ghostjax._walk._harvest import mapped as mapped

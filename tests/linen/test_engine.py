@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import GradDotProdEngine, aggregate, testing
 from tests.linen.cases import CASES, VOCAB, Block, TiedHead, activations, perturbed, squared
@@ -259,21 +259,26 @@ def test_a_nan_reaches_its_own_row_only(name):
     np.testing.assert_allclose(dots[rest], clean[rest], rtol=1e-5)
 
 
-def test_rows_sharded_over_devices_give_dots_sharded_alike():
-    loss_fn, params, batch, _ = tied(rows=24)
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [
+        ("tied_head", AxisType.Auto),
+        ("layernorm_rank_3", AxisType.Explicit),
+        ("scan_of_remat", AxisType.Explicit),
+    ],
+    ids=["automatic", "explicit", "explicit_scan"],
+)
+def test_rows_sharded_over_devices_give_dots_sharded_alike(name, axis_type, standard_promotion):
+    loss_fn, params, batch = CASES[name](24, 7, jnp.float32)
     engine = GradDotProdEngine(loss_fn, val_batch_size=8)
     expected = engine(params, batch)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(
-        lambda params, batch: engine(params, batch).dots,
-        in_shardings=(everywhere, rows),
-        out_shardings=rows,
-    )
-    dots = step(params, batch)
-    testing.assert_dots_close(dots, jax.device_get(expected.dots))
-    assert all(leaf.sharding.is_equivalent_to(rows, 1) for leaf in jax.tree.leaves(dots))
+    params, batch = jax.device_put((params, batch), (NamedSharding(mesh, PartitionSpec()), rows))
+    result = jax.jit(engine)(params, batch)
+    testing.assert_dots_close(jax.device_get(result.dots), jax.device_get(expected.dots))
+    testing.assert_dots_close(jax.device_get(result.grads), jax.device_get(expected.grads))
+    assert all(leaf.sharding.is_equivalent_to(rows, 1) for leaf in jax.tree.leaves(result.dots))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

@@ -84,6 +84,27 @@ def test_low_precision_of_parameters():
         assert max(errors.values()) <= max(rounding.values())
 
 
+@pytest.mark.parametrize("uses", [1, 2])
+def test_dots_are_as_wide_as_their_parameters(uses):
+    """Whatever width they are used in."""
+
+    def loss_fn(params, x):
+        scale = params["s"].astype(x.dtype)[None]
+        for _ in range(uses):
+            x = jnp.tanh(x @ params["w"].astype(x.dtype) * scale)
+        return means(x)
+
+    with jax.enable_x64(True):
+        params = {"w": np.asarray(draw(4, 4), np.float64), "s": draw(4)}
+        for dtype in (np.float32, np.float64):
+            _, result = check(loss_fn, params, np.asarray(X, dtype))
+            for tree in (result.dots, result.grads):
+                assert jax.tree.map(lambda leaf: leaf.dtype, tree) == {
+                    "w": jnp.dtype(jnp.float64),
+                    "s": jnp.dtype(jnp.float32),
+                }
+
+
 def test_a_number_that_is_none_reaches_its_own_row_only():
     def loss_fn(params, x):
         return means(jnp.tanh(dense(params, x)) @ params["w"].T)
