@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghostjax import conservation_error, testing, value_grad_and_dots
+from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
 
 ROWS, POSITIONS, FEATURES = 6, 6, 5  # T = B: no axis is told by its size
+K = 3
 
 
 def draw(*shape, seed=0):
@@ -18,6 +19,14 @@ def direction_like(params):
     generator = np.random.default_rng(9)
     return jax.tree.map(
         lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), params
+    )
+
+
+def directions_like(params, count=K):
+    """Stacked."""
+    generator = np.random.default_rng(9)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(generator.normal(size=(count, *leaf.shape)), leaf.dtype), params
     )
 
 
@@ -32,8 +41,19 @@ def expected_dots(row_losses, params, batch, direction):
     )
 
 
+def expected_stacked(row_losses, params, batch, directions):
+    """The same for stacked directions: a tree of [K, B]."""
+    grads = testing.per_example_grads(row_losses, params, batch)
+
+    def products(rows, vectors):
+        rows, vectors = (np.asarray(array, np.float64) for array in (rows, vectors))
+        return vectors.reshape(len(vectors), -1) @ rows.reshape(len(rows), -1).T
+
+    return jax.tree.map(products, grads, directions)
+
+
 def one_by_one(row_losses, params, batch, direction):
-    """The same from batches of one row, whose gradients nothing vectorizes or adds up."""
+    """``expected_dots`` from batches of one row, whose gradients nothing vectorizes or adds up."""
 
     grad = jax.jit(jax.grad(lambda params, single: row_losses(params, single)[0]))
 
@@ -72,6 +92,36 @@ def check(row_losses, params, batch, reduction="mean", *, exact_gradient=True):
     errors = jax.tree.leaves(conservation_error(result, direction))
     assert max(errors) <= 1e-5
     return result
+
+
+def check_late(row_losses, params, batch, reduction="mean", *, exact_gradient=True):
+    """The same of ``value_and_dots_fn``, with one direction and with several."""
+    reduce = {"mean": jnp.mean, "sum": jnp.sum}[reduction]
+    directions = directions_like(params)
+    first = jax.tree.map(lambda leaf: leaf[0], directions)
+
+    def loss_fn(params, batch):
+        return reduce(row_losses(params, batch))
+
+    fn = value_and_dots_fn(loss_fn, loss_reduction=reduction)
+
+    @jax.jit
+    def run(params, batch, first, directions):
+        value, grads, dots = fn(params, batch)
+        return value, grads, dots.result(first), dots.result(directions)
+
+    value, grads, one, several = run(params, batch, first, directions)
+    expected = expected_stacked(row_losses, params, batch, directions)
+    testing.assert_dots_close(several.dots, expected)
+    testing.assert_dots_close(one.dots, jax.tree.map(lambda leaf: leaf[0], expected))
+    plain = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
+    if exact_gradient:
+        chex.assert_trees_all_equal((value, grads), plain)
+    else:
+        testing.assert_dots_close((value, grads), plain, rtol=1e-6)
+    for result, vectors in ((one, first), (several, directions)):
+        errors = conservation_error(result, vectors)
+        assert max(np.max(leaf) for leaf in jax.tree.leaves(errors)) <= 1e-5
 
 
 def mean_squares(outputs):

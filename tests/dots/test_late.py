@@ -11,30 +11,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ghostjax
 from ghostjax import testing
-from tests.dots.checks import DENSE, FEATURES, X, activations, dense, draw, mean_squares
+from tests.dots.checks import (
+    DENSE,
+    FEATURES,
+    K,
+    X,
+    activations,
+    dense,
+    directions_like,
+    draw,
+    expected_stacked,
+    mean_squares,
+)
 from tests.dots.functions import FUNCTIONS
 from tests.dots.models import MODELS, ROUNDED
 from tests.dots.test_per_example import LOSSES, PARAMS
-
-K = 3
-
-
-def directions_like(params, count=K):
-    generator = np.random.default_rng(9)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(generator.normal(size=(count, *leaf.shape)), leaf.dtype), params
-    )
-
-
-def expected_dots(row_losses, params, batch, directions):
-    """A tree of [K, B]."""
-    grads = testing.per_example_grads(row_losses, params, batch)
-
-    def products(rows, vectors):
-        rows, vectors = (np.asarray(array, np.float64) for array in (rows, vectors))
-        return vectors.reshape(len(vectors), -1) @ rows.reshape(len(rows), -1).T
-
-    return jax.tree.map(products, grads, directions)
 
 
 def late(loss_fn, **settings):
@@ -80,7 +71,7 @@ def test_stacked_directions(name, standard_promotion):
 
     directions = directions_like(params)
     results = run(params, batch, directions)
-    check(results, expected_dots(losses, params, batch, directions), directions)
+    check(results, expected_stacked(losses, params, batch, directions), directions)
     value, grads = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
     for result in results:
         if name in ROUNDED or "checkpoint" in name:
@@ -94,7 +85,7 @@ def test_stacked_directions(name, standard_promotion):
 def test_stacked_directions_of_a_loss_of_one_row(loss, form):
     x, directions = activations(), directions_like(PARAMS)
     run = jax.jit(FORMS[form](loss, per_example=True))
-    expected = expected_dots(jax.vmap(loss, (None, 0)), PARAMS, x, directions)
+    expected = expected_stacked(jax.vmap(loss, (None, 0)), PARAMS, x, directions)
     check([run(PARAMS, x, directions)], expected, directions)
 
 
@@ -120,7 +111,7 @@ def test_branches_on_activations(form):
         return jnp.sin(jnp.sum(dense(params, x), 1) * params["b"][:1])
 
     directions = directions_like(DENSE)
-    expected = expected_dots(losses, DENSE, X, directions)
+    expected = expected_stacked(losses, DENSE, X, directions)
     check([jax.jit(FORMS[form](loss_fn))(DENSE, X, directions)], expected, directions)
 
 
@@ -140,7 +131,7 @@ def test_a_direction_made_of_the_gradient(remat):
     directions = jax.tree.map(
         lambda several, grad: several.at[0].set(jnp.sin(grad)), directions_like(DENSE), grads
     )
-    expected = expected_dots(dense_losses, DENSE, X, directions)
+    expected = expected_stacked(dense_losses, DENSE, X, directions)
     for result in (found, dots(jax.tree.map(jnp.sin, grads))):
         testing.assert_dots_close(result, jax.tree.map(lambda leaf: leaf[0], expected))
     testing.assert_dots_close(dots(directions), expected)
@@ -173,7 +164,7 @@ def test_arguments_in_any_place_and_aux(form):
     def losses(params, x):
         return 2 * dense_losses(dict(zip("wb", params)), x + aux["noise"])
 
-    expected = expected_dots(losses, (DENSE["w"], DENSE["b"]), X, directions)
+    expected = expected_stacked(losses, (DENSE["w"], DENSE["b"]), X, directions)
     check([result], expected, directions)
 
 
@@ -184,7 +175,7 @@ def test_what_belongs_to_no_row():
     def loss_fn(params, x):
         return dense_loss(params, x) + 0.1 * jnp.sum(params["w"] ** 2)
 
-    expected = expected_dots(dense_losses, DENSE, X, directions)
+    expected = expected_stacked(dense_losses, DENSE, X, directions)
     results = [jax.jit(make(loss_fn))(DENSE, X, directions) for make in FORMS.values()]
     check(results, expected, directions)
     decay = 0.2 * np.tensordot(directions["w"], DENSE["w"], axes=2)
@@ -225,7 +216,7 @@ def test_a_batch_sharded_over_devices(axis_type, form):
     whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     args = jax.device_put((params, x, directions), (whole, rows, whole))
     result = jax.jit(FORMS[form](dense_loss))(*args)
-    testing.assert_dots_close(result.dots, expected_dots(dense_losses, params, x, directions))
+    testing.assert_dots_close(result.dots, expected_stacked(dense_losses, params, x, directions))
     split = NamedSharding(mesh, PartitionSpec(None, "data"))
     for leaf in (*jax.tree.leaves(result.dots), result.total()):
         assert leaf.sharding.is_equivalent_to(split, leaf.ndim)

@@ -1,0 +1,85 @@
+"""Late directions against per-row autodiff: all models of the tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghostjax import conservation_error, testing, value_and_dots_fn
+from tests.dots.checks import (
+    POSITIONS,
+    ROWS,
+    check_late,
+    directions_like,
+    expected_stacked,
+)
+from tests.dots.functions import FUNCTIONS
+from tests.dots.layers import LAYERS
+from tests.dots.libraries import EQUINOX, LIBRARIES, over_rows
+from tests.dots.models import MODELS, ROUNDED, SUMMED
+from tests.linen.cases import CASES
+
+QUICK = {
+    "gpt2_scan_remat",
+    "gru_of_padded_sequences",
+    "cnn",
+    "branches_in_a_scan",
+    "low_rank_adapter",
+    "custom_vjp_norm",
+    "checkpoint_names",
+    "equinox_mlp",
+    "tied_head",
+}
+
+# XLA fuses the operations of the gradient otherwise where cotangents of a branch are kept; without
+# jit they are the same to the bit.
+FUSED_OTHERWISE = {"branches_in_a_scan"}
+# Its norm takes biases away, so that their gradient is zero but for rounding.
+CANCELLED = {"instancenorm"}
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def some_slow(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(MODELS))
+def test_models(name):
+    reduction = "sum" if name in SUMMED else "mean"
+    check_late(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
+
+
+@pytest.mark.parametrize("name", some_slow(LAYERS | FUNCTIONS))
+def test_layers_and_functions(name):
+    exact_gradient = "checkpoint" not in name and name not in FUSED_OTHERWISE
+    check_late(*(LAYERS | FUNCTIONS)[name](), exact_gradient=exact_gradient)
+
+
+@pytest.mark.parametrize("name", some_slow(LIBRARIES))
+def test_libraries(name):
+    with jax.numpy_rank_promotion("allow"):
+        check_late(*LIBRARIES[name](), exact_gradient="remat" not in name)
+
+
+@pytest.mark.parametrize("name", some_slow(name for name in CASES if name not in CANCELLED))
+def test_flax_models(name):
+    check_late(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient="remat" not in name)
+
+
+@pytest.mark.parametrize("name", some_slow(EQUINOX))
+def test_equinox_models_of_one_row(name):
+    with jax.numpy_rank_promotion("allow"):
+        loss, params, batch = EQUINOX[name]()
+        directions = directions_like(params)
+
+        @jax.jit
+        def run(params, batch, directions):
+            dots = value_and_dots_fn(loss, per_example=True)(params, batch)[2]
+            return dots.result(directions)
+
+        result = run(params, batch, directions)
+        expected = expected_stacked(over_rows(loss), params, batch, directions)
+    testing.assert_dots_close(result.dots, expected)
+    errors = conservation_error(result, directions)
+    assert max(np.max(leaf) for leaf in jax.tree.leaves(errors)) <= 1e-5
