@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import check_direction
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax._walk import Directed
+from ghostjax.core import Directed
 
 
 @jax.tree_util.register_dataclass

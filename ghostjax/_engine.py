@@ -15,7 +15,7 @@ from ghostjax._dots import like_rows, wide_zeros
 from ghostjax._errors import RowAxisError
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax._types import EngineResult
-from ghostjax._walk import Found, Rows, Split, mapped, summed, typed_as
+from ghostjax.core import Found, Rows, Split, mapped, summed, typed_as
 from ghostjax.linen.layernorm import NORM_MEETINGS, capturing_norms
 
 

@@ -21,11 +21,11 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
-from ghostjax._walk._inside import inside, is_container
-from ghostjax._walk._meeting import Meeting, is_inexact
-from ghostjax._walk._routes import KINDS, make_meeting
-from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
-from ghostjax._walk._values import Value, paths_of
+from ghostjax.core.inside import inside, is_container
+from ghostjax.core.meeting import Meeting, is_inexact
+from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.routes import KINDS, make_meeting
+from ghostjax.core.values import Value, paths_of
 
 WAY_OUT = (
     "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "

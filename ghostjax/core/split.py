@@ -7,9 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ghostjax._walk._directed import through_channel, typed_as
-from ghostjax._walk._parts import Parts
-from ghostjax._walk._walk import Walk
+from ghostjax.core.directed import through_channel, typed_as
+from ghostjax.core.parts import Parts
+from ghostjax.core.walk import Walk
 
 
 @dataclasses.dataclass

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from ghostjax._walk._meeting import Meeting, Route, wide_dtype
-from ghostjax._walk._row_loop import row_loop
-from ghostjax._walk._rows import Rows
+from ghostjax.core.meeting import Meeting, Route, wide_dtype
+from ghostjax.core.places import Rows
+from ghostjax.core.row_loop import row_loop
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}

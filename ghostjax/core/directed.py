@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from ghostjax._channel import all_but_one, channel
-from ghostjax._walk._meeting import Meeting, one_per_row
-from ghostjax._walk._walk import Walk
+from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.walk import Walk
 
 
 class Directed(Walk):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._channel import set_aside
-from ghostjax._walk._directed import through_channel
-from ghostjax._walk._meeting import Meeting, one_per_row
-from ghostjax._walk._walk import Walk
+from ghostjax.core.directed import through_channel
+from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.walk import Walk
 
 
 class Harvest(Walk):
