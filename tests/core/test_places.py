@@ -358,7 +358,7 @@ def test_mixed_operands_do_not_move_rows():
     branch = jax.make_jaxpr(lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x))(X2).jaxpr
     assert infer(branch, [Rows(0)], B) == [Rows(0)]
     places = r"Rows\(axis=0, outer=1, inner=1\) and Rows\(axis=1, outer=1, inner=1\)"
-    where = r"dot_general at .*test_rows.py:\d+"
+    where = rf"dot_general at {re.escape(__file__)}:\d+"
     assert re.fullmatch(f"{where} meets rows at different places: {places}", mixed.reason)
 
 
