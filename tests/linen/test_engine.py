@@ -275,7 +275,8 @@ def test_rows_sharded_over_devices_give_dots_sharded_alike(name, axis_type, stan
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     params, batch = jax.device_put((params, batch), (NamedSharding(mesh, PartitionSpec()), rows))
-    result = jax.jit(engine)(params, batch)
+    with jax.set_mesh(mesh):
+        result = jax.jit(engine)(params, batch)
     testing.assert_dots_close(jax.device_get(result.dots), jax.device_get(expected.dots))
     testing.assert_dots_close(jax.device_get(result.grads), jax.device_get(expected.grads))
     assert all(leaf.sharding.is_equivalent_to(rows, 1) for leaf in jax.tree.leaves(result.dots))
