@@ -50,7 +50,8 @@ class GradDotProdEngine:
     Raises:
       RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
       ValueError, TypeError: the batch, the parameters or the losses do not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked.
+      NotImplementedError: a parameter goes into an operation that cannot be walked, or the result
+        is differentiated.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -130,12 +131,29 @@ class GradDotProdEngine:
         dots = [leaf / scale for leaf in dots]
         chex.assert_shape(dots, (num_train,))
         train, val = losses[:num_train], losses[num_train:]
-        return EngineResult(
+        result = EngineResult(
             value=jnp.mean(train) if self.loss_reduction == "mean" else jnp.sum(train),
             val_value=jnp.mean(val),
             grads=jax.tree.unflatten(loss.params, grads),
             dots=jax.tree.unflatten(loss.params, dots),
         )
+        return _undifferentiated(result, params)
+
+
+@jax.custom_jvp
+def _undifferentiated(result: EngineResult, params: Any) -> EngineResult:
+    """``result``; an error where it is to be differentiated by ``params``."""
+    del params
+    return result
+
+
+@_undifferentiated.defjvp
+def _(primals, tangents):
+    raise NotImplementedError(
+        "what GradDotProdEngine returns cannot be differentiated: parameters are constants in its "
+        "pass. Its grads are the gradient of its value; for derivatives of dots take "
+        "value_grad_and_dots, which can be differentiated, or stop_gradient what goes in."
+    )
 
 
 def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight):

@@ -289,3 +289,11 @@ def test_parameters_that_are_not_real_floats():
     params = {**DENSE_PARAMS, "step": jnp.zeros((), jnp.int32), "phase": jnp.ones(2, jnp.complex64)}
     with pytest.raises(TypeError, match=r"\['phase'\]: complex64\n(.|\n)*\['step'\]: int32"):
         call(losses, params, activations(ROWS, FEATURES))
+
+
+def test_a_derivative_of_the_result():
+    engine = GradDotProdEngine(losses, val_batch_size=2)
+    batch = activations(ROWS, FEATURES)
+    for part in (lambda result: result.value, lambda result: result.total()[0]):
+        with pytest.raises(NotImplementedError, match="cannot be differentiated"):
+            jax.grad(lambda params, part=part: part(engine(params, batch)))(DENSE_PARAMS)
