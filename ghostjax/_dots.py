@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import check_direction
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax._walk import Directed
+from ghostjax.core import Directed
 
 
 @jax.tree_util.register_dataclass
@@ -184,7 +184,7 @@ def directed(loss: Loss, arrays: Arrays, direction: Any, directions: int | None)
     """
     leading = () if directions is None else (directions,)
     rows = (*leading, loss.num_rows)
-    taps = [_like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
+    taps = [like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
     shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
     stacked = directions is not None
     vectors = loss.push(arrays, jax.tree.leaves(direction), stacked)
@@ -222,7 +222,7 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 
-def _like_rows(tap, batch):
+def like_rows(tap, batch):
     """Explicit axes of a mesh, and manual ones, are part of a type: dots have that of the rows."""
 
     def by_row(leaf):

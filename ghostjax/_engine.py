@@ -11,11 +11,11 @@ import numpy as np
 
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
-from ghostjax._dots import wide_zeros
+from ghostjax._dots import like_rows, wide_zeros
 from ghostjax._errors import RowAxisError
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax._types import EngineResult
-from ghostjax._walk import Found, Rows, Split, mapped, summed
+from ghostjax.core import Found, Rows, Split, mapped, summed, typed_as
 from ghostjax.linen.layernorm import NORM_MEETINGS, capturing_norms
 
 
@@ -50,7 +50,8 @@ class GradDotProdEngine:
     Raises:
       RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
       ValueError, TypeError: the batch, the parameters or the losses do not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked.
+      NotImplementedError: a parameter goes into an operation that cannot be walked, or the result
+        is differentiated.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -130,12 +131,29 @@ class GradDotProdEngine:
         dots = [leaf / scale for leaf in dots]
         chex.assert_shape(dots, (num_train,))
         train, val = losses[:num_train], losses[num_train:]
-        return EngineResult(
+        result = EngineResult(
             value=jnp.mean(train) if self.loss_reduction == "mean" else jnp.sum(train),
             val_value=jnp.mean(val),
             grads=jax.tree.unflatten(loss.params, grads),
             dots=jax.tree.unflatten(loss.params, dots),
         )
+        return _undifferentiated(result, params)
+
+
+@jax.custom_jvp
+def _undifferentiated(result: EngineResult, params: Any) -> EngineResult:
+    """``result``; an error where it is to be differentiated by ``params``."""
+    del params
+    return result
+
+
+@_undifferentiated.defjvp
+def _(primals, tangents):
+    raise NotImplementedError(
+        "what GradDotProdEngine returns cannot be differentiated: parameters are constants in its "
+        "pass. Its grads are the gradient of its value; for derivatives of dots take "
+        "value_grad_and_dots, which can be differentiated, or stop_gradient what goes in."
+    )
 
 
 def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight):
@@ -145,11 +163,11 @@ def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight
     found, specs = _find(loss, arrays, loss.num_rows - num_train)
     at_once = found.at_once()
     slots = {
-        key: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in spec]
+        key: [jnp.zeros_like(leaf) for leaf in spec]
         for key, spec in specs.items()
         if key not in at_once
     }
-    taps = [wide_zeros(leaf, (num_train,)) for leaf in arrays.params]
+    taps = [_zero_dots(leaf, num_train, arrays) for leaf in arrays.params]
     meetings = {}
 
     def run(params, taps, slots):
@@ -160,6 +178,7 @@ def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight
 
     losses, pull_back, kept = jax.vjp(run, arrays.params, taps, slots, has_aux=True)
     weights = jnp.full(loss.num_rows, val_weight, losses.dtype).at[:num_train].set(train_weight)
+    weights = typed_as(weights, jax.typeof(losses))
     grads, dots, cotangents = pull_back(weights)
     if not slots:
         return losses, grads, dots
@@ -192,12 +211,18 @@ def _later(loss: Loss, arrays: Arrays, factors: dict[str, Any]):
 
     vectors = push(pulled("val"))
     num_train = next(iter(factors.values()))[0].num_train
-    dots = [wide_zeros(leaf, (num_train,)) for leaf in arrays.params]
+    dots = [_zero_dots(leaf, num_train, arrays) for leaf in arrays.params]
     for key, (meeting, *own) in factors.items():
         for path, found in summed(meeting.dots, meeting, *own, vectors[key]).items():
             chex.assert_shape(found, (num_train,))
-            dots[path] = dots[path] + found
+            dots[path] = dots[path] + typed_as(found, jax.typeof(dots[path]))
     return pulled("train"), dots
+
+
+def _zero_dots(param: Any, num_train: int, arrays: Arrays) -> jax.Array:
+    """[B], sharded as the rows of the batch are."""
+    rows = arrays.batch[0].shape[0]
+    return like_rows(wide_zeros(param, (rows,)), arrays.batch)[:num_train]
 
 
 def _find(loss: Loss, arrays: Arrays, val_rows: int) -> tuple[Found, dict[str, Any]]:

@@ -14,7 +14,7 @@ from ghostjax._flops import equation_flops, flops, flops_after, rounds_unknown
 from ghostjax._jaxprs import describe_operation
 from ghostjax._late import harvesting
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax._walk import Meeting, Rows
+from ghostjax.core import Meeting, Rows
 
 
 def explain(

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from ghostjax._walk import Route
+from ghostjax.core import Route
 
 HEADER = (
     "parameter",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ghostjax._checks import check_direction
 from ghostjax._dots import GradDots, directed, wide_zeros
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax._walk import Harvest, Meeting, contract
+from ghostjax.core import Harvest, Meeting, contract
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

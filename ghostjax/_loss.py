@@ -11,7 +11,7 @@ from jax.extend import core
 
 from ghostjax._checks import batch_rows, check_argnums, check_parameters
 from ghostjax._jaxprs import live_equations
-from ghostjax._walk import Push, Rows, Value, Walk
+from ghostjax.core import Push, Rows, Value, Walk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

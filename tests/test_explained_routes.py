@@ -7,7 +7,7 @@ import pytest
 from ghostjax import explain, value_grad_and_dots
 from ghostjax._jaxprs import inner_jaxprs
 from ghostjax._late import value_and_dots_fn
-from ghostjax._walk import Route
+from ghostjax.core import Route
 from tests.dots.checks import draw
 
 

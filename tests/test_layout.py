@@ -16,7 +16,7 @@ RANKS = {
     "_jaxprs": 1,
     "_flops": 2,
     "_scalars": 2,
-    "_walk": 2,
+    "core": 2,
     "_explanation": 3,
     "_loss": 3,
     "_dots": 4,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_val_batch_size
-from ghostjax._walk import Rows, infer
+from ghostjax.core import Rows, infer
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 

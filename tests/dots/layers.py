@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import ad_checkpoint
+from jax.ad_checkpoint import checkpoint_name
 
 from tests.dots.checks import FEATURES, activations, draw, mean_squares
 
@@ -187,7 +187,7 @@ def quantised_weights():
 
 @layer
 def checkpoint_names():
-    name = ad_checkpoint.checkpoint_name
+    name = checkpoint_name
     policy = jax.checkpoint_policies.save_only_these_names("hidden")
 
     def losses(params, x):

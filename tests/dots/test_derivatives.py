@@ -8,7 +8,7 @@ import pytest
 
 from ghostjax import testing, value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
-from ghostjax._walk import _routes
+from ghostjax.core import routes
 from tests.dots.checks import FEATURES, ROWS, activations, direction_like, draw, mean_squares
 from tests.dots.layers import fused_norm
 
@@ -78,7 +78,7 @@ ROUTES = ("tangent", "rows")
 
 
 def take(route, monkeypatch):
-    monkeypatch.setattr(_routes, "rows_cost_less", lambda *_, **__: route == "rows")
+    monkeypatch.setattr(routes, "rows_cost_less", lambda *_, **__: route == "rows")
 
 
 def expected_derivatives(losses, count):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from ghostjax._walk import Meeting
+from ghostjax.core import Meeting
 from tests.dots.checks import (
     DENSE,
     FEATURES,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ghostjax import testing, value_grad_and_dots
-from ghostjax._walk._lookups import promises
+from ghostjax.core.lookups import promises
 from tests.dots.checks import (
     FEATURES,
     check,

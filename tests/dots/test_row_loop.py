@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from ghostjax._walk import _routes
-from ghostjax._walk._row_loop import row_loop
+from ghostjax.core import routes
+from ghostjax.core.row_loop import row_loop
 from tests.dots.checks import K, directions_like, draw, expected_stacked, mean_squares
 
 
@@ -20,7 +20,7 @@ def taken(monkeypatch):
         found.append((sizes, directions, gradient))
         return True
 
-    monkeypatch.setattr(_routes, "rows_cost_less", always)
+    monkeypatch.setattr(routes, "rows_cost_less", always)
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
-from ghostjax._walk import _routes
+from ghostjax.core import routes
 from tests.dots.checks import directions_like, draw, expected_stacked, mean_squares
 
 PARAMS = {"first": draw(8, 16) / 3, "second": draw(16, 8) / 3}
@@ -62,7 +62,7 @@ def take_rows(monkeypatch):
         taken.append(sizes)
         return True
 
-    monkeypatch.setattr(_routes, "rows_cost_less", always)
+    monkeypatch.setattr(routes, "rows_cost_less", always)
     return taken
 
 
@@ -140,7 +140,7 @@ def test_what_the_loop_itself_tells_other_devices(rows, axes, reduces):
     c = jax.device_put(draw(16, 4, 6, seed=2), NamedSharding(mesh, outputs))
     spec = PartitionSpec(None, *(rows[2:3] or (None,)), axes[2])
     directions = jax.device_put(draw(3, 8, 6, seed=3), NamedSharding(mesh, spec))
-    loop = jax.jit(_routes.row_loop, static_argnums=0)
+    loop = jax.jit(routes.row_loop, static_argnums=0)
     compiled = loop.lower(None, a, c, directions).compile()
     assert collectives(compiled) == {"all-reduce": reduces}
     total, dots = compiled(a, c, directions)

@@ -1,5 +1,7 @@
 """What the engine promises beyond the numbers of one batch."""
 
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import GradDotProdEngine, aggregate, testing
 from tests.linen.cases import CASES, VOCAB, Block, TiedHead, activations, perturbed, squared
@@ -104,11 +106,11 @@ def test_one_trace_for_equal_shapes():
         return loss_fn(params, batch)
 
     engine = GradDotProdEngine(counted, val_batch_size=V)
-    engine(params, batch)
-    first = len(calls)
     for _ in range(3):
         engine(params, batch)
-    assert len(calls) == first == 3  # at N rows, at 2N rows, and the pass that is differentiated
+    assert len(calls) == 1
+    engine(params, jax.tree.map(lambda leaf: leaf[1:], batch))
+    assert len(calls) == 2
 
 
 def test_inside_a_larger_jitted_step_with_donation(tied_result):
@@ -257,21 +259,27 @@ def test_a_nan_reaches_its_own_row_only(name):
     np.testing.assert_allclose(dots[rest], clean[rest], rtol=1e-5)
 
 
-def test_rows_sharded_over_devices_give_dots_sharded_alike():
-    loss_fn, params, batch, _ = tied(rows=24)
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [
+        ("tied_head", AxisType.Auto),
+        ("layernorm_rank_3", AxisType.Explicit),
+        ("scan_of_remat", AxisType.Explicit),
+    ],
+    ids=["automatic", "explicit", "explicit_scan"],
+)
+def test_rows_sharded_over_devices_give_dots_sharded_alike(name, axis_type, standard_promotion):
+    loss_fn, params, batch = CASES[name](24, 7, jnp.float32)
     engine = GradDotProdEngine(loss_fn, val_batch_size=8)
     expected = engine(params, batch)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(
-        lambda params, batch: engine(params, batch).dots,
-        in_shardings=(everywhere, rows),
-        out_shardings=rows,
-    )
-    dots = step(params, batch)
-    testing.assert_dots_close(dots, jax.device_get(expected.dots))
-    assert all(leaf.sharding.is_equivalent_to(rows, 1) for leaf in jax.tree.leaves(dots))
+    params, batch = jax.device_put((params, batch), (NamedSharding(mesh, PartitionSpec()), rows))
+    with jax.set_mesh(mesh):
+        result = jax.jit(engine)(params, batch)
+    testing.assert_dots_close(jax.device_get(result.dots), jax.device_get(expected.dots))
+    testing.assert_dots_close(jax.device_get(result.grads), jax.device_get(expected.grads))
+    assert all(leaf.sharding.is_equivalent_to(rows, 1) for leaf in jax.tree.leaves(result.dots))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -307,14 +315,29 @@ def test_cost_is_one_forward_shaped_product_more():
     assert engine <= 1.02 * (plain + product)
 
 
-def test_coverage_names_the_calls_of_every_parameter():
+def test_coverage_names_the_operations_of_every_parameter():
     _, params, batch, engine = tied()
-    coverage = engine.coverage(params, batch)
-    assert coverage["['Embed_0']['embedding']"] == [
-        "Embed.__call__ (Embed_0)",
-        "Embed.attend (Embed_0)",
-    ]
-    assert len(coverage) == len(jax.tree.leaves(params))
+    coverage = engine.coverage({**params, "unused": jnp.ones(2)}, batch)
+    here = r".*cases\.py:\d+"
+    expected = {
+        "['Embed_0']['embedding']": [rf"gather in _take at {here}", rf"dot_general at {here}"],
+        "['LayerNorm_0']['scale']": [rf"ghostjax_LayerNorm_bias_scale at {here}"],
+        "['LayerNorm_0']['bias']": [rf"ghostjax_LayerNorm_bias_scale at {here}"],
+        "['Dense_0']['kernel']": [rf"dot_general at {here}"],
+        "['Dense_0']['bias']": [rf"add at {here}"],
+        "['unused']": [],
+    }
+    assert coverage.keys() == expected.keys()
+    for name, places in coverage.items():
+        assert len(places) == len(expected[name])
+        assert all(map(re.fullmatch, expected[name], places)), places
+
+
+def test_coverage_names_the_line_of_a_cell_that_a_library_loops_over():
+    loss_fn, params, batch = CASES["gru"](B + V, 3, jnp.float32)
+    coverage = GradDotProdEngine(loss_fn, val_batch_size=V).coverage(params, batch)
+    [place] = coverage["['GRUCell_0']['hn']['kernel']"]
+    assert re.fullmatch(r"dot_general in scan at .*cases\.py:\d+", place)
 
 
 def test_scanned_layers_carry_no_records():

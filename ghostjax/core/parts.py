@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
-from ghostjax._walk._meeting import Meeting, masked, wide_dtype
-from ghostjax._walk._routes import Product, Repeated, make_meeting
-from ghostjax._walk._rows import Rows
-from ghostjax._walk._values import Value
+from ghostjax.core.meeting import Meeting, masked, wide_dtype
+from ghostjax.core.places import Rows
+from ghostjax.core.routes import Product, Repeated, make_meeting
+from ghostjax.core.values import Value
 
 # Their parameters hold no shapes, so that they can be applied to some of the rows.
 _ELEMENTWISE = frozenset(["add", "atan2", "div", "max", "min", "mul", "pow", "select_n", "sub"])

@@ -8,7 +8,7 @@ from typing import Any
 from jax.extend import core
 
 from ghostjax._jaxprs import bind, is_var
-from ghostjax._walk._rows import CALLS
+from ghostjax.core.places import CALLS
 
 Atom = Any  # the number of a value, or a literal
 

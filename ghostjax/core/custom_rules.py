@@ -17,16 +17,16 @@ import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
-from ghostjax._walk._linear import Kind, NotLinearError, is_real_or_complex
-from ghostjax._walk._lookups import as_run
-from ghostjax._walk._meeting import Meeting, Route, masked, row_sums, wide_dtype
-from ghostjax._walk._program import Program, is_literal, run
-from ghostjax._walk._push import PUSHES
-from ghostjax._walk._routes import KINDS
-from ghostjax._walk._rows import Mixed, RowInfo, Rows
-from ghostjax._walk._rule_rows import Places, follow, kinds_of, split_at_sums
-from ghostjax._walk._rules import pullback, pushforward
-from ghostjax._walk._walk import CHECKS, WAY_OUT
+from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
+from ghostjax.core.lookups import as_run
+from ghostjax.core.meeting import Meeting, Route, masked, row_sums, wide_dtype
+from ghostjax.core.places import Mixed, RowInfo, Rows
+from ghostjax.core.program import Program, is_literal, run
+from ghostjax.core.push import PUSHES
+from ghostjax.core.routes import KINDS
+from ghostjax.core.rule_rows import Places, follow, kinds_of, split_at_sums
+from ghostjax.core.rules import pullback, pushforward
+from ghostjax.core.walk import CHECKS, WAY_OUT
 
 
 class RuleMeeting(Meeting):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import scan_counts
-from ghostjax._walk._row_rules import (
+from ghostjax.core.place_rules import (
     ELEMENTWISE,
     PASSED,
     RULES,

@@ -3,7 +3,7 @@
 A meeting is one equation whose operands are data and values made of parameters alone. From what it
 keeps of its operands, the cotangent c of its output and a direction G at its parameter operand
 follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for every row i. Routes to
-the same numbers that cost less for some shapes are in ``_routes``.
+the same numbers that cost less for some shapes are in ``routes``.
 """
 
 import enum
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._jaxprs import bind, is_var, live_equations
-from ghostjax._walk._lookups import as_gradients_see
-from ghostjax._walk._rows import Rows, split_rows
-from ghostjax._walk._values import Value, paths_of
+from ghostjax.core.lookups import as_gradients_see
+from ghostjax.core.places import Rows, split_rows
+from ghostjax.core.values import Value, paths_of
 
 
 def tangents_of(function, primals: Sequence[Any], moving: Sequence[int], vectors) -> list[Any]:
@@ -71,7 +71,7 @@ class TangentProgram:
 
 
 class Route(enum.StrEnum):
-    """The ways from a meeting to its dots; what each costs is said in ``_routes``.
+    """The ways from a meeting to its dots; what each costs is said in ``routes``.
 
     Attributes:
       TANGENT: the direction is pushed through the operation, and paired with the cotangent.

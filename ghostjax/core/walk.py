@@ -21,11 +21,11 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
-from ghostjax._walk._inside import inside, is_container
-from ghostjax._walk._meeting import Meeting, is_inexact
-from ghostjax._walk._routes import KINDS, make_meeting
-from ghostjax._walk._rows import Mixed, RowInfo, Rows, propagate
-from ghostjax._walk._values import Value, paths_of
+from ghostjax.core.inside import inside, is_container
+from ghostjax.core.meeting import Meeting, is_inexact
+from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.routes import KINDS, make_meeting
+from ghostjax.core.values import Value, paths_of
 
 WAY_OUT = (
     "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
@@ -231,7 +231,8 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
                 raise RowAxisError(
                     f"{describe_operation(eqn, around)} combines rows with a value in which rows "
                     f"are mixed ({info.reason}), so that no row has a gradient of its own. "
-                    f"{WAY_OUT}"
+                    "Statistics of the batch have to be constants, as the running averages of "
+                    f"BatchNorm are. {WAY_OUT}"
                 )
     if any(actives):
         for jaxpr, *given in inside(eqn, infos, actives, num_rows):

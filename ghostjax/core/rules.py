@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from ghostjax._jaxprs import bind
-from ghostjax._walk._linear import is_real_or_complex
-from ghostjax._walk._program import Program, program_of
+from ghostjax.core.linear import is_real_or_complex
+from ghostjax.core.program import Program, program_of
 
 
 def pullback(eqn: Any, active: Sequence[bool], wanted: Sequence[bool]) -> Program:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ghostjax._walk._meeting import wide_dtype
+from ghostjax.core.meeting import wide_dtype
 
 
 def _products(a, c, precision):

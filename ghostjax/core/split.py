@@ -7,9 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ghostjax._walk._directed import through_channel
-from ghostjax._walk._parts import Parts
-from ghostjax._walk._walk import Walk
+from ghostjax.core.directed import through_channel, typed_as
+from ghostjax.core.parts import Parts
+from ghostjax.core.walk import Walk
 
 
 @dataclasses.dataclass
@@ -89,10 +89,12 @@ class Split(Walk):
             "taps": {path: self.taps[path] for path in meeting.moving},
             "operands": {k: v.primal for k, v in enumerate(operands) if v.tangents},
         }
+        kinds = {path: jax.typeof(tap) for path, tap in carried["taps"].items()}
 
         def backward(kept, cotangents):
             dots, gradients = meeting.at_once(kept, cotangents)
             chex.assert_shape(list(dots.values()), (self.num_train,))
+            dots = {path: typed_as(found, kinds[path]) for path, found in dots.items()}
             return {"taps": dots, "operands": gradients}
 
         return through_channel(meeting, backward, outputs, carried, kept)

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.extend import core
 
-from ghostjax._walk._rows import Mixed, Rows, infer, join, propagate, split_rows
+from ghostjax.core.places import Mixed, Rows, infer, join, propagate, split_rows
 
 B = 4
 MIXED = "mixed"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ghostjax._walk._rows import RowInfo
+from ghostjax.core.places import RowInfo
 
 
 @jax.tree_util.register_dataclass

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax._walk._lookups import promises
-from ghostjax._walk._meeting import TangentProgram, is_inexact, tangents_of
-from ghostjax._walk._values import paths_of
-from ghostjax._walk._walk import Walk
+from ghostjax.core.lookups import promises
+from ghostjax.core.meeting import TangentProgram, is_inexact, tangents_of
+from ghostjax.core.values import paths_of
+from ghostjax.core.walk import Walk
 
 # By primitive of parameters alone: ``(eqn, primals, moving, name) -> push``, where forward mode
 # does not serve.

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from ghostjax._walk._meeting import Meeting, Route, wide_dtype
-from ghostjax._walk._row_loop import row_loop
-from ghostjax._walk._rows import Rows, split_rows
+from ghostjax.core.meeting import Meeting, Route, wide_dtype
+from ghostjax.core.places import Rows
+from ghostjax.core.row_loop import row_loop
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}
@@ -188,17 +188,19 @@ class Repeated(Meeting):
             arrays[k].astype(wide) if k in arrays else jnp.zeros(aval.shape, wide)
             for k, aval in enumerate(self._avals)
         ]
-        repeated = list(self._shape)
-        repeated[rows.axis] = self.num_rows
 
-        def of_rows(parameter):
+        def of_entries(parameter):
             operands = list(primals)
             operands[self.parameter] = parameter
             return self._function(*operands)
 
-        parameter = jnp.broadcast_to(primals[self.parameter], repeated)
-        (gradients,) = jax.vjp(of_rows, parameter)[1](cotangent.astype(wide))
-        return split_rows(gradients, rows, self.num_rows)
+        cotangent = cotangent.astype(wide)
+        # One for every entry, which on explicit axes of a mesh is sharded as the cotangent is.
+        parameter = primals[self.parameter] + jnp.zeros_like(cotangent)
+        (gradients,) = jax.vjp(of_entries, parameter)[1](cotangent)
+        others = [k for k, size in enumerate(self._shape) if size == 1 and k != rows.axis]
+        gradients = jnp.moveaxis(jnp.sum(gradients, axis=others, keepdims=True), rows.axis, 0)
+        return gradients.reshape(self.num_rows, -1)
 
     def parameter_like(self, gradient: jax.Array) -> jax.Array:
         return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)

@@ -6,8 +6,8 @@ from typing import Any
 from jax.extend import core
 
 from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
-from ghostjax._walk._row_rules import RULES, Mixed, RowInfo, Rows
-from ghostjax._walk._rows import propagate
+from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
+from ghostjax.core.places import propagate
 
 Inside = tuple[core.Jaxpr, list[RowInfo], list[bool]]
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from ghostjax._channel import all_but_one, channel
-from ghostjax._walk._meeting import Meeting, one_per_row
-from ghostjax._walk._walk import Walk
+from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.walk import Walk
 
 
 class Directed(Walk):
@@ -54,7 +54,7 @@ class Directed(Walk):
             else:
                 sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
             for name, expected in types.items():
-                found[name] = {path: _typed_as(sums[path], kind) for path, kind in expected.items()}
+                found[name] = {path: typed_as(sums[path], kind) for path, kind in expected.items()}
             return found
 
         residuals = meeting.keep(operands), self.slots[key]
@@ -72,7 +72,7 @@ def through_channel(meeting: Meeting, backward, outputs, carried, residuals) -> 
     return outputs
 
 
-def _typed_as(array: jax.Array, kind: Any) -> jax.Array:
+def typed_as(array: jax.Array, kind: Any) -> jax.Array:
     """On a mesh of explicit axes, shardings are part of a type."""
     array = array.astype(kind.dtype)
     if jax.typeof(array).sharding.spec == kind.sharding.spec:

@@ -6,18 +6,18 @@ from typing import Any
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation, is_var
-from ghostjax._walk._inside import inside, is_container
-from ghostjax._walk._linear import (
+from ghostjax.core.inside import inside, is_container
+from ghostjax.core.linear import (
     Kind,
     NotLinearError,
     is_real_or_complex,
     kind_of_literal,
     kinds_after,
 )
-from ghostjax._walk._program import Program, Step, is_literal
-from ghostjax._walk._row_rules import Mixed, RowInfo, Rows, shape_of
-from ghostjax._walk._rows import propagate
-from ghostjax._walk._walk import WAY_OUT, check_rows
+from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
+from ghostjax.core.places import propagate
+from ghostjax.core.program import Program, Step, is_literal
+from ghostjax.core.walk import WAY_OUT, check_rows
 
 
 @dataclasses.dataclass

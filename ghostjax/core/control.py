@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._jaxprs import scan_counts
-from ghostjax._walk._inside import slice_rows
-from ghostjax._walk._rows import join
-from ghostjax._walk._values import Value
-from ghostjax._walk._walk import HANDLERS, Walk, stack_rows
+from ghostjax.core.inside import slice_rows
+from ghostjax.core.places import join
+from ghostjax.core.values import Value
+from ghostjax.core.walk import HANDLERS, Walk, stack_rows
 
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

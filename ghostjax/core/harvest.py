@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._channel import set_aside
-from ghostjax._walk._directed import through_channel
-from ghostjax._walk._meeting import Meeting, one_per_row
-from ghostjax._walk._walk import Walk
+from ghostjax.core.directed import through_channel
+from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.walk import Walk
 
 
 class Harvest(Walk):
@@ -41,6 +41,7 @@ class Harvest(Walk):
         if self.num_rows is None:
             outputs = one_per_row(outputs, self.marker)
         if self.slots is None:
+            self.emitted[key] = kept
             self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
             return outputs
         self.emitted[key] = set_aside(kept, self.slots[key])
