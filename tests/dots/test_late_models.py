@@ -19,8 +19,8 @@ from tests.dots.libraries import EQUINOX, LIBRARIES, over_rows
 from tests.dots.models import MODELS, ROUNDED, SUMMED
 from tests.linen.cases import CASES
 
+# GPT-2 is in test_late.
 QUICK = {
-    "gpt2_scan_remat",
     "gru_of_padded_sequences",
     "cnn",
     "branches_in_a_scan",
