@@ -211,7 +211,9 @@ def _loops_over_rows(eqn, operands) -> bool:
     meshes = [jax.typeof(value.primal).sharding.mesh for value in operands]
     automatic = all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
     precision = eqn.params["precision"]  # else a DotAlgorithm, with accumulators of its own
-    return automatic and (precision is None or isinstance(precision, tuple))
+    # XLA's older partitioner ends the process at operations that only the newer one can split.
+    splits = getattr(jax.config, "jax_use_shardy_partitioner", True)
+    return automatic and splits and (precision is None or isinstance(precision, tuple))
 
 
 def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -> Meeting:

@@ -6,7 +6,8 @@
 A loop over rows that are sharded would make XLA gather them. Behind ``custom_partitioning`` every
 device goes through its own rows, and two all-reduces are left: of the total over the mesh axes of
 the rows, and of the dots over those of the features. On meshes with explicit or manual axes the
-types of the operands say where they are, which ``custom_partitioning`` does not heed.
+types of the operands say where they are, which ``custom_partitioning`` does not heed. Nor can
+``jax.export`` write it down for several devices.
 """
 
 import functools

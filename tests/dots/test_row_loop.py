@@ -244,6 +244,17 @@ def test_the_precision_that_was_asked_for():
     assert every == highest
 
 
+def test_the_older_partitioner_gets_tangents(taken):
+    newer = jax.config.jax_use_shardy_partitioner
+    fn = value_grad_and_dots(mean_of(dense_losses))
+    try:
+        jax.config.update("jax_use_shardy_partitioner", False)
+        jax.eval_shape(lambda v: fn(DENSE, X, direction=v), directions_like(DENSE))
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", newer)
+    assert not taken
+
+
 def test_products_with_accumulators_of_their_own_take_tangents(taken):
     """A DotAlgorithm says what sums are made in, and need not allow float32."""
     params, algorithm = DENSE, jax.lax.DotAlgorithmPreset.F32_F32_F32
