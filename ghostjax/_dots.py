@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import check_direction
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Directed
+from ghostjax.core import Directed, zeros_of
 
 
 @jax.tree_util.register_dataclass
@@ -231,7 +231,7 @@ def like_rows(tap, batch):
         return jnp.sum(leaf, axis=range(1, leaf.ndim))
 
     kind = jax.eval_shape(by_row, batch[0])
-    return jnp.broadcast_to(jnp.zeros_like(kind, tap.dtype), tap.shape)
+    return jnp.broadcast_to(zeros_of(kind.update(dtype=tap.dtype)), tap.shape)
 
 
 def wide_zeros(param: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -15,7 +15,7 @@ from ghostjax._dots import like_rows, wide_zeros
 from ghostjax._errors import RowAxisError
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax._types import EngineResult
-from ghostjax.core import Found, Rows, Split, mapped, summed, typed_as
+from ghostjax.core import Found, Rows, Split, mapped, summed, typed_as, zeros_of
 from ghostjax.linen.layernorm import NORM_MEETINGS, capturing_norms
 
 
@@ -163,9 +163,7 @@ def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight
     found, specs = _find(loss, arrays, loss.num_rows - num_train)
     at_once = found.at_once()
     slots = {
-        key: [jnp.zeros_like(leaf) for leaf in spec]
-        for key, spec in specs.items()
-        if key not in at_once
+        key: [zeros_of(leaf) for leaf in spec] for key, spec in specs.items() if key not in at_once
     }
     taps = [_zero_dots(leaf, num_train, arrays) for leaf in arrays.params]
     meetings = {}

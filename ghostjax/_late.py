@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ghostjax._checks import check_direction
 from ghostjax._dots import GradDots, directed, wide_zeros
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Harvest, Meeting, contract
+from ghostjax.core import Harvest, Meeting, contract, zeros_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -209,4 +209,4 @@ def harvesting(loss: Loss, arrays: Arrays):
 def empty_slots(run, params) -> dict[str, Any]:
     """Zeros for the cotangents of all meetings, found by a walk in shapes."""
     _, _, specs = jax.eval_shape(lambda params: run(params, None), params)
-    return jax.tree.map(jnp.zeros_like, specs)
+    return jax.tree.map(zeros_of, specs)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ghostjax._jaxprs import scan_counts
 from ghostjax.core.inside import slice_rows
 from ghostjax.core.places import join
+from ghostjax.core.types import zeros_of
 from ghostjax.core.values import Value
 from ghostjax.core.walk import HANDLERS, Walk, stack_rows
 
@@ -185,7 +186,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
 
 def _zeros(shapes):
-    return jax.tree.map(jnp.zeros_like, shapes)
+    return jax.tree.map(zeros_of, shapes)
 
 
 def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

@@ -6,6 +6,7 @@ import jax
 
 from ghostjax._channel import all_but_one, channel
 from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.types import typed_as
 from ghostjax.core.walk import Walk
 
 
@@ -70,11 +71,3 @@ def through_channel(meeting: Meeting, backward, outputs, carried, residuals) -> 
     ):
         outputs[position] = output
     return outputs
-
-
-def typed_as(array: jax.Array, kind: Any) -> jax.Array:
-    """On a mesh of explicit axes, shardings are part of a type."""
-    array = array.astype(kind.dtype)
-    if jax.typeof(array).sharding.spec == kind.sharding.spec:
-        return array
-    return jax.sharding.reshard(array, kind.sharding)

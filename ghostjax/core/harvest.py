@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ghostjax._channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.types import zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -42,7 +43,7 @@ class Harvest(Walk):
             outputs = one_per_row(outputs, self.marker)
         if self.slots is None:
             self.emitted[key] = kept
-            self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
+            self.specs[key] = [zeros_of(outputs[k]) for k in meeting.differentiable]
             return outputs
         self.emitted[key] = set_aside(kept, self.slots[key])
         return through_channel(meeting, _pass_on, outputs, self.slots[key], ())
@@ -81,7 +82,7 @@ def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *other
         return function(kept, cotangents, *others)
     every = _in_one_loop((kept, cotangents, *others), len(rounds))
     shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], every))
-    zeros = jax.tree.map(jnp.zeros_like, shapes)
+    zeros = jax.tree.map(zeros_of, shapes)
 
     def step(total, each):
         return jax.tree.map(jnp.add, total, function(*each)), None

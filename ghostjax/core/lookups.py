@@ -74,7 +74,7 @@ def _equation(eqn: Any, flags: list[bool]) -> tuple[Any, list[bool]]:
 
     def rewrite(item):
         nonlocal outputs
-        if isinstance(item, core.ClosedJaxpr):
+        if isinstance(item, core.ClosedJaxpr) and item.jaxpr is not item:  # one class from 0.12 on
             return core.ClosedJaxpr(rewrite(item.jaxpr), item.consts)
         if not isinstance(item, core.Jaxpr):
             return item

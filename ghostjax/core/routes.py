@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from ghostjax.core.meeting import Meeting, Route, wide_dtype
 from ghostjax.core.places import Rows
 from ghostjax.core.row_loop import row_loop
+from ghostjax.core.types import zeros_of
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}
@@ -196,7 +197,7 @@ class Repeated(Meeting):
 
         cotangent = cotangent.astype(wide)
         # One for every entry, which on explicit axes of a mesh is sharded as the cotangent is.
-        parameter = primals[self.parameter] + jnp.zeros_like(cotangent)
+        parameter = primals[self.parameter] + zeros_of(cotangent)
         (gradients,) = jax.vjp(of_entries, parameter)[1](cotangent)
         others = [k for k, size in enumerate(self._shape) if size == 1 and k != rows.axis]
         gradients = jnp.moveaxis(jnp.sum(gradients, axis=others, keepdims=True), rows.axis, 0)

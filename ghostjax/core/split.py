@@ -5,10 +5,10 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 
-from ghostjax.core.directed import through_channel, typed_as
+from ghostjax.core.directed import through_channel
 from ghostjax.core.parts import Parts
+from ghostjax.core.types import typed_as, zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -79,7 +79,7 @@ class Split(Walk):
         outputs = function(primals)
         if self.slots is None:
             self.found.places[key] = self.describe(meeting.eqn)
-            self.specs[key] = [jnp.zeros_like(outputs[k]) for k in meeting.differentiable]
+            self.specs[key] = [zeros_of(outputs[k]) for k in meeting.differentiable]
             return outputs
         kept = meeting.keep(operands, outputs)
         if key not in self.keys_at_once:
