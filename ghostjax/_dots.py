@@ -47,8 +47,8 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
     """The certificate: how far the dots are from adding up to what autodiff says, per parameter.
 
     With s = 1/B for loss_reduction "mean" and 1 for "sum", ``s * sum_i dots[i] + shared`` must be
-    ``<grads, direction>``, and ``grads`` is computed without any of the dots' machinery; but for the
-    rows route (see ``explain``), on which both come out of one loop.
+    ``<grads, direction>``, and ``grads`` is computed without any of the dots' machinery but on the
+    rows route (see ``explain``), where both come out of one loop.
 
     Args:
       direction: that of the result; with a leading axis K on every leaf where it was so there.

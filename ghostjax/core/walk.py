@@ -171,11 +171,12 @@ class Walk:
         direct = _is_layout(eqn) and operands[0].direct
         return [Value(output, tangents, direct=direct) for output, tangents in zip(outputs, found)]
 
-    def operation(self, eqn, operands) -> list[Value]:
-        """An ordinary operation where parameters and data meet."""
+    def operation(self, eqn, operands, function=None) -> list[Value]:
+        """An ordinary operation where parameters and data meet, evaluated by ``function``."""
         rows = self.rows_after(eqn, operands)
         outputs = [var.aval for var in eqn.outvars]
-        return self.meet(eqn, functools.partial(bind, eqn), operands, outputs, rows)
+        function = function or functools.partial(bind, eqn)
+        return self.meet(eqn, function, operands, outputs, rows)
 
     def promote(self, value: Value, rows: RowInfo, eqn: Any = None) -> Value:
         """A parameter-only value on its way to where values of its kind are data."""
@@ -292,7 +293,9 @@ _LAYOUTS = frozenset(
 
 def _call(walk: Walk, eqn, operands):
     if walk.named_meeting(eqn, operands):
-        return walk.operation(eqn, operands)
+        # Not as a call: its cotangents would be added up apart, and round otherwise.
+        opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
+        return walk.operation(eqn, operands, lambda primals: opened(*primals))
     ((jaxpr, _),) = inner_jaxprs(eqn)
     closed = next(
         (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None
