@@ -222,7 +222,8 @@ class Parts:
             train, val = rows[: self.num_train], jnp.sum(rows[self.num_train :], axis=0)
             ((path, (position,)),) = self.moving.items()
             gradient = self.whole.parameter_like(jnp.sum(train, axis=0))
-            return {path: jnp.einsum("bf,f->b", train, val)}, {position: gradient}
+            dots = jnp.einsum("bf,f->b", train, val, precision="highest")
+            return {path: dots}, {position: gradient}
         gradients = self.gradient(self.train, kept, cotangents)
         if isinstance(self.whole, Product) and self.train.is_cut:
             train, val = (self._factors(part, kept, cotangents) for part in (self.train, self.val))

@@ -69,7 +69,8 @@ def layernorm_dot_products(
     num_train = normalized.shape[0] - check_val_batch_size(val_batch_size, normalized.shape[0])
 
     def dots(rows):
-        return jnp.einsum("bf,f->b", rows[:num_train], jnp.sum(rows[num_train:], axis=0))
+        total = jnp.sum(rows[num_train:], axis=0)
+        return jnp.einsum("bf,f->b", rows[:num_train], total, precision="highest")
 
     found = {name: dots(rows) for name, rows in _row_gradients(normalized, cotangents).items()}
     chex.assert_shape(list(found.values()), (num_train,))
@@ -208,7 +209,7 @@ class NormMeeting:
 
         def of(position, vector):
             own = rows[self.names[position]]
-            return jnp.einsum("bf,f->b", own, vector.astype(own.dtype))
+            return jnp.einsum("bf,f->b", own, vector.astype(own.dtype), precision="highest")
 
         found = {path: sum(map(of, own, vectors[path])) for path, own in self.moving.items()}
         chex.assert_shape(list(found.values()), (self.num_train,))
