@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from ghostjax._aggregate import aggregate
 from ghostjax._checks import check_direction
+from ghostjax._labels import by_row_label, check_labels, counted, or_nan, positions_of
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Directed, zeros_of
+from ghostjax.core import Directed, Labels, zeros_of
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +26,14 @@ class GradDots:
       aux: what the loss function returned beside it, or None.
       grads: what ``jax.grad`` returns.
       dots: tree of the parameters, every leaf [B], or [K, B] of K stacked directions; in float32
-        (float64 for float64 parameters).
+        (float64 for float64 parameters). With labels [S], or [K, S].
       shared: tree of scalars, or [K]: the part of <grads, direction> that belongs to no row, such
-        as weight decay inside the loss.
+        as weight decay inside the loss, or to no label.
+      conflicts: scalar, int32: at how many places gradient flows through values of several
+        examples at once, so that no example has a gradient of its own. Dots are NaN then. Only
+        where rows are moved by data, or labels are given, can it be anything but 0.
       loss_reduction: "mean" or "sum", static: the scale of the dots.
+      num_rows: B, static.
     """
 
     value: jax.Array
@@ -36,7 +41,9 @@ class GradDots:
     grads: Any
     dots: Any
     shared: Any
+    conflicts: jax.Array
     loss_reduction: str = dataclasses.field(metadata={"static": True})
+    num_rows: int = dataclasses.field(metadata={"static": True})
 
     def total(self) -> jax.Array:
         """The dots summed over all parameters, [B]; of K stacked directions [K, B]."""
@@ -68,8 +75,10 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
     Array([0., 0.], dtype=float32)
     """
 
+    scale = 1 / result.num_rows if result.loss_reduction == "mean" else 1.0
+
     def of_one(direction, dots, shared):
-        return _conservation_error(result.grads, direction, dots, shared, result.loss_reduction)
+        return _conservation_error(result.grads, direction, dots, shared, scale)
 
     of_all = jax.vmap(of_one) if _is_stacked(result.dots) else of_one
     return of_all(direction, result.dots, result.shared)
@@ -80,10 +89,9 @@ def _is_stacked(dots: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _conservation_error(grads: Any, direction: Any, dots: Any, shared: Any, reduction: str) -> Any:
+def _conservation_error(grads: Any, direction: Any, dots: Any, shared: Any, scale: float) -> Any:
     def parts(grad, vector, dots, shared):
         wide = dots.dtype
-        scale = 1 / dots.shape[0] if reduction == "mean" else 1.0
         found = scale * jnp.sum(dots) + shared
         expected = jnp.sum(grad.astype(wide) * vector.astype(wide))
         size = jnp.maximum(scale * jnp.sum(jnp.abs(dots)) + jnp.abs(shared), jnp.abs(expected))
@@ -126,10 +134,15 @@ def value_grad_and_dots(
         which is defined for losses that are no sum over rows, too (their maximum, say).
 
     Returns:
-      ``fn(*args, direction, **kwargs) -> GradDots``, with ``direction`` a tree like the parameters
-      (a tuple of trees for several argnums), same shapes and dtypes; or with a leading axis K on
-      every leaf, of K directions, and then dots are [K, B] and only the products with the
-      directions are computed K times. It is a pure function for use under ``jax.jit``.
+      ``fn(*args, direction, labels=None, num_labels=None, **kwargs) -> GradDots``, with
+      ``direction`` a tree like the parameters (a tuple of trees for several argnums), same shapes
+      and dtypes; or with a leading axis K on every leaf, of K directions, and then dots are [K, B]
+      and only the products with the directions are computed K times. With ``labels``, integers [B]
+      or [B, T], dots are those of ``num_labels`` = S examples, [S]: label s has all that belongs
+      to places with that number; negative ones are padding, of nobody. Labels [B, T] are for batch
+      arrays [B, T, ...]: a parameter's use counts for the position where it is used, so that
+      documents in one row have the dots of documents apart, if they do not see each other. It is
+      a pure function for use under ``jax.jit``.
 
     Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``; but a
     matrix product over many positions or with many directions makes its weight gradient row by row,
@@ -159,7 +172,13 @@ def value_grad_and_dots(
     check_reduction(loss_reduction)
 
     @functools.wraps(loss_fn)
-    def fn(*args: Any, direction: Any, **kwargs: Any) -> GradDots:
+    def fn(
+        *args: Any,
+        direction: Any,
+        labels: Any = None,
+        num_labels: int | None = None,
+        **kwargs: Any,
+    ) -> GradDots:
         loss, arrays = trace_loss(
             loss_fn,
             args,
@@ -172,20 +191,30 @@ def value_grad_and_dots(
         )
         params = jax.tree.unflatten(loss.params, arrays.params)
         directions = check_direction(params, direction, stacked=True)
-        return directed(loss, arrays, direction, directions)
+        return directed(loss, arrays, direction, directions, check_labels(loss, labels, num_labels))
 
     fn.__signature__ = _with_direction(loss_fn)  # jax.jit looks for donated names there
     return fn
 
 
-def directed(loss: Loss, arrays: Arrays, direction: Any, directions: int | None) -> GradDots:
+def directed(
+    loss: Loss,
+    arrays: Arrays,
+    direction: Any,
+    directions: int | None,
+    labels: Labels | None,
+) -> GradDots:
     """One forward and backward pass with a channel behind every meeting.
 
     ``directions`` is K where the direction is stacked.
     """
     leading = () if directions is None else (directions,)
-    rows = (*leading, loss.num_rows)
-    taps = [like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
+    positions = positions_of(labels)
+    if positions is None:
+        rows = (*leading, loss.num_rows)
+        taps = [like_rows(wide_zeros(leaf, rows), arrays.batch) for leaf in arrays.params]
+    else:
+        taps = [wide_zeros(leaf, (*leading, positions.count)) for leaf in arrays.params]
     shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
     stacked = directions is not None
     vectors = loss.push(arrays, jax.tree.leaves(direction), stacked)
@@ -193,22 +222,28 @@ def directed(loss: Loss, arrays: Arrays, direction: Any, directions: int | None)
     def objective(params, taps, shared):
         def walked(taps, batch):
             numbered = dict(enumerate(taps)), dict(enumerate(shared))
-            walk = Directed(loss.names, loss.walked_rows, *numbered, stacked, vectors)
+            walk = Directed(loss.names, loss.walked_rows, *numbered, stacked, vectors, positions)
             value, aux = loss.open(walk, params, batch, arrays.others)
-            return [value.primal, *(leaf.primal for leaf in aux)]
+            return [value.primal, *(leaf.primal for leaf in aux)], walk.conflicts
 
         if loss.per_example:  # JAX's batching rules track the rows
             walked = jax.vmap(walked, in_axes=(-1, 0))
-        return loss.outputs_of(walked(taps, arrays.batch))
+        outputs, conflicts = walked(taps, arrays.batch)
+        value, aux = loss.outputs_of(outputs)
+        return value, (aux, counted(conflicts, labels))
 
-    (value, aux), (grads, dots, rest) = jax.value_and_grad(
+    (value, (aux, conflicts)), (grads, dots, rest) = jax.value_and_grad(
         objective, argnums=(0, 1, 2), has_aux=True
     )(arrays.params, taps, shared)
-    grads, dots, rest = (
-        jax.tree.unflatten(loss.params, leaves)
-        for leaves in (grads, [leaf * loss.scale for leaf in dots], rest)
-    )
-    return GradDots(value, aux, grads, dots, rest, loss.loss_reduction)
+    return finished(loss, value, aux, grads, dots, rest, labels, conflicts)
+
+
+def finished(loss, value, aux, grads, dots, shared, labels, conflicts) -> GradDots:
+    """The result, of leaves of the gradient and of sums by row or label."""
+    dots, shared = by_row_label(dots, shared, labels)
+    dots = or_nan([leaf * loss.scale for leaf in dots], conflicts)
+    trees = (jax.tree.unflatten(loss.params, leaves) for leaves in (grads, dots, shared))
+    return GradDots(value, aux, *trees, conflicts, loss.loss_reduction, loss.num_rows)
 
 
 def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
@@ -218,8 +253,9 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
         parameters = [*inspect.signature(loss_fn).parameters.values()]
     except (TypeError, ValueError):  # some callables have none
         parameters = [kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)]
-    parameters = [found for found in parameters if found.name != "direction"]
-    parameters.append(kind("direction", kind.KEYWORD_ONLY))
+    own = ("direction", "labels", "num_labels")
+    parameters = [found for found in parameters if found.name not in own]
+    parameters += [kind(name, kind.KEYWORD_ONLY) for name in own]
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 

@@ -143,7 +143,7 @@ def _harvested(loss: Loss, arrays: Arrays) -> tuple[dict[str, Meeting], dict[str
 
     def walked(arrays):
         run, program = harvesting(loss, arrays)
-        _, kept, cotangents = run(arrays.params, None)
+        _, kept, cotangents, _ = run(arrays.params, None)
         meetings.update(program.meetings)
         return {key: (kept[key], cotangents[key]) for key in kept}
 

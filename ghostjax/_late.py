@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_direction
-from ghostjax._dots import GradDots, directed, wide_zeros
+from ghostjax._dots import GradDots, directed, finished, wide_zeros
+from ghostjax._labels import check_labels, counted, positions_of
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Harvest, Meeting, contract, zeros_of
+from ghostjax.core import Harvest, Labels, Meeting, contract, zeros_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class LateDots:
       factors: by meeting, what its operands leave for the products, and the cotangents of its
         outputs; None with ``remat``, where both passes are made again instead.
       arrays: parameters, batch (with ``remat`` only) and constants of the loss.
-      value, aux, grads: as in ``GradDots``.
+      labels: by which the dots are added up.
+      value, aux, grads, conflicts: as in ``GradDots``.
     """
 
     factors: dict[str, Any] | None
@@ -44,6 +46,8 @@ class LateDots:
     value: jax.Array
     aux: Any
     grads: Any
+    labels: Labels | None
+    conflicts: Any
     program: Program = dataclasses.field(metadata={"static": True})
 
     def __call__(self, direction: Any) -> Any:
@@ -64,22 +68,20 @@ class LateDots:
         params = jax.tree.unflatten(loss.params, self.arrays.params)
         directions = check_direction(params, direction, stacked=True)
         if self.factors is None:
-            return directed(loss, self.arrays, direction, directions)
+            return directed(loss, self.arrays, direction, directions, self.labels)
         dots, shared = self._contracted(jax.tree.leaves(direction), directions)
-        return GradDots(
-            self.value,
-            self.aux,
-            self.grads,
-            jax.tree.unflatten(loss.params, [leaf * loss.scale for leaf in dots]),
-            jax.tree.unflatten(loss.params, shared),
-            loss.loss_reduction,
+        grads = jax.tree.leaves(self.grads)
+        return finished(
+            loss, self.value, self.aux, grads, dots, shared, self.labels, self.conflicts
         )
 
     def _contracted(self, vectors: list[Any], directions: int | None):
         loss = self.program.loss
         moved = loss.push(self.arrays, vectors, stacked=directions is not None)
         leading = () if directions is None else (directions,)
-        dots = [wide_zeros(leaf, (*leading, loss.num_rows)) for leaf in self.arrays.params]
+        positions = positions_of(self.labels)
+        size = loss.num_rows if positions is None else positions.count
+        dots = [wide_zeros(leaf, (*leading, size)) for leaf in self.arrays.params]
         shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
         for key, (kept, cotangents) in self.factors.items():
             meeting = self.program.meetings[key]
@@ -90,8 +92,9 @@ class LateDots:
             if loss.per_example:
                 one = jax.vmap(one, out_axes=-1)
             for path, sums in one(kept, cotangents).items():
-                total = dots if meeting.in_rows[path] else shared
-                total[path] = total[path] + sums.astype(total[path].dtype)
+                for total, part in zip((dots, shared), meeting.parted(path, sums)):
+                    if part is not None:
+                        total[path] = total[path] + part.astype(total[path].dtype)
         return dots, shared
 
 
@@ -120,7 +123,8 @@ def value_and_dots_fn(
       remat: keep no factors; ``dots(direction)`` makes both passes again.
 
     Returns:
-      ``fn(*args, **kwargs) -> (value, grads, dots)``, with ``(value, aux)`` in place of ``value``
+      ``fn(*args, labels=None, num_labels=None, **kwargs) -> (value, grads, dots)``, with labels as
+      for ``value_grad_and_dots``, and with ``(value, aux)`` in place of ``value``
       with ``has_aux``; ``dots`` is a ``LateDots``. Use all of it in one ``jax.jit``.
 
     Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``.
@@ -139,7 +143,9 @@ def value_and_dots_fn(
     check_reduction(loss_reduction)
 
     @functools.wraps(loss_fn)
-    def fn(*args: Any, **kwargs: Any) -> tuple[Any, Any, LateDots]:
+    def fn(
+        *args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any
+    ) -> tuple[Any, Any, LateDots]:
         loss, arrays = trace_loss(
             loss_fn,
             args,
@@ -150,31 +156,32 @@ def value_and_dots_fn(
             per_example=per_example,
             loss_reduction=loss_reduction,
         )
-        dots = _without_factors(loss, arrays) if remat else _with_factors(loss, arrays)
+        found = check_labels(loss, labels, num_labels)
+        dots = (_without_factors if remat else _with_factors)(loss, arrays, found)
         return (dots.value, dots.aux) if has_aux else dots.value, dots.grads, dots
 
     return fn
 
 
-def _without_factors(loss: Loss, arrays: Arrays) -> LateDots:
+def _without_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
     def objective(params):
         return loss.outputs_of(loss.evaluate(params, arrays))
 
     (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(arrays.params)
     grads = jax.tree.unflatten(loss.params, grads)
-    return LateDots(None, arrays, value, aux, grads, Program(loss, {}))
+    return LateDots(None, arrays, value, aux, grads, labels, None, Program(loss, {}))
 
 
-def _with_factors(loss: Loss, arrays: Arrays) -> LateDots:
-    run, program = harvesting(loss, arrays)
+def _with_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
+    run, program = harvesting(loss, arrays, positions_of(labels))
     slots = empty_slots(run, arrays.params)
 
     def objective(params, slots):
-        outputs, emitted, _ = run(params, slots)
+        outputs, emitted, _, conflicts = run(params, slots)
         value, aux = loss.outputs_of(outputs)
-        return value, (aux, emitted)
+        return value, (aux, emitted, counted(conflicts, labels))
 
-    (value, (aux, kept)), (grads, cotangents) = jax.value_and_grad(
+    (value, (aux, kept, conflicts)), (grads, cotangents) = jax.value_and_grad(
         objective, argnums=(0, 1), has_aux=True
     )(arrays.params, slots)
     factors = {key: (kept[key], cotangents[key]) for key in kept}
@@ -184,20 +191,22 @@ def _with_factors(loss: Loss, arrays: Arrays) -> LateDots:
         value,
         aux,
         jax.tree.unflatten(loss.params, grads),
+        labels,
+        conflicts,
         program,
     )
 
 
-def harvesting(loss: Loss, arrays: Arrays):
-    """``run(params, slots) -> (outputs, kept, specs)``, and the program it fills in."""
+def harvesting(loss: Loss, arrays: Arrays, labels: Labels | None = None):
+    """``run(params, slots) -> (outputs, kept, specs, conflicts)``, and the program it fills in."""
     program = Program(loss, {})
 
     def run(params, slots):
         def walked(slots, batch, marker):
-            walk = Harvest(loss.names, loss.walked_rows, marker, slots)
+            walk = Harvest(loss.names, loss.walked_rows, marker, slots, labels)
             value, aux = loss.open(walk, params, batch, arrays.others)
             program.meetings.update(walk.meetings)
-            return [value.primal, *(leaf.primal for leaf in aux)], walk.emitted, walk.specs
+            return [value.primal, *(leaf.primal for leaf in aux)], *walk.results()
 
         if loss.per_example:
             walked = jax.vmap(walked)
@@ -208,5 +217,5 @@ def harvesting(loss: Loss, arrays: Arrays):
 
 def empty_slots(run, params) -> dict[str, Any]:
     """Zeros for the cotangents of all meetings, found by a walk in shapes."""
-    _, _, specs = jax.eval_shape(lambda params: run(params, None), params)
+    _, _, specs, _ = jax.eval_shape(lambda params: run(params, None), params)
     return jax.tree.map(zeros_of, specs)

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from ghostjax._checks import batch_rows, check_argnums, check_parameters
 from ghostjax._jaxprs import live_equations
-from ghostjax.core import Push, Rows, Value, Walk
+from ghostjax.core import Push, Rows, Track, Value, Walk, Where
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,19 +50,26 @@ class Loss:
 
         ``others`` are the constants and the other arrays; ``vectors`` the direction, if known.
         """
-        rows = None if self.per_example else Rows(0)
         count = len(self.jaxpr.constvars)
         vectors = [None] * len(params) if vectors is None else vectors
         operands = [
             Value(leaf, {number: vector}, direct=True)
             for number, (leaf, vector) in enumerate(zip(params, vectors, strict=True))
         ]
-        operands += [walk.data(leaf, False, rows) for leaf in batch]
+        operands += [walk.data(leaf, False, self._where(leaf, walk)) for leaf in batch]
         operands += [Value(leaf) for leaf in others[count:]]
         loss, *aux = walk.open(self.jaxpr, [Value(const) for const in others[:count]], operands)
         if loss.tangents:
-            loss = walk.promote(loss, None)
+            loss = walk.promote(loss, Where())
         return loss, aux
+
+    def _where(self, leaf: Any, walk: Walk) -> Where:
+        """Rows lie along the first axis of the batch; positions, if labels have them, along the
+        second of those arrays whose first two are those of the labels."""
+        if self.per_example:
+            return Where()
+        has_positions = walk.labels and leaf.shape[:2] == walk.labels.ids.shape
+        return Where(Track(Rows(0)), (Track(Rows(1)),) if has_positions else ())
 
     def push(self, arrays: "Arrays", vectors: list[Any], stacked: bool) -> dict[str, Any]:
         """By meeting, the direction at its operands."""

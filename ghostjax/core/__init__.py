@@ -3,6 +3,7 @@
 from ghostjax.core import control as control
 from ghostjax.core import custom_rules as custom_rules
 from ghostjax.core.directed import Directed as Directed
+from ghostjax.core.examples import Labels as Labels
 from ghostjax.core.harvest import Harvest as Harvest
 from ghostjax.core.harvest import contract as contract
 from ghostjax.core.harvest import mapped as mapped
@@ -14,6 +15,8 @@ from ghostjax.core.places import infer as infer
 from ghostjax.core.push import Push as Push
 from ghostjax.core.split import Found as Found
 from ghostjax.core.split import Split as Split
+from ghostjax.core.tracks import Track as Track
+from ghostjax.core.tracks import Where as Where
 from ghostjax.core.types import typed_as as typed_as
 from ghostjax.core.types import zeros_of as zeros_of
 from ghostjax.core.values import Value as Value

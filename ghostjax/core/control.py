@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._jaxprs import scan_counts
-from ghostjax.core.inside import slice_rows
-from ghostjax.core.places import join
+from ghostjax.core import loops
+from ghostjax.core.place_rules import shape_of
+from ghostjax.core.tracks import Where
 from ghostjax.core.types import zeros_of
 from ghostjax.core.values import Value
-from ghostjax.core.walk import HANDLERS, Walk, stack_rows
+from ghostjax.core.walk import HANDLERS, Walk
 
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -21,7 +22,7 @@ def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
     def run(slots, operands):
         inner = walk.inside(key, slots)
-        return inner.open(eqn.params["jaxpr"], [], operands), inner.emitted, inner.specs
+        return inner.open(eqn.params["jaxpr"], [], operands), inner.results()
 
     if walk.computes_data:
         run = jax.checkpoint(
@@ -30,10 +31,9 @@ def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     return _received(walk, run(walk.slots_of(key), operands))
 
 
-def _received(walk: Walk, results: tuple[Any, dict, dict]) -> Any:
-    outputs, emitted, specs = results
-    walk.emitted.update(emitted)
-    walk.specs.update(specs)
+def _received(walk: Walk, found: tuple[Any, tuple[dict, ...]]) -> Any:
+    outputs, results = found
+    walk.receive(results)
     return outputs
 
 
@@ -41,8 +41,9 @@ def _coerce(walk: Walk, eqn: Any, value: Value, like: Value) -> Value:
     """``value`` in the class of ``like``, so that a carry or a branch has one class."""
     if like.is_data:
         if not value.is_data:
-            value = walk.promote(value, like.rows, eqn)
-        return walk.data(value.primal, like.active, like.rows)
+            value = walk.promote(value, like.where, eqn)
+        where = loops.like(value.where, like.where, jnp.shape(value.primal), walk.num_rows)
+        return walk.data(value.primal, like.active, where)
     tangents = {
         path: value.tangents[path]
         if path in value.tangents
@@ -57,8 +58,10 @@ def _joined(walk: Walk, first: Value, second: Value) -> Value:
     if not (first.is_data or second.is_data):
         return Value(first.primal, {**second.tangents, **first.tangents})
     active = any(value.active or bool(value.tangents) for value in (first, second))
-    rows = None if walk.num_rows is None else join(first.rows, second.rows)
-    return walk.data(first.primal, active, rows)
+    where = loops.joined(
+        first.where, second.where, jnp.shape(first.primal), walk.num_rows, walk.follows
+    )
+    return walk.data(first.primal, active, where)
 
 
 def _classes(function, *args) -> Any:
@@ -70,17 +73,15 @@ def _same_class(first: Value, second: Value) -> bool:
     return jax.tree.structure(first) == jax.tree.structure(second)
 
 
-def _slice(walk: Walk, value: Value) -> Value:
+def _slice(walk: Walk, value: Value, shape: tuple[int, ...]) -> Value:
     """One of the values that are scanned over, stacked as ``lax.scan`` takes them."""
-    return dataclasses.replace(
-        value, tangents=_loop_first(walk, value.tangents), rows=slice_rows(value.rows)
-    )
+    where = loops.sliced(value.where, shape, walk.counts, walk.follows)
+    return dataclasses.replace(value, tangents=_loop_first(walk, value.tangents), where=where)
 
 
-def _stack(walk: Walk, value: Value) -> Value:
-    return dataclasses.replace(
-        value, tangents=_loop_first(walk, value.tangents), rows=stack_rows(value.rows)
-    )
+def _stack(walk: Walk, value: Value, length: int) -> Value:
+    where = loops.stacked(value.where, length)
+    return dataclasses.replace(value, tangents=_loop_first(walk, value.tangents), where=where)
 
 
 def _loop_first(walk: Walk, tangents: dict[int, Any]) -> dict[int, Any]:
@@ -94,16 +95,32 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     """Walks the body; the class of a carry is a fixed point."""
     params = eqn.params
     num_consts, num_carry = scan_counts(eqn)
-    walk.rows_after(eqn, operands)
+    if not walk.follows:
+        walk.places_after(eqn, operands)
     # Every round uses them: their gradient is a sum.
     consts = [dataclasses.replace(value, direct=False) for value in operands[:num_consts]]
     carry = operands[num_consts : num_consts + num_carry]
-    sliced = [_slice(walk, value) for value in operands[num_consts + num_carry :]]
+    start = num_consts + num_carry
+    shapes = [shape_of(var) for var in eqn.invars]
+    sliced = [_slice(walk, *pair) for pair in zip(operands[start:], shapes[start:])]
+    over = loops.over_positions(operands[start:], sliced)
+    sums = loops.accumulators(params["jaxpr"].jaxpr, num_consts, num_carry)
     key = walk.next_key()
 
     def body(inner, carry, sliced):
+        step = loops.at_step(sliced, over)
+        if step is not None:
+            carry = [
+                dataclasses.replace(v, where=loops.placed(v.where, step, len(shape)))
+                if v.is_data
+                else v
+                for v, shape in zip(carry, shapes[num_consts:])
+            ]
         outputs = inner.run(params["jaxpr"], [*consts, *carry, *sliced])
-        return outputs[:num_carry], outputs[num_carry:]
+        after = outputs[:num_carry]
+        if step is not None:
+            after = [dataclasses.replace(v, where=Where(v.where.rows)) for v in after]
+        return after, outputs[num_carry:]
 
     def one(values):
         return jax.tree.map(lambda array: array[0], values)
@@ -113,6 +130,10 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
             lambda carry, values: body(walk.inside(key), carry, one(values))[0], carry, sliced
         )
         classes = [_joined(walk, *pair) for pair in zip(carry, after)]
+        classes = [
+            dataclasses.replace(value, where=loops.as_sum(value.where)) if k in sums else value
+            for k, value in enumerate(classes)
+        ]
         if all(_same_class(*pair) for pair in zip(classes, carry)):
             break
         carry = [_coerce(walk, eqn, *pair) for pair in zip(carry, classes)]
@@ -122,7 +143,7 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         inner = walk.inside(key, slots)
         after, outputs = body(inner, carry, sliced)
         after = [_coerce(inner, eqn, *pair) for pair in zip(after, classes)]
-        return after, (outputs, inner.emitted, inner.specs)
+        return after, (outputs, inner.results())
 
     carry, results = jax.lax.scan(
         step,
@@ -132,7 +153,8 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return carry + [_stack(walk, value) for value in _received(walk, results)]
+    outputs = _received(walk, results)
+    return carry + [_stack(walk, value, params["length"]) for value in outputs]
 
 
 def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -147,7 +169,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         outputs = inner.run(branches[number], operands)
         if classes is not None:
             outputs = [_coerce(inner, eqn, *pair) for pair in zip(outputs, classes)]
-        return outputs, inner.emitted, inner.specs
+        return outputs, inner.results()
 
     numbers = range(len(branches))
     found = [_classes(lambda o, k=k: branch(k, o, None)[0], operands) for k in numbers]
@@ -156,7 +178,11 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     )
     if index.is_data:  # chooses, so that what it chooses from is not made of parameters alone
         classes = [
-            walk.data(value.primal, value.active or bool(value.tangents), value.rows or index.rows)
+            walk.data(
+                value.primal,
+                value.active or bool(value.tangents),
+                value.where if value.rows is not None else index.where,
+            )
             for value in classes
         ]
     if index.is_data and not walk.computes_data:
@@ -164,19 +190,19 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         return taken[0]
 
     shapes = [
-        _classes(lambda o, k=k: branch(k, o, slots[k], classes)[1:], operands) for k in numbers
+        _classes(lambda o, k=k: branch(k, o, slots[k], classes)[1], operands) for k in numbers
     ]
 
     def filled(number):
         """What the other branches would emit is zero where this one is taken."""
 
         def run(operands):
-            outputs, *own = branch(number, operands, slots[number], classes)
+            outputs, own = branch(number, operands, slots[number], classes)
             others = [_zeros(shapes[k]) for k in numbers if k != number]
             for found, *rest in zip(own, *others):
                 for other in rest:
                     found.update(other)
-            return outputs, *own
+            return outputs, own
 
         return run
 

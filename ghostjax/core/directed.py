@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from ghostjax._channel import all_but_one, channel
+from ghostjax.core.examples import Labels
 from ghostjax.core.meeting import Meeting, one_per_row
 from ghostjax.core.types import typed_as
 from ghostjax.core.walk import Walk
@@ -15,17 +16,27 @@ class Directed(Walk):
 
     Args:
       taps: by parameter, zeros [B] or [K, B], whose gradient the dots will be; of one row's jaxpr
-        without the B.
+        without the B, with ``labels`` [S] or [K, S].
       shared: the same without the B, for dots that belong to no row.
       stacked: whether there is a K.
       slots: by meeting, the direction there, from ``Push``.
     """
 
+    follows = True
+
     def __init__(
-        self, names, num_rows, taps: dict[int, Any], shared: dict[int, Any], stacked, slots
+        self,
+        names,
+        num_rows,
+        taps: dict[int, Any],
+        shared: dict[int, Any],
+        stacked,
+        slots,
+        labels: Labels | None = None,
     ):
         super().__init__(names, num_rows)
         self.taps, self.shared, self.stacked, self.slots = taps, shared, stacked, slots
+        self.labels = labels
 
     def attach(self, meeting: Meeting, function, operands):
         key, primals = self.next_key(), [value.primal for value in operands]
@@ -36,7 +47,9 @@ class Directed(Walk):
         taken = meeting.takes_gradient(route)
         carried: dict[str, Any] = {
             "taps": {path: self.taps[path] for path, own in meeting.in_rows.items() if own},
-            "shared": {path: self.shared[path] for path, own in meeting.in_rows.items() if not own},
+            "shared": {
+                path: self.shared[path] for path in meeting.moving if meeting.has_rest(path)
+            },
         }
         if taken is not None:
             carried["operand"] = primals[taken]
@@ -54,8 +67,9 @@ class Directed(Walk):
                 sums = meeting.sums(*residuals, cotangents, stacked, route)
             else:
                 sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
-            for name, expected in types.items():
-                found[name] = {path: typed_as(sums[path], kind) for path, kind in expected.items()}
+            parted = {path: meeting.parted(path, own) for path, own in sums.items()}
+            for part, (name, expected) in enumerate(types.items()):
+                found[name] = {p: typed_as(parted[p][part], kind) for p, kind in expected.items()}
             return found
 
         residuals = meeting.keep(operands), self.slots[key]

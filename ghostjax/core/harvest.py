@@ -28,9 +28,11 @@ class Harvest(Walk):
       meetings: by key, what is static about each.
     """
 
-    def __init__(self, names, num_rows, marker: Any = None, slots: dict[str, Any] | None = None):
+    follows = True
+
+    def __init__(self, names, num_rows, marker: Any = None, slots=None, labels=None):
         super().__init__(names, num_rows)
-        self.marker, self.slots = marker, slots
+        self.marker, self.slots, self.labels = marker, slots, labels
         self.checks_rows = slots is None
         self.meetings: dict[str, Meeting] = {}
 

@@ -6,6 +6,7 @@ follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for ev
 the same numbers that cost less for some shapes are in ``routes``.
 """
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
@@ -177,9 +178,7 @@ class Meeting:
             return self._paired(path, cotangents, [tangents[k] for k in self.differentiable])
 
         return {
-            path: jax.vmap(lambda v, path=path: one(path, v))(found)
-            if stacked
-            else one(path, found)
+            path: _for_each(functools.partial(one, path), found) if stacked else one(path, found)
             for path, found in vectors.items()
         }
 
@@ -188,10 +187,34 @@ class Meeting:
         triples = zip(cotangents, tangents, where)
         return sum(row_sums(*triple, self.num_rows) for triple in triples)
 
+    def has_rest(self, path: int) -> bool:
+        """Whether there may be dots that belong to no example."""
+        return not self.in_rows[path]
+
+    def parted(self, path: int, sums: Any) -> tuple[Any, Any]:
+        """Of a parameter's sums, those of examples and that of nobody, or None."""
+        return (sums, None) if self.in_rows[path] else (None, sums)
+
     def takes_gradient(self, route: Route) -> int | None:
         """The operand whose gradient that route makes on its way, by ``sums_and_gradient``."""
         del route
         return None
+
+
+def _for_each(function: Callable[[Any], Any], stacked: Any) -> Any:
+    """Of every direction, all at once if JAX can."""
+    try:
+        return jax.vmap(function)(stacked)
+    except NotImplementedError:  # as of ragged_dot
+        return jax.lax.map(function, stacked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Places along several axes that are summed apart, the last axis the fastest; along no axis,
+    there is but one cell."""
+
+    axes: tuple[int, ...]
 
 
 def is_inexact(output: Any) -> bool:
@@ -221,7 +244,9 @@ def wide_dtype(*arrays: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if found else jnp.float32)
 
 
-def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int | None) -> jax.Array:
+def row_sums(
+    cotangents: Any, tangents: Any, rows: Rows | Cells | None, num_rows: int | None
+) -> jax.Array:
     """sum of cotangents * tangents over everything but the rows, in float32 or wider: [B].
 
     A scalar where ``rows`` is None: the sum over everything.
@@ -229,6 +254,9 @@ def row_sums(cotangents: Any, tangents: Any, rows: Rows | None, num_rows: int | 
     product = paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
+    if isinstance(rows, Cells):
+        others = [k for k in range(product.ndim) if k not in rows.axes]
+        return jnp.sum(product, axis=others).reshape(-1)
     if rows.outer * rows.inner == 1:  # without a reshape, which explicit shardings may forbid
         return jnp.sum(product, axis=[k for k in range(product.ndim) if k != rows.axis])
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)

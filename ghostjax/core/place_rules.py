@@ -24,9 +24,13 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """Depends on rows, but not with one row per place along an axis."""
+    """Depends on rows, but not with one row per place along an axis.
+
+    ``is_sum``: a sum of what belongs to single rows, to which more may be added.
+    """
 
     reason: str
+    is_sum: bool = False
 
 
 RowInfo = Rows | Mixed | None
@@ -261,6 +265,19 @@ def _dot_general(eqn, operands, num_rows):
     return agree(eqn, places)
 
 
+def _ragged_dot_general(eqn, operands, num_rows):
+    """Places along the groups, which only rows of the left side are cut into."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), (batch, _) = numbers.dot_dimension_numbers
+    rows, ragged = operands[0], numbers.lhs_ragged_dimensions
+    if rows is None or any(operands[1:]):
+        return lost(eqn, "has groups or a right side that depend on rows")
+    if any(axis in (*contracted, *batch) for axis in (rows.axis, *ragged)):
+        return lost(eqn, "sums over rows")
+    free = [d for d in range(len(shape_of(eqn.invars[0]))) if d not in (*contracted, *batch)]
+    return rows.at(len(batch) + free.index(rows.axis))
+
+
 def _conv_general_dilated(eqn, operands, num_rows):
     rows, dims = operands[0], eqn.params["dimension_numbers"]
     if operands[1] is not None:
@@ -346,6 +363,7 @@ RULES: dict[str, Rule] = {
     "fft": _fft,
     "gather": _gather,
     "pad": _pad,
+    "ragged_dot_general": _ragged_dot_general,
     "reduce": _along("dimensions", "over the row axis", drops=True),
     "reshape": _reshape,
     "slice": _slice,

@@ -58,9 +58,9 @@ class Push(Walk):
         leading = like.shape[: like.ndim - primal.ndim]
         return jnp.zeros((*leading, *primal.shape), primal.dtype)
 
-    def meet(self, eqn, function, operands, outputs, rows):
+    def meet(self, eqn, function, operands, outputs, places):
         self.emitted[self.next_key()] = {
             path: [value.tangents[path] for value in operands if path in value.tangents]
             for path in paths_of(operands)
         }
-        return [self.data(None, True, info) for info in rows]
+        return [self.data(None, True, where) for where in places]

@@ -58,11 +58,9 @@ class Split(Walk):
         self.keys_at_once = at_once
         self.found = Found()
 
-    def make(self, eqn, function, operands, outputs, rows):
+    def make(self, eqn, function, operands, outputs, rows, num_rows):
         kind = (eqn is not None and self.named_meeting(eqn, operands)) or Parts
-        return kind(
-            eqn, function, operands, outputs, rows, self.num_rows, self.names, self.num_train
-        )
+        return kind(eqn, function, operands, outputs, rows, num_rows, self.names, self.num_train)
 
     def attach(self, meeting: Parts, function, operands):
         key = self.next_key()

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from ghostjax.core.places import RowInfo
+from ghostjax.core.place_rules import RowInfo
+from ghostjax.core.tracks import NOWHERE, Where
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +25,7 @@ class Value:
         to it, with a leading axis K where there are several; None where there is none yet.
       is_data: whether it depends on the batch.
       active: whether data depends on parameters too, so that gradient flows back through it.
-      rows: where data has its rows.
+      where: where data has its rows, and positions if there are labels for them.
       direct: whether a parameter-only value is a parameter, but for its layout and dtype, or what a
         loop takes of it in one round; so that inner products of gradients are the same.
     """
@@ -33,8 +34,12 @@ class Value:
     tangents: dict[int, Any] = dataclasses.field(default_factory=dict)
     is_data: bool = dataclasses.field(default=False, metadata={"static": True})
     active: bool = dataclasses.field(default=False, metadata={"static": True})
-    rows: RowInfo = dataclasses.field(default=None, metadata={"static": True})
+    where: Where = NOWHERE
     direct: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def rows(self) -> RowInfo:
+        return self.where.rows.place
 
 
 def paths_of(values: Any) -> list[int]:

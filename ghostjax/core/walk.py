@@ -5,12 +5,14 @@ evaluated as it is. Nothing here knows about layers.
 """
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from ghostjax._errors import RowAxisError
@@ -21,10 +23,13 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
+from ghostjax.core.examples import Labels, Regrouped, cells_of, labels_of, localized
+from ghostjax.core.follow import positions_after, rows_after
 from ghostjax.core.inside import inside, is_container
-from ghostjax.core.meeting import Meeting, is_inexact
+from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 from ghostjax.core.routes import KINDS, make_meeting
+from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single
 from ghostjax.core.values import Value, paths_of
 
 WAY_OUT = (
@@ -47,10 +52,15 @@ class Walk:
       specs: by meeting, zeros like the cotangents that are to be kept.
       takes_shared: whether dots may belong to no row.
       around: the calls that are being walked, the innermost first, for messages.
+      labels: of positions, where examples are not rows.
+      conflicts: how often gradient flows through places of several examples at once; from loops
+        stacked, like what is emitted.
     """
 
     computes_data = True
     checks_rows = True
+    follows = False
+    labels: Labels | None = None
     takes_shared = True
     around: tuple[Any, ...] = ()
     stacked = False
@@ -67,14 +77,29 @@ class Walk:
         self.named_meetings = named_meetings or {}
         self.emitted: dict[str, Any] = {}
         self.specs: dict[str, Any] = {}
+        self.conflicts: dict[str, Any] = {}
         self._prefix, self._count = "", 0
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """How many rows, and how many positions there are."""
+        return self.num_rows, self.labels and self.labels.positions
 
     def inside(self, key: str, slots: dict[str, Any] | None = None) -> Self:
         """A walk of the same kind for the body of a loop, a branch, or what is rematerialised."""
         walk = copy.copy(self)
-        walk.emitted, walk.specs, walk._prefix, walk._count = {}, {}, f"{key}.", 0
+        walk.emitted, walk.specs, walk.conflicts = {}, {}, {}
+        walk._prefix, walk._count = f"{key}.", 0
         walk.slots = slots
         return walk
+
+    def results(self) -> tuple[dict[str, Any], ...]:
+        """What the walk of a body has to hand on."""
+        return self.emitted, self.specs, self.conflicts
+
+    def receive(self, results: tuple[dict[str, Any], ...]) -> None:
+        for own, found in zip(self.results(), results, strict=True):
+            own.update(found)
 
     def next_key(self) -> str:
         """Names a meeting or a body by its place; the same in every walk of one jaxpr."""
@@ -97,8 +122,8 @@ class Walk:
         """The outputs of a meeting."""
         raise NotImplementedError
 
-    def data(self, primal: Any, active: bool, rows: RowInfo) -> Value:
-        return Value(primal if self.computes_data else None, {}, True, active, rows)
+    def data(self, primal: Any, active: bool, where: Where) -> Value:
+        return Value(primal if self.computes_data else None, {}, True, active, where)
 
     def zero_tangent(self, primal: Any, like: Any) -> Any:
         """What a value carries for a parameter that it does not depend on, but ``like`` does."""
@@ -143,15 +168,15 @@ class Walk:
     def without_parameters(self, eqn, operands, has_data):
         if not has_data:
             return [Value(output) for output in bind(eqn, [value.primal for value in operands])]
-        rows = self.rows_after(eqn, operands)
-        is_data = [self.num_rows is None or info is not None for info in rows]
-        outputs = [None] * len(rows)
+        places = self.places_after(eqn, operands)
+        is_data = [self.num_rows is None or where.rows.place is not None for where in places]
+        outputs = [None] * len(places)
         if self.computes_data or not all(is_data):
             outputs = bind(eqn, self._without_data(eqn, operands))
         active = any(value.active for value in operands) and eqn.primitive.name != "stop_gradient"
         return [
-            self.data(output, active, info) if found else Value(output)
-            for output, info, found in zip(outputs, rows, is_data)
+            self.data(output, active, where) if found else Value(output)
+            for output, where, found in zip(outputs, places, is_data)
         ]
 
     def _without_data(self, eqn, operands):
@@ -173,37 +198,79 @@ class Walk:
 
     def operation(self, eqn, operands, function=None) -> list[Value]:
         """An ordinary operation where parameters and data meet, evaluated by ``function``."""
-        rows = self.rows_after(eqn, operands)
+        places = self.places_after(eqn, operands)
         outputs = [var.aval for var in eqn.outvars]
         function = function or functools.partial(bind, eqn)
-        return self.meet(eqn, function, operands, outputs, rows)
+        return self.meet(eqn, function, operands, outputs, places)
 
-    def promote(self, value: Value, rows: RowInfo, eqn: Any = None) -> Value:
+    def promote(self, value: Value, where: Where, eqn: Any = None) -> Value:
         """A parameter-only value on its way to where values of its kind are data."""
         if not value.tangents:
-            return self.data(value.primal, value.active, rows)
-        return self.meet(eqn, list, [value], [value.primal], [rows])[0]
+            return self.data(value.primal, value.active, where)
+        if where.rows.is_apart and not isinstance(where.rows.place, Rows):
+            # Rows are moved into its place, of which none is its own.
+            where = Where(Track(Mixed("rows are moved there")))
+        return self.meet(eqn, list, [value], [value.primal], [where])[0]
 
-    def meet(self, eqn, function, operands, outputs, rows) -> list[Value]:
-        meeting = self.make(eqn, function, operands, outputs, rows)
-        infos = [rows[position] for position in meeting.differentiable]
-        scalars = all(not meeting.outputs[position].shape for position in meeting.differentiable)
+    def meet(self, eqn, function, operands, outputs, places: list[Where]) -> list[Value]:
+        inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
+        infos = [places[k].rows.place for k in inexact]
+        in_rows = self.num_rows is None or all(places[k].rows.is_apart for k in inexact)
+        if in_rows and (self.labels or not all(isinstance(info, Rows) for info in infos)):
+            meeting = self.make_regrouped(eqn, function, operands, outputs, places)
+        else:
+            rows = [where.rows.place for where in places]
+            meeting = self.make(eqn, function, operands, outputs, rows, self.num_rows)
+        scalars = all(not meeting.outputs[position].shape for position in inexact)
         for path in meeting.moving:
-            in_rows = self.num_rows is None or all(isinstance(info, Rows) for info in infos)
             is_shared = self.takes_shared and scalars and not meeting.needs_data
             if not in_rows and not is_shared:
                 raise RowAxisError(_lost(self.describe(eqn), self.names[path], infos))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
-        return [self.data(output, True, info) for output, info in zip(outputs, rows)]
+        return [self.data(output, True, where) for output, where in zip(outputs, places)]
 
-    def make(self, eqn, function, operands, outputs, rows) -> Meeting:
-        return make_meeting(eqn, function, operands, outputs, rows, self.num_rows, self.names)
+    def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:
+        return make_meeting(eqn, function, operands, outputs, rows, num_rows, self.names)
+
+    def make_regrouped(self, eqn, function, operands, outputs, places) -> Regrouped:
+        """A meeting whose rows are the places that labels, or moved rows, tell apart."""
+        if self.num_rows is None:
+            return self.make(eqn, function, operands, outputs, [None] * len(outputs), None)
+        lost = _without_position(self.describe(eqn), self.named(operands))
+        found = {
+            k: labels_of(where, jnp.shape(outputs[k]), self.num_rows, self.labels, lost)
+            for k, where in enumerate(places)
+            if is_inexact(outputs[k])
+        }
+        (cells, count), *others = {cells_of(ids) for ids in found.values()}
+        is_rule = eqn is not None and eqn.primitive.name in KINDS
+        if others or (is_rule and isinstance(cells, Cells) and cells.axes):
+            raise RowAxisError(
+                f"parameter {self.named(operands)} meets data in {self.describe(eqn)}, where "
+                "examples are told apart along several axes. Let them lie along one axis, as in "
+                "[B * T, features]."
+            )
+        local = [
+            dataclasses.replace(value, where=localized(value.where, count)) for value in operands
+        ]
+        rows = [cells if k in found else None for k in range(len(outputs))]
+        meeting = self.make(eqn, function, local, outputs, rows, count)
+        first = next(iter(found.values()))
+        for ids in found.values():
+            if not isinstance(ids, np.ndarray):
+                self.count_conflicts([jnp.sum(ids == SEVERAL, dtype=jnp.int32)])
+            if ids is not first:
+                self.count_conflicts([jnp.sum(jnp.ravel(ids) != jnp.ravel(first))])
+        return Regrouped(meeting, first, self.labels.count if self.labels else self.num_rows)
 
     def named_meeting(self, eqn, operands: Sequence[Value]) -> Any:
         """The kind of meeting that a call is by its name, None if it is to be walked."""
         kind = self.named_meetings.get(eqn.params.get("name"))
-        if kind is None or not kind.fits(eqn, operands, self.rows_after(eqn, operands)):
+        if kind is None:
+            return None
+        rows = [where.rows.place for where in self.places_after(eqn, operands)]
+        if not kind.fits(eqn, operands, rows):
             return None
         return kind
 
@@ -213,14 +280,95 @@ class Walk:
     def named(self, operands: Sequence[Value]) -> str:
         return ", ".join(self.names[path] for path in paths_of(operands))
 
-    def rows_after(self, eqn, operands) -> list[RowInfo]:
+    def places_after(self, eqn, operands) -> list[Where]:
         if self.num_rows is None:
-            return [None] * len(eqn.outvars)
-        infos = [value.rows for value in operands]
-        if not self.checks_rows:
-            return propagate(eqn, infos, self.num_rows)
+            return [Where()] * len(eqn.outvars)
         actives = [value.active or bool(value.tangents) for value in operands]
-        return check_rows(eqn, infos, actives, self.num_rows, self.around)
+        rows = self._rows_after(eqn, operands, actives)
+        if self.labels is None:
+            return [Where(track) for track in rows]
+        positions = positions_after(
+            eqn,
+            [value.where.positions for value in operands],
+            actives,
+            [value.primal for value in operands],
+            self.labels.positions,
+        )
+        return [Where(*pair) for pair in zip(rows, positions, strict=True)]
+
+    def _rows_after(self, eqn, operands, actives) -> list[Track]:
+        infos = [value.rows for value in operands]
+        found, error = None, None
+        if not any(isinstance(info, (Known, Moved)) for info in infos):
+            try:
+                if self.checks_rows or self.follows:
+                    found = check_rows(eqn, infos, actives, self.num_rows, self.around)
+                else:
+                    found = propagate(eqn, infos, self.num_rows)
+            except RowAxisError as mixed:
+                if not self.follows or eqn.primitive.name in CHECKS:
+                    raise
+                error = mixed
+            is_kept = found and not any(isinstance(info, Mixed) for info in found)
+            if is_kept or not self.follows or not any(isinstance(info, Rows) for info in infos):
+                return [Track(info) for info in found]
+        followed = self._followed(eqn, operands, actives)
+        if error is not None and any(isinstance(track.place, Mixed) for track in followed):
+            raise error
+        if found is None:
+            return followed
+        return [
+            track if isinstance(info, Mixed) and track.is_apart else Track(info)
+            for info, track in zip(found, followed, strict=True)
+        ]
+
+    def _followed(self, eqn, operands, actives) -> list[Track]:
+        """Rows that do not stay in place, by what the operation does to them."""
+        tracks = [value.where.rows for value in operands]
+        is_sum = eqn.primitive.name in ("add", "add_any")
+        for track, active in zip(tracks, actives):
+            if not (active and isinstance(track.place, Mixed)):
+                continue
+            if not any(other.is_apart for other in tracks):
+                continue
+            if is_sum and track.place.is_sum and any(is_single(other) for other in tracks):
+                return [track]
+            raise RowAxisError(_combined(describe_operation(eqn, self.around), track.place))
+        if is_container(eqn) and any(track.is_apart for track in tracks):
+            inside = self._followed_inside(eqn, operands)
+            if inside is not None:
+                return inside
+        conflicts: list[Any] = []
+        primals = [value.primal for value in operands]
+        found = rows_after(eqn, tracks, actives, primals, self.num_rows, conflicts)
+        self.count_conflicts(conflicts)
+        apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
+        lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
+        sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
+        if len(apart) > 1 and lost and not sums:
+            raise RowAxisError(_several(describe_operation(eqn, self.around), lost[0]))
+        return found
+
+    def _followed_inside(self, eqn, operands) -> list[Track] | None:
+        handler = HANDLERS.get(eqn.primitive.name) or _OPENED.get(eqn.primitive.name)
+        if handler is None:
+            return None
+        walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
+        walk.named_meetings = {}
+        walk.around = (eqn, *self.around)
+        values = [
+            Value(
+                value.primal, {}, value.is_data, value.active or bool(value.tangents), value.where
+            )
+            for value in operands
+        ]
+        outputs = handler(walk, eqn, values)
+        self.conflicts.update(walk.conflicts)
+        return [value.where.rows for value in outputs]
+
+    def count_conflicts(self, counts: list[Any]) -> None:
+        for count in counts:
+            self.conflicts[f"{self._prefix}{len(self.conflicts)}"] = count
 
 
 def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
@@ -229,12 +377,7 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
     if has_rows:
         for info, active in zip(infos, actives):
             if active and isinstance(info, Mixed):
-                raise RowAxisError(
-                    f"{describe_operation(eqn, around)} combines rows with a value in which rows "
-                    f"are mixed ({info.reason}), so that no row has a gradient of its own. "
-                    "Statistics of the batch have to be constants, as the running averages of "
-                    f"BatchNorm are. {WAY_OUT}"
-                )
+                raise RowAxisError(_combined(describe_operation(eqn, around), info))
     if any(actives):
         for jaxpr, *given in inside(eqn, infos, actives, num_rows):
             _check_inside(jaxpr, *given, num_rows, (eqn, *around))
@@ -242,10 +385,7 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
     if len(both) > 1 and lost and not is_container(eqn):
-        raise RowAxisError(
-            f"{describe_operation(eqn, around)} combines rows with other rows ({lost[0]}), so that "
-            f"no row has a gradient of its own. {WAY_OUT}"
-        )
+        raise RowAxisError(_several(describe_operation(eqn, around), lost[0]))
     if any(actives) and has_rows and eqn.primitive.name in CHECKS:
         CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
     return rows
@@ -265,11 +405,28 @@ def _check_inside(jaxpr, infos, actives, num_rows, around):
         known.update((var, (info, active)) for var, info in zip(inner.outvars, rows))
 
 
-def stack_rows(info: RowInfo) -> RowInfo:
-    """Rows of slices stacked along a new leading axis."""
-    if isinstance(info, Rows):
-        return Rows(info.axis + 1, info.outer, info.inner)
-    return info
+def _combined(operation: str, info: Mixed) -> str:
+    return (
+        f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
+        "no row has a gradient of its own. Statistics of the batch have to be constants, as the "
+        f"running averages of BatchNorm are. {WAY_OUT}"
+    )
+
+
+def _several(operation: str, reason: str) -> str:
+    return (
+        f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
+        f"its own. {WAY_OUT}"
+    )
+
+
+def _without_position(place: str, paths: str) -> str:
+    return (
+        f"parameter {paths} meets data in {place}, whose result has no axis of positions, so that "
+        "labels [B, T] say nothing of it. Give one label per row, or use the parameter before "
+        "positions are summed. Batch arrays have positions along their second axis, where the "
+        "first two are those of the labels."
+    )
 
 
 def _lost(place, path, infos) -> str:
@@ -305,6 +462,13 @@ def _call(walk: Walk, eqn, operands):
     return walk.open(jaxpr, [], operands)
 
 
+def _opened(walk: Walk, eqn, operands):
+    closed = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
+    return walk.run(closed, operands)
+
+
+# Walked inside for where rows go there, and nothing else.
+_OPENED = {"custom_jvp_call": _opened, "custom_vjp_call": _opened}
 HANDLERS = {
     "jit": _call,
     "pjit": _call,

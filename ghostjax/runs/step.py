@@ -126,14 +126,14 @@ def make_step(
         def result(direction):
             def one(rows):
                 found = value_grad_and_dots(mean_loss)(params, rows, direction=direction)
-                return found.dots, found.shared
+                return found.dots, found.shared, found.conflicts
 
-            dots, shared = jax.lax.map(one, parts)
+            dots, shared, conflicts = jax.lax.map(one, parts)
             dots = jax.tree.map(
                 lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1), dots
             )
             shared = jax.tree.map(lambda leaf: leaf.mean(0), shared)
-            return GradDots(loss, losses, grads, dots, shared, "mean")
+            return GradDots(loss, losses, grads, dots, shared, conflicts.sum(), "mean", len(losses))
 
         return (loss, losses), grads, result
 

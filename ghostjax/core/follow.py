@@ -1,0 +1,243 @@
+"""Where examples are after an operation, by its operands: rows strictly, positions leniently."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ghostjax.core.moves import move, scattered
+from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
+from ghostjax.core.places import propagate
+from ghostjax.core.tracks import (
+    NOBODY,
+    SEVERAL,
+    Known,
+    Moved,
+    Track,
+    is_single,
+    merged,
+    numbers,
+    track_of,
+)
+
+_WRITES = frozenset(["scatter", "dynamic_update_slice"])
+_ADDS = frozenset(["add", "add_any"])
+_SCATTERS = frozenset(["scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"])
+
+
+def moved(eqn: Any, position: int, track: Track, operands: Sequence[Any], count: int, alone=True):
+    """By output, where one operand's examples go: tracks.
+
+    ``alone``: whether no other operand's examples may be written over them.
+    """
+    reasons: list[RowInfo] = [None] * len(eqn.outvars)
+    if isinstance(track.place, Rows) and (alone or eqn.primitive.name not in _WRITES):
+        infos: list[RowInfo] = [None] * len(eqn.invars)
+        infos[position] = track.place
+        reasons = propagate(eqn, infos, count)
+        if not any(isinstance(info, Mixed) for info in reasons):
+            return [Track(info) for info in reasons]
+    shape = shape_of(eqn.invars[position])
+    found = move(eqn, position, numbers(track, shape, count), operands)
+    return [
+        Track(reason if isinstance(reason, Mixed) else lost(eqn, "mixes rows"))
+        if ids is None
+        else track_of(ids, shape_of(var), count)
+        for ids, var, reason in zip(found, eqn.outvars, reasons, strict=True)
+    ]
+
+
+def rows_after(
+    eqn: Any,
+    tracks: Sequence[Track],
+    actives: Sequence[bool],
+    operands: Sequence[Any],
+    count: int,
+    conflicts: list[Any],
+) -> list[Track]:
+    """Where rows are in the outputs.
+
+    Where gradient flows through several operands, they must agree; where that shows only when the
+    program runs, ``conflicts`` gets the number of places where they do not.
+    """
+    own = [k for k, track in enumerate(tracks) if track.is_apart]
+    deciding = [k for k in own if actives[k]] or own
+    is_active = any(actives[k] for k in own)
+    if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
+        return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
+    alone = len(deciding) == 1
+    parts = [moved(eqn, k, tracks[k], operands, count, alone) for k in deciding]
+    if any(isinstance(track.place, Mixed) for track in _values(eqn, tracks)):
+        parts.append([Track(_MIXED)] * len(eqn.outvars))
+    if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
+        _check_additions(eqn, tracks[2], operands, count, conflicts)
+    return [
+        combined(eqn, list(found), shape_of(var), count, is_active, conflicts)
+        for found, var in zip(zip(*parts), eqn.outvars, strict=True)
+    ]
+
+
+def combined(eqn, tracks: list[Track], shape, count, is_active: bool, conflicts: list[Any]):
+    """Where rows are in what is made of several values of one shape."""
+    for track in tracks:
+        if isinstance(track.place, Mixed) and track.place is not _MIXED:
+            return track
+    is_mixed = len(tracks) > 1 and tracks[-1].place is _MIXED
+    tracks = [track for track in tracks if track.is_apart]
+    result = tracks[0]
+    for track in tracks[1:]:
+        if track.place == result.place and track.ids is result.ids:
+            continue
+        first, second = (numbers(each, shape, count) for each in (result, track))
+        found, differ = merged(first, second)
+        if isinstance(found, np.ndarray):
+            if differ.any():
+                return Track(_disagreement(eqn, result, track))
+            result = track_of(found, shape, count)
+            continue
+        if is_active:
+            conflicts.append(jnp.sum(differ, dtype=jnp.int32))
+            if fixed := [each for each in (result, track) if _is_everywhere(each)]:
+                result = fixed[0]
+                continue
+        else:
+            found = jnp.where(differ, SEVERAL, found)
+        result = track_of(found, shape, count)
+    if not is_mixed or _is_everywhere(result):
+        return result
+    if isinstance(result.place, Known):
+        return Track(_MIXED)
+    return track_of(jnp.where(result.ids == NOBODY, SEVERAL, result.ids), shape, count)
+
+
+def _values(eqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """The operands that become parts of the result, without indices and what else decides."""
+    return operands[_VALUES.get(eqn.primitive.name, slice(None))]
+
+
+_VALUES = {
+    "dynamic_slice": slice(1),
+    "dynamic_update_slice": slice(2),
+    "gather": slice(1),
+    "select_n": slice(1, None),
+    **dict.fromkeys(["scatter", *_SCATTERS], slice(0, None, 2)),
+}
+_MIXED = Mixed("rows are joined with a value in which rows are mixed")
+
+
+def _is_everywhere(track: Track) -> bool:
+    """Whether every place is known to belong to somebody."""
+    place = track.place
+    return isinstance(place, Rows) or (isinstance(place, Known) and bool((place.ids >= 0).all()))
+
+
+def _disagreement(eqn, first: Track, second: Track) -> Mixed:
+    if eqn.primitive.name in _ADDS and is_single(first) and is_single(second):
+        return Mixed("several rows are added up", is_sum=True)
+    return lost(eqn, f"meets rows at different places: {first.place} and {second.place}")
+
+
+def _selected(eqn, tracks: dict[int, Track], operands, count) -> Track:
+    """The numbers of what is selected."""
+    shape = shape_of(eqn.outvars[0])
+    values = list(tracks.values())
+    if all(track.place == values[0].place and track.ids is values[0].ids for track in values):
+        return values[0]
+    nobody = jnp.full(shape, NOBODY, jnp.int32)
+    cases = [
+        jnp.broadcast_to(numbers(tracks[k], shape, count), shape) if k in tracks else nobody
+        for k in range(1, len(operands))
+    ]
+    return track_of(lax.select_n(operands[0], *cases), shape, count)
+
+
+def _check_additions(eqn, track: Track, operands, count, conflicts) -> None:
+    """What is added up at one place must belong to one example."""
+    ids = numbers(track, shape_of(eqn.invars[2]), count)
+    largest = np.iinfo(np.int32).max
+    whole = [1] * len(shape_of(eqn.invars[0]))
+    least = scattered(
+        eqn,
+        np.full(whole, largest, np.int32),
+        jnp.where(ids >= 0, ids, largest),
+        operands,
+        lax.scatter_min,
+    )
+    most = scattered(eqn, np.full(whole, NOBODY, np.int32), ids, operands, lax.scatter_max)
+    conflicts.append(jnp.sum((most >= 0) & (least != most), dtype=jnp.int32))
+
+
+def positions_after(
+    eqn: Any, tracks: Sequence[Sequence[Track]], actives, operands, count: int
+) -> tuple[Track, ...]:
+    """By output, all that tells positions apart in it."""
+    own = [k for k, candidates in enumerate(tracks) if candidates]
+    deciding = [k for k in own if actives[k]] or own
+    outputs: list[list[Track]] = [[] for _ in eqn.outvars]
+    for k in deciding:
+        for track in tracks[k]:
+            for found, var, candidates in zip(
+                _moved_leniently(eqn, k, track, operands, count), eqn.outvars, outputs
+            ):
+                if found.is_apart:
+                    _add(candidates, found, shape_of(var), count)
+    return [tuple(candidates) for candidates in outputs]
+
+
+def _moved_leniently(eqn, position, track, operands, count):
+    shape = shape_of(eqn.invars[position])
+    ids = numbers(track, shape, count)
+    name = eqn.primitive.name
+    if name in _RUNNING:
+        return [track]
+    if name == "conv_general_dilated" and position == 0:
+        return [_convolved(eqn, ids, count)]
+    return moved(eqn, position, track, operands, count)
+
+
+_RUNNING = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
+
+
+def _convolved(eqn, ids, count) -> Track:
+    """A convolution that keeps its length keeps positions; a shorter one ends where its inputs do,
+    as one over inputs padded at their beginning does."""
+    dims = eqn.params["dimension_numbers"]
+    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    shape, index = [1] * len(after), [slice(None)] * len(before)
+    for old, new in zip(dims.lhs_spec, dims.out_spec):
+        if ids.shape[old] == 1:
+            continue
+        if old == dims.lhs_spec[1] or after[new] > before[old]:
+            return Track(lost(eqn, "mixes positions"))
+        index[old] = slice(before[old] - after[new], None)
+        if after[new] > 1 and eqn.params["window_strides"][list(dims.lhs_spec).index(old) - 2] > 1:
+            return Track(lost(eqn, "skips positions"))
+        shape[new] = after[new]
+    order = [old for _, old in sorted(zip(dims.out_spec, dims.lhs_spec))]
+    return track_of(ids[tuple(index)].transpose(order).reshape(shape), after, count)
+
+
+def _add(candidates: list[Track], track: Track, shape, count) -> None:
+    """Candidates along the same axes are one: of several positions the last, where they meet."""
+    ids = numbers(track, shape, count)
+    for number, other in enumerate(candidates):
+        if other.place == track.place and other.ids is track.ids:
+            return
+        theirs = numbers(other, shape, count)
+        if theirs.shape == ids.shape:
+            xp = np if isinstance(ids, np.ndarray) and isinstance(theirs, np.ndarray) else jnp
+            candidates[number] = track_of(xp.maximum(ids, theirs), shape, count)
+            return
+    candidates.append(track)
+
+
+def best(candidates: Sequence[Track]) -> Track | None:
+    """The candidate that is taken: one that is in place before one that has been moved."""
+    kinds = (Rows, Known, Moved)
+    return min(
+        candidates,
+        key=lambda track: [isinstance(track.place, kind) for kind in kinds].index(True),
+        default=None,
+    )

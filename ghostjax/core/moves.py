@@ -1,0 +1,358 @@
+"""Operations that move examples along: their numbers are moved by the same operation.
+
+``MOVES`` has, by primitive, ``move(eqn, position, ids, operands)``: for the operand at ``position``
+with the numbers ``ids``, those of every output, or None where its examples end up mixed or lost.
+``ids`` are an array of numpy where the numbers are known, and then the result is, if it can be.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ghostjax._jaxprs import bind
+from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
+from ghostjax.core.places import propagate
+from ghostjax.core.tracks import NOBODY
+
+Move = Callable[..., list[Any] | None]
+
+
+def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """The numbers of every output by one operand's; None by output where they are lost.
+
+    What belongs to one example as a whole does so after any operation that has no rule here.
+    """
+    if eqn.primitive.name in MOVES:
+        found = MOVES[eqn.primitive.name](eqn, position, ids, operands)
+        return [None] * len(eqn.outvars) if found is None else found
+    return in_place(eqn, position, ids)
+
+
+def in_place(eqn: Any, position: int, ids: Any) -> list[Any]:
+    """Numbers along axes that stay in place, as rows do."""
+    shape = shape_of(eqn.invars[position])
+    axes = [axis for axis, size in enumerate(ids.shape) if size > 1]
+    outputs: list[list[RowInfo]] = [[] for _ in eqn.outvars]
+    for axis in axes:
+        infos: list[RowInfo] = [None] * len(eqn.invars)
+        infos[position] = Rows(axis)
+        for found, info in zip(outputs, propagate(eqn, infos, shape[axis])):
+            found.append(info)
+    ids = ids.reshape([size for size in ids.shape if size > 1])
+    return [
+        _along(ids, places, shape_of(var)) for places, var in zip(outputs, eqn.outvars, strict=True)
+    ]
+
+
+def _along(ids: Any, places: list[RowInfo], shape: tuple[int, ...]) -> Any:
+    """``ids`` with its axes at ``places`` of an array of that shape."""
+    if any(isinstance(place, Mixed) for place in places):
+        return None
+    if not all(isinstance(place, Rows) for place in places):  # does not depend on the operand
+        return np.full([1] * len(shape), NOBODY, np.int32)
+    if not places:
+        return ids.reshape([1] * len(shape))
+    indices = []
+    for place, size in zip(places, ids.shape):
+        along = np.arange(shape[place.axis]) // place.inner % size
+        indices.append(along.reshape([-1 if k == place.axis else 1 for k in range(len(shape))]))
+    axes = [place.axis for place in places]
+    if len(set(axes)) == len(axes) and all(place.outer * place.inner == 1 for place in places):
+        order = np.argsort(axes)
+        return ids.transpose(order).reshape(
+            [shape[k] if k in axes else 1 for k in range(len(shape))]
+        )
+    return ids[tuple(indices)]
+
+
+def _full(ids: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+    """``ids`` repeated along ``axes``."""
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    return xp.broadcast_to(
+        ids, [shape[k] if k in axes else size for k, size in enumerate(ids.shape)]
+    )
+
+
+def _reshape(eqn, position, ids, operands):
+    del operands
+    if eqn.params.get("dimensions") is None:
+        old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+        if math.prod(ids.shape) == 1:
+            return [ids.reshape([1] * len(new))]
+        if 0 not in old:
+            return [_reshaped(ids, old, new)]
+    return in_place(eqn, position, ids)
+
+
+def _reshaped(ids: Any, old: Sequence[int], new: Sequence[int]) -> Any:
+    """By groups of axes that are merged and split together; those that tell nothing stay short."""
+    i = j = 0
+    full, short = [], []
+    while i < len(old) or j < len(new):
+        start, begin = i, j
+        sizes = [math.prod(old[i : i + 1]), math.prod(new[j : j + 1])]
+        i, j = i + 1, j + 1
+        while sizes[0] != sizes[1]:
+            if sizes[0] < sizes[1]:
+                sizes[0] *= old[i]
+                i += 1
+            else:
+                sizes[1] *= new[j]
+                j += 1
+        own = range(start, min(i, len(old)))
+        tells = any(ids.shape[axis] > 1 for axis in own)
+        full.extend(own if tells else ())
+        short.extend(size if tells else 1 for size in new[begin:j])
+    return _full(ids, old, full).reshape(short)
+
+
+def _slice(eqn, position, ids, operands):
+    del position, operands
+    params = eqn.params
+    strides = params["strides"] or [1] * ids.ndim
+    bounds = zip(ids.shape, params["start_indices"], params["limit_indices"], strides)
+    return [ids[tuple(slice(a, b, s) if size > 1 else slice(None) for size, a, b, s in bounds)]]
+
+
+def _split(eqn, position, ids, operands):
+    del position, operands
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    if ids.shape[axis] == 1:
+        return [ids] * len(sizes)
+    starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    index = [slice(None)] * ids.ndim
+    return [
+        ids[(*index[:axis], slice(a, b), *index[axis + 1 :])] for a, b in itertools.pairwise(starts)
+    ]
+
+
+def _rev(eqn, position, ids, operands):
+    del position, operands
+    axes = [axis for axis in eqn.params["dimensions"] if ids.shape[axis] > 1]
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    return [xp.flip(ids, axes)]
+
+
+def _concatenate(eqn, position, ids, operands):
+    del operands
+    axis = eqn.params["dimension"]
+    if len(eqn.invars) == 1:
+        return [ids]
+    sizes = [shape_of(var)[axis] for var in eqn.invars]
+    before, after = sum(sizes[:position]), sum(sizes[position + 1 :])
+    ids = _full(ids, shape_of(eqn.invars[position]), [axis])
+    return [_padded(ids, [(before, after) if k == axis else (0, 0) for k in range(ids.ndim)])]
+
+
+def _stack(eqn, position, ids, operands):
+    del operands
+    axis, count = eqn.params["axis"], len(eqn.invars)
+    ids = ids.reshape(*ids.shape[:axis], 1, *ids.shape[axis:])
+    widths = [(0, 0)] * ids.ndim
+    widths[axis] = (position, count - position - 1)
+    return [_padded(ids, widths)]
+
+
+def _unstack(eqn, position, ids, operands):
+    del position, operands
+    axis, count = eqn.params["axis"], len(eqn.outvars)
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    return [xp.take(ids, min(k, ids.shape[axis] - 1), axis=axis) for k in range(count)]
+
+
+def _padded(ids, widths):
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    return xp.pad(ids, widths, constant_values=NOBODY)
+
+
+def _pad(eqn, position, ids, operands):
+    del operands
+    if position:
+        return None
+    config = eqn.params["padding_config"]
+    ids = _full(
+        ids, shape_of(eqn.invars[0]), [axis for axis, widths in enumerate(config) if any(widths)]
+    )
+    for axis, (low, high, interior) in enumerate(config):
+        if interior and ids.shape[axis] > 1:
+            shape = list(ids.shape)
+            shape[axis] = (shape[axis] - 1) * (interior + 1) + 1
+            index = [slice(None)] * ids.ndim
+            index[axis] = slice(None, None, interior + 1)
+            if isinstance(ids, np.ndarray):
+                wide = np.full(shape, NOBODY, np.int32)
+                wide[tuple(index)] = ids
+            else:
+                wide = jnp.full(shape, NOBODY, jnp.int32).at[tuple(index)].set(ids)
+            ids = wide
+        widths = [(0, 0)] * ids.ndim
+        widths[axis] = (max(low, 0), max(high, 0))
+        ids = _padded(ids, widths)
+        index = [slice(None)] * ids.ndim
+        index[axis] = slice(max(-low, 0), ids.shape[axis] - max(-high, 0))
+        ids = ids[tuple(index)]
+    return [ids]
+
+
+def _dynamic_slice(eqn, position, ids, operands):
+    if position:
+        return None
+    starts, sizes = operands[1:], eqn.params["slice_sizes"]
+    starts = [s if ids.shape[axis] > 1 else 0 for axis, s in enumerate(starts)]
+    sizes = [s if ids.shape[axis] > 1 else 1 for axis, s in enumerate(sizes)]
+    if isinstance(ids, np.ndarray) and all(isinstance(s, (int, np.generic)) for s in starts):
+        starts = [min(max(int(s), 0), n - k) for s, n, k in zip(starts, ids.shape, sizes)]
+        return [ids[tuple(slice(s, s + k) for s, k in zip(starts, sizes))]]
+    return [lax.dynamic_slice(jnp.asarray(ids), starts, sizes)]
+
+
+def _dynamic_update_slice(eqn, position, ids, operands):
+    """What is overwritten is no part of the result, and what is not written to is the operand's."""
+    if position > 1:
+        return None
+    whole, part = (shape_of(var) for var in eqn.invars[:2])
+    axes = [axis for axis in range(len(whole)) if whole[axis] != part[axis]]
+    starts = [s if axis in axes else 0 for axis, s in enumerate(operands[2:])]
+    if position == 0:
+        ids = _full(ids, whole, axes)
+        update = np.full([part[k] if k in axes else n for k, n in enumerate(ids.shape)], NOBODY)
+        update = update.astype(np.int32)
+    else:
+        update = _full(ids, part, axes)
+        ids = np.full([whole[k] if k in axes else n for k, n in enumerate(ids.shape)], NOBODY)
+        ids = ids.astype(np.int32)
+    if not axes:
+        return [update]
+    return [lax.dynamic_update_slice(jnp.asarray(ids), jnp.asarray(update), starts)]
+
+
+def _gather(eqn, position, ids, operands):
+    if position:
+        return in_place(eqn, position, ids)
+    dims, indices = eqn.params["dimension_numbers"], operands[1]
+    shape = shape_of(eqn.invars[0])
+    ids = _full(ids, shape, [*dims.start_index_map, *dims.operand_batching_dims])
+    sizes = [min(size, n) for size, n in zip(eqn.params["slice_sizes"], ids.shape)]
+    # The gradient of a look-up out of range is dropped, but where it is to be clipped.
+    mode = eqn.params["mode"]
+    if mode != lax.GatherScatterMode.CLIP:
+        mode = lax.GatherScatterMode.FILL_OR_DROP
+    return [lax.gather(jnp.asarray(ids), indices, dims, tuple(sizes), mode=mode, fill_value=NOBODY)]
+
+
+def scattered(eqn, ids: Any, updates: Any, operands, reduce: Any) -> Any:
+    """``updates`` scattered into ``ids`` as the equation does, by ``reduce`` of ``lax``."""
+    dims = eqn.params["dimension_numbers"]
+    whole, part = shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
+    inserted = (*dims.inserted_window_dims, *dims.operand_batching_dims)
+    window = [axis for axis in range(len(whole)) if axis not in inserted]
+    updated = dict(zip(dims.update_window_dims, window))
+    scattered = [axis for axis in range(len(part)) if axis not in updated]
+    partial = [axis for own, axis in updated.items() if whole[axis] != part[own]]
+    axes = [*inserted, *dims.scatter_dims_to_operand_dims, *partial]
+    full = [*axes]
+    for own, axis in updated.items():
+        if ids.shape[axis] > 1 or updates.shape[own] > 1:
+            full.append(axis)
+    ids = _full(ids, whole, full)
+    own = [own for own, axis in updated.items() if axis in full]
+    updates = _full(updates, part, [*scattered, *own])
+    mode = eqn.params["mode"]
+    if mode != lax.GatherScatterMode.CLIP:
+        mode = lax.GatherScatterMode.FILL_OR_DROP
+    return reduce(
+        jnp.asarray(ids, jnp.int32), operands[1], jnp.asarray(updates, jnp.int32), dims, mode=mode
+    )
+
+
+def _scatter(eqn, position, ids, operands):
+    """Writing replaces; what adds up is told apart by the walk."""
+    if position == 1:
+        return None
+    nobody = [np.full([1] * len(shape_of(eqn.invars[k])), NOBODY, np.int32) for k in (0, 2)]
+    pair = (ids, nobody[1]) if position == 0 else (nobody[0], ids)
+    if eqn.primitive.name == "scatter":
+        return [scattered(eqn, *pair, operands, lax.scatter)]
+    if position == 0:
+        return [ids]
+    return [scattered(eqn, *pair, operands, lax.scatter_max)]
+
+
+def _sort(eqn, position, ids, operands):
+    axis = eqn.params["dimension"]
+    if ids.shape[axis] == 1:
+        return in_place(eqn, position, ids)
+    shape = shape_of(eqn.invars[0])
+    places = lax.broadcasted_iota(jnp.int32, shape, axis)
+    *_, order = eqn.primitive.bind(*operands, places, **eqn.params)
+    found = jnp.take_along_axis(jnp.broadcast_to(ids, shape), order, axis=axis)
+    outputs: list[Any] = [None] * len(eqn.outvars)
+    outputs[position] = found
+    # Of the others, each by its own operand: none of them says anything of this one.
+    return [np.full([1] * len(shape), NOBODY, np.int32) if o is None else o for o in outputs]
+
+
+def _top_k(eqn, position, ids, operands):
+    axis = eqn.params.get("axis", len(shape_of(eqn.invars[0])) - 1)
+    if ids.shape[axis] == 1:
+        return in_place(eqn, position, ids)
+    _, order = bind(eqn, operands)
+    full = jnp.broadcast_to(ids, shape_of(eqn.invars[0]))
+    return [jnp.take_along_axis(full, order, axis=axis)] * 2
+
+
+def _select_n(eqn, position, ids, operands):
+    del operands
+    return in_place(eqn, position, ids) if position == 0 else [ids]
+
+
+def _squeeze(eqn, position, ids, operands):
+    del position, operands
+    rank = ids.ndim
+    axes = [axis % rank for axis in eqn.params["dimensions"]]
+    return [ids.reshape([n for axis, n in enumerate(ids.shape) if axis not in axes])]
+
+
+def _transpose(eqn, position, ids, operands):
+    del position, operands
+    return [ids.transpose(eqn.params["permutation"])]
+
+
+def _broadcast_in_dim(eqn, position, ids, operands):
+    del operands
+    if position:
+        return None
+    shape = [1] * len(eqn.params["shape"])
+    for axis, new in enumerate(eqn.params["broadcast_dimensions"]):
+        shape[new] = ids.shape[axis]
+    return [ids.reshape(shape)]
+
+
+MOVES: dict[str, Move] = {
+    "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenate,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "pad": _pad,
+    "reshape": _reshape,
+    "rev": _rev,
+    "select_n": _select_n,
+    "slice": _slice,
+    "sort": _sort,
+    "split": _split,
+    "squeeze": _squeeze,
+    "stack": _stack,
+    "unstack": _unstack,
+    "top_k": _top_k,
+    "transpose": _transpose,
+    **dict.fromkeys(
+        ["scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"],
+        _scatter,
+    ),
+}

@@ -1,0 +1,136 @@
+"""Which example every place of an array belongs to, where rows do not stay in place.
+
+As long as they do, that is a static fact about an axis (``Rows``). Where an operation moves them,
+their numbers are moved by the same operation: they are known while tracing where the move is
+(``Known``), and otherwise an integer array that is computed along (``Moved``). Arrays of numbers
+have the rank of the value, and size 1 along axes that do not tell examples apart.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ghostjax.core.place_rules import Mixed, Rows
+
+NOBODY = -1  # such as padding
+SEVERAL = -2  # what gradient does not flow through may be made of several examples
+
+
+class Known:
+    """The number of the example at every place, known while tracing."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids = ids
+
+    @functools.cached_property
+    def _bytes(self) -> bytes:
+        return np.ascontiguousarray(self.ids, np.int32).tobytes()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.ids.shape
+
+    def __eq__(self, other: Any) -> bool:
+        return (
+            isinstance(other, Known) and self.shape == other.shape and self._bytes == other._bytes
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self._bytes))
+
+    def __repr__(self) -> str:
+        return f"Known({self.ids.tolist() if self.ids.size < 20 else self.shape})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """Numbers are in an array of this shape."""
+
+    shape: tuple[int, ...]
+
+
+Place = Rows | Known | Moved | Mixed | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """A place and, where that is ``Moved``, its numbers."""
+
+    place: Place = dataclasses.field(default=None, metadata={"static": True})
+    ids: Any = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether examples are told apart."""
+        return isinstance(self.place, (Rows, Known, Moved))
+
+
+NO_TRACK = Track()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where a value has its rows, and its positions if labels tell these apart.
+
+    Attributes:
+      rows: strictly: rows that are combined with others are rows no more.
+      positions: leniently: all the axes (or numbers) that tell positions apart, as those of queries
+        and those of keys do.
+    """
+
+    rows: Track = NO_TRACK
+    positions: tuple[Track, ...] = ()
+
+
+NOWHERE = Where()
+
+
+def numbers(track: Track, shape: tuple[int, ...], count: int) -> Any:
+    """The numbers of a track as an array: of numpy where they are known."""
+    place = track.place
+    if isinstance(place, Rows):
+        along = np.arange(shape[place.axis], dtype=np.int32) // place.inner % count
+        return along.reshape([-1 if axis == place.axis else 1 for axis in range(len(shape))])
+    return place.ids if isinstance(place, Known) else track.ids
+
+
+def track_of(ids: Any, shape: tuple[int, ...], count: int) -> Track:
+    """The track of an array of numbers, in the shortest form."""
+    if not isinstance(ids, np.ndarray):
+        return Track(Moved(tuple(ids.shape)), ids)
+    for axis in range(ids.ndim):
+        first = ids.take([0], axis=axis)
+        if ids.shape[axis] > 1 and (ids == first).all():
+            ids = first
+    varying = [axis for axis in range(ids.ndim) if ids.shape[axis] > 1]
+    if len(varying) == 1 and count > 1:
+        (axis,) = varying
+        along = ids.ravel()
+        inner = int(np.argmax(along != along[0]))
+        size = len(along)
+        if size % (inner * count) == 0 and np.array_equal(along, np.arange(size) // inner % count):
+            return Track(Rows(axis, size // (inner * count), inner))
+    return Track(Known(ids.astype(np.int32)))
+
+
+def merged(first: Any, second: Any) -> tuple[Any, Any]:
+    """The numbers of what is made of both, and where they differ."""
+    xp = np if isinstance(first, np.ndarray) and isinstance(second, np.ndarray) else jnp
+    differ = (first >= 0) & (second >= 0) & (first != second)
+    return xp.where(first >= 0, first, second), differ
+
+
+def varying(place: Known | Moved) -> list[int]:
+    return [axis for axis, size in enumerate(place.shape) if size > 1]
+
+
+def is_single(track: Track) -> bool:
+    """Whether the whole value belongs to one example."""
+    return isinstance(track.place, (Known, Moved)) and math.prod(track.place.shape) == 1
