@@ -42,7 +42,9 @@ def _coerce(walk: Walk, eqn: Any, value: Value, like: Value) -> Value:
     if like.is_data:
         if not value.is_data:
             value = walk.promote(value, like.where, eqn)
-        where = loops.like(value.where, like.where, jnp.shape(value.primal), walk.num_rows)
+        where = loops.like(
+            value.where, like.where, getattr(value.primal, "shape", ()), walk.num_rows
+        )
         return walk.data(value.primal, like.active, where)
     tangents = {
         path: value.tangents[path]
@@ -59,7 +61,7 @@ def _joined(walk: Walk, first: Value, second: Value) -> Value:
         return Value(first.primal, {**second.tangents, **first.tangents})
     active = any(value.active or bool(value.tangents) for value in (first, second))
     where = loops.joined(
-        first.where, second.where, jnp.shape(first.primal), walk.num_rows, walk.follows
+        first.where, second.where, getattr(first.primal, "shape", ()), walk.num_rows, walk.follows
     )
     return walk.data(first.primal, active, where)
 

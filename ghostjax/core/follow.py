@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ghostjax.core.moves import move, scattered
+from ghostjax.core.moves import Others, move, scattered
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
 from ghostjax.core.tracks import (
@@ -20,6 +20,7 @@ from ghostjax.core.tracks import (
     merged,
     numbers,
     track_of,
+    varying,
 )
 
 _WRITES = frozenset(["scatter", "dynamic_update_slice"])
@@ -27,20 +28,20 @@ _ADDS = frozenset(["add", "add_any"])
 _SCATTERS = frozenset(["scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"])
 
 
-def moved(eqn: Any, position: int, track: Track, operands: Sequence[Any], count: int, alone=True):
-    """By output, where one operand's examples go: tracks.
-
-    ``alone``: whether no other operand's examples may be written over them.
-    """
+def moved(
+    eqn: Any, position: int, track: Track, operands: Sequence[Any], count: int, others: Others
+) -> list[Track]:
+    """By output, where one operand's examples go."""
     reasons: list[RowInfo] = [None] * len(eqn.outvars)
-    if isinstance(track.place, Rows) and (alone or eqn.primitive.name not in _WRITES):
+    is_written_over = eqn.primitive.name in _WRITES and others is Others.EXAMPLES
+    if isinstance(track.place, Rows) and not is_written_over:
         infos: list[RowInfo] = [None] * len(eqn.invars)
         infos[position] = track.place
         reasons = propagate(eqn, infos, count)
         if not any(isinstance(info, Mixed) for info in reasons):
             return [Track(info) for info in reasons]
     shape = shape_of(eqn.invars[position])
-    found = move(eqn, position, numbers(track, shape, count), operands)
+    found = move(eqn, position, numbers(track, shape, count), operands, others)
     return [
         Track(reason if isinstance(reason, Mixed) else lost(eqn, "mixes rows"))
         if ids is None
@@ -54,6 +55,7 @@ def rows_after(
     tracks: Sequence[Track],
     actives: Sequence[bool],
     operands: Sequence[Any],
+    supports: Sequence[Any],
     count: int,
     conflicts: list[Any],
 ) -> list[Track]:
@@ -61,14 +63,25 @@ def rows_after(
 
     Where gradient flows through several operands, they must agree; where that shows only when the
     program runs, ``conflicts`` gets the number of places where they do not.
+
+    Args:
+      supports: by operand, an array that is zero only where the operand is, and where no gradient
+        flows through it; or None.
     """
     own = [k for k, track in enumerate(tracks) if track.is_apart]
     deciding = [k for k in own if actives[k]] or own
     is_active = any(actives[k] for k in own)
     if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
         return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
-    alone = len(deciding) == 1
-    parts = [moved(eqn, k, tracks[k], operands, count, alone) for k in deciding]
+    others = _others(eqn, tracks, actives, deciding)
+    parts = [moved(eqn, k, tracks[k], operands, count, others) for k in deciding]
+    if eqn.primitive.name == "dot_general":
+        for k, part in zip(deciding, parts):
+            if isinstance(part[0].place, Mixed) and supports[1 - k] is not None:
+                shape = shape_of(eqn.invars[k])
+                ids = _chosen(eqn, k, numbers(tracks[k], shape, count), supports[1 - k])
+                if ids is not None:
+                    part[0] = _agreed(*ids, shape_of(eqn.outvars[0]), is_active, conflicts)
     if any(isinstance(track.place, Mixed) for track in _values(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
@@ -112,6 +125,15 @@ def combined(eqn, tracks: list[Track], shape, count, is_active: bool, conflicts:
     return track_of(jnp.where(result.ids == NOBODY, SEVERAL, result.ids), shape, count)
 
 
+def _others(eqn, tracks: Sequence[Track], actives, deciding) -> Others:
+    if len(deciding) > 1 or any(isinstance(t.place, Mixed) for t in _values(eqn, tracks)):
+        return Others.EXAMPLES
+    pairs = zip(_values(eqn, tracks), _values(eqn, actives))
+    if any(active and track.place is None for track, active in pairs):
+        return Others.PARAMETERS
+    return Others.CONSTANTS
+
+
 def _values(eqn, operands: Sequence[Any]) -> Sequence[Any]:
     """The operands that become parts of the result, without indices and what else decides."""
     return operands[_VALUES.get(eqn.primitive.name, slice(None))]
@@ -153,6 +175,45 @@ def _selected(eqn, tracks: dict[int, Track], operands, count) -> Track:
     return track_of(lax.select_n(operands[0], *cases), shape, count)
 
 
+def _chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | None:
+    """The largest and the least number of what has a weight in the sums of a product.
+
+    Sums over examples are look-ups where weights are zero for all but one, as those that send
+    tokens to experts and back.
+    """
+    contracted, batch = eqn.params["dimension_numbers"]
+    own, other = position, 1 - position
+    ranks = [len(shape_of(var)) for var in eqn.invars]
+    free = [
+        [k for k in range(ranks[side]) if k not in (*contracted[side], *batch[side])]
+        for side in (0, 1)
+    ]
+    if any(ids.shape[axis] > 1 for axis in free[own]):
+        return None
+    mask = (weights != 0).transpose(*batch[other], *contracted[other], *free[other])
+    order = [*batch[own], *contracted[own]]
+    ids = ids.transpose(*order, *free[own]).reshape(
+        [ids.shape[axis] for axis in order] + [1] * len(free[other])
+    )
+    first = len(batch[own])
+    axes = tuple(range(first, first + len(contracted[own])))
+    most = jnp.max(jnp.where(mask, ids, NOBODY), axis=axes)
+    least = jnp.min(jnp.where(mask & (ids >= 0), ids, np.iinfo(np.int32).max), axis=axes)
+    ones = [1] * len(free[own])
+    kept, last = most.shape[:first], most.shape[first:]
+    shape = [*kept, *ones, *last] if own == 0 else [*kept, *last, *ones]
+    return most.reshape(shape), least.reshape(shape)
+
+
+def _agreed(most, least, shape, is_active: bool, conflicts: list[Any]) -> Track:
+    differ = (most >= 0) & (least != most)
+    if is_active:
+        conflicts.append(jnp.sum(differ, dtype=jnp.int32))
+    else:
+        most = jnp.where(differ, SEVERAL, most)
+    return Track(Moved(most.shape), most)
+
+
 def _check_additions(eqn, track: Track, operands, count, conflicts) -> None:
     """What is added up at one place must belong to one example."""
     ids = numbers(track, shape_of(eqn.invars[2]), count)
@@ -170,23 +231,31 @@ def _check_additions(eqn, track: Track, operands, count, conflicts) -> None:
 
 
 def positions_after(
-    eqn: Any, tracks: Sequence[Sequence[Track]], actives, operands, count: int
+    eqn: Any,
+    rows: Sequence[Track],
+    tracks: Sequence[Sequence[Track]],
+    actives: Sequence[bool],
+    operands: Sequence[Any],
+    supports: Sequence[Any],
+    count: int,
 ) -> tuple[Track, ...]:
     """By output, all that tells positions apart in it."""
     own = [k for k, candidates in enumerate(tracks) if candidates]
     deciding = [k for k in own if actives[k]] or own
+    others = Others.EXAMPLES if len(deciding) > 1 else Others.CONSTANTS
     outputs: list[list[Track]] = [[] for _ in eqn.outvars]
     for k in deciding:
         for track in tracks[k]:
-            for found, var, candidates in zip(
-                _moved_leniently(eqn, k, track, operands, count), eqn.outvars, outputs
-            ):
+            places = _moved_leniently(eqn, k, track, operands, count, others)
+            if _sums_rows(eqn, k, rows[k]) and supports[1 - k] is not None:
+                places = _looked_up(eqn, k, track, supports[1 - k], count, places)
+            for found, var, candidates in zip(places, eqn.outvars, outputs):
                 if found.is_apart:
                     _add(candidates, found, shape_of(var), count)
     return [tuple(candidates) for candidates in outputs]
 
 
-def _moved_leniently(eqn, position, track, operands, count):
+def _moved_leniently(eqn, position, track, operands, count, others):
     shape = shape_of(eqn.invars[position])
     ids = numbers(track, shape, count)
     name = eqn.primitive.name
@@ -194,7 +263,23 @@ def _moved_leniently(eqn, position, track, operands, count):
         return [track]
     if name == "conv_general_dilated" and position == 0:
         return [_convolved(eqn, ids, count)]
-    return moved(eqn, position, track, operands, count)
+    return moved(eqn, position, track, operands, count, others)
+
+
+def _sums_rows(eqn, position: int, rows: Track) -> bool:
+    """Whether a product sums over the rows of one side."""
+    if eqn.primitive.name != "dot_general" or not rows.is_apart:
+        return False
+    axes = [rows.place.axis] if isinstance(rows.place, Rows) else varying(rows.place)
+    return not set(axes).isdisjoint(eqn.params["dimension_numbers"][0][position])
+
+
+def _looked_up(eqn, position, track, weights, count, places):
+    """Positions that weights choose; what else is summed over positions has none."""
+    if not isinstance(places[0].place, Mixed):
+        return places
+    ids = _chosen(eqn, position, numbers(track, shape_of(eqn.invars[position]), count), weights)
+    return places if ids is None else [Track(Moved(ids[0].shape), ids[0])]
 
 
 _RUNNING = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])

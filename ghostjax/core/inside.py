@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
@@ -55,6 +56,11 @@ def slice_rows(info: RowInfo) -> RowInfo:
     return info
 
 
+def is_number(var: Any) -> bool:
+    """Whether gradient can flow through it: not through integers, keys or references."""
+    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
+
+
 def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> list[bool]:
     """Which carries are active after any number of rounds."""
     carry = actives[start:end]
@@ -72,5 +78,5 @@ def _reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
     for eqn in jaxpr.eqns:
         passes = eqn.primitive.name != "stop_gradient"
         if passes and any(is_var(atom) and atom in found for atom in eqn.invars):
-            found.update(eqn.outvars)
+            found.update(var for var in eqn.outvars if is_number(var))
     return [is_var(atom) and atom in found for atom in jaxpr.outvars]

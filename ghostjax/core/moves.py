@@ -1,10 +1,13 @@
 """Operations that move examples along: their numbers are moved by the same operation.
 
-``MOVES`` has, by primitive, ``move(eqn, position, ids, operands)``: for the operand at ``position``
-with the numbers ``ids``, those of every output, or None where its examples end up mixed or lost.
-``ids`` are an array of numpy where the numbers are known, and then the result is, if it can be.
+``MOVES`` has, by primitive, ``move(eqn, position, ids, operands, others)``: for the operand at
+``position`` with the numbers ``ids``, those of every output, or None where its examples end up
+mixed or lost. ``ids`` are an array of numpy where the numbers are known, and then the result is, if
+it can be. ``others`` tells what the other operands are that become parts of the result: parameters
+that are joined to examples along an axis that tells none apart belong to them.
 """
 
+import enum
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,16 +22,25 @@ from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import propagate
 from ghostjax.core.tracks import NOBODY
 
+
+class Others(enum.IntEnum):
+    """What the other operands are, the most that is among them."""
+
+    CONSTANTS = 0
+    PARAMETERS = 1
+    EXAMPLES = 2
+
+
 Move = Callable[..., list[Any] | None]
 
 
-def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any]) -> list[Any] | None:
+def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any], others: Others) -> list[Any]:
     """The numbers of every output by one operand's; None by output where they are lost.
 
     What belongs to one example as a whole does so after any operation that has no rule here.
     """
     if eqn.primitive.name in MOVES:
-        found = MOVES[eqn.primitive.name](eqn, position, ids, operands)
+        found = MOVES[eqn.primitive.name](eqn, position, ids, operands, others)
         return [None] * len(eqn.outvars) if found is None else found
     return in_place(eqn, position, ids)
 
@@ -78,8 +90,8 @@ def _full(ids: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
     )
 
 
-def _reshape(eqn, position, ids, operands):
-    del operands
+def _reshape(eqn, position, ids, operands, others):
+    del operands, others
     if eqn.params.get("dimensions") is None:
         old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
         if math.prod(ids.shape) == 1:
@@ -111,16 +123,16 @@ def _reshaped(ids: Any, old: Sequence[int], new: Sequence[int]) -> Any:
     return _full(ids, old, full).reshape(short)
 
 
-def _slice(eqn, position, ids, operands):
-    del position, operands
+def _slice(eqn, position, ids, operands, others):
+    del position, operands, others
     params = eqn.params
     strides = params["strides"] or [1] * ids.ndim
     bounds = zip(ids.shape, params["start_indices"], params["limit_indices"], strides)
     return [ids[tuple(slice(a, b, s) if size > 1 else slice(None) for size, a, b, s in bounds)]]
 
 
-def _split(eqn, position, ids, operands):
-    del position, operands
+def _split(eqn, position, ids, operands, others):
+    del position, operands, others
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     if ids.shape[axis] == 1:
         return [ids] * len(sizes)
@@ -131,17 +143,17 @@ def _split(eqn, position, ids, operands):
     ]
 
 
-def _rev(eqn, position, ids, operands):
-    del position, operands
+def _rev(eqn, position, ids, operands, others):
+    del position, operands, others
     axes = [axis for axis in eqn.params["dimensions"] if ids.shape[axis] > 1]
     xp = np if isinstance(ids, np.ndarray) else jnp
     return [xp.flip(ids, axes)]
 
 
-def _concatenate(eqn, position, ids, operands):
+def _concatenate(eqn, position, ids, operands, others):
     del operands
     axis = eqn.params["dimension"]
-    if len(eqn.invars) == 1:
+    if len(eqn.invars) == 1 or (ids.shape[axis] == 1 and others is not Others.EXAMPLES):
         return [ids]
     sizes = [shape_of(var)[axis] for var in eqn.invars]
     before, after = sum(sizes[:position]), sum(sizes[position + 1 :])
@@ -149,17 +161,19 @@ def _concatenate(eqn, position, ids, operands):
     return [_padded(ids, [(before, after) if k == axis else (0, 0) for k in range(ids.ndim)])]
 
 
-def _stack(eqn, position, ids, operands):
+def _stack(eqn, position, ids, operands, others):
     del operands
     axis, count = eqn.params["axis"], len(eqn.invars)
     ids = ids.reshape(*ids.shape[:axis], 1, *ids.shape[axis:])
+    if others is not Others.EXAMPLES:
+        return [ids]
     widths = [(0, 0)] * ids.ndim
     widths[axis] = (position, count - position - 1)
     return [_padded(ids, widths)]
 
 
-def _unstack(eqn, position, ids, operands):
-    del position, operands
+def _unstack(eqn, position, ids, operands, others):
+    del position, operands, others
     axis, count = eqn.params["axis"], len(eqn.outvars)
     xp = np if isinstance(ids, np.ndarray) else jnp
     return [xp.take(ids, min(k, ids.shape[axis] - 1), axis=axis) for k in range(count)]
@@ -170,10 +184,12 @@ def _padded(ids, widths):
     return xp.pad(ids, widths, constant_values=NOBODY)
 
 
-def _pad(eqn, position, ids, operands):
+def _pad(eqn, position, ids, operands, others):
     del operands
     if position:
         return None
+    if others is Others.PARAMETERS:
+        return in_place(eqn, position, ids)
     config = eqn.params["padding_config"]
     ids = _full(
         ids, shape_of(eqn.invars[0]), [axis for axis, widths in enumerate(config) if any(widths)]
@@ -199,7 +215,8 @@ def _pad(eqn, position, ids, operands):
     return [ids]
 
 
-def _dynamic_slice(eqn, position, ids, operands):
+def _dynamic_slice(eqn, position, ids, operands, others):
+    del others
     if position:
         return None
     starts, sizes = operands[1:], eqn.params["slice_sizes"]
@@ -211,10 +228,14 @@ def _dynamic_slice(eqn, position, ids, operands):
     return [lax.dynamic_slice(jnp.asarray(ids), starts, sizes)]
 
 
-def _dynamic_update_slice(eqn, position, ids, operands):
+def _dynamic_update_slice(eqn, position, ids, operands, others):
     """What is overwritten is no part of the result, and what is not written to is the operand's."""
     if position > 1:
         return None
+    if position == 0 and others is not Others.EXAMPLES:
+        return [ids]
+    if position == 1 and others is Others.PARAMETERS:
+        return in_place(eqn, position, ids)
     whole, part = (shape_of(var) for var in eqn.invars[:2])
     axes = [axis for axis in range(len(whole)) if whole[axis] != part[axis]]
     starts = [s if axis in axes else 0 for axis, s in enumerate(operands[2:])]
@@ -231,7 +252,8 @@ def _dynamic_update_slice(eqn, position, ids, operands):
     return [lax.dynamic_update_slice(jnp.asarray(ids), jnp.asarray(update), starts)]
 
 
-def _gather(eqn, position, ids, operands):
+def _gather(eqn, position, ids, operands, others):
+    del others
     if position:
         return in_place(eqn, position, ids)
     dims, indices = eqn.params["dimension_numbers"], operands[1]
@@ -270,10 +292,14 @@ def scattered(eqn, ids: Any, updates: Any, operands, reduce: Any) -> Any:
     )
 
 
-def _scatter(eqn, position, ids, operands):
+def _scatter(eqn, position, ids, operands, others):
     """Writing replaces; what adds up is told apart by the walk."""
     if position == 1:
         return None
+    if position == 0 and others is not Others.EXAMPLES:
+        return [ids]
+    if position == 2 and others is Others.PARAMETERS:
+        return in_place(eqn, position, ids)
     nobody = [np.full([1] * len(shape_of(eqn.invars[k])), NOBODY, np.int32) for k in (0, 2)]
     pair = (ids, nobody[1]) if position == 0 else (nobody[0], ids)
     if eqn.primitive.name == "scatter":
@@ -283,7 +309,8 @@ def _scatter(eqn, position, ids, operands):
     return [scattered(eqn, *pair, operands, lax.scatter_max)]
 
 
-def _sort(eqn, position, ids, operands):
+def _sort(eqn, position, ids, operands, others):
+    del others
     axis = eqn.params["dimension"]
     if ids.shape[axis] == 1:
         return in_place(eqn, position, ids)
@@ -297,7 +324,8 @@ def _sort(eqn, position, ids, operands):
     return [np.full([1] * len(shape), NOBODY, np.int32) if o is None else o for o in outputs]
 
 
-def _top_k(eqn, position, ids, operands):
+def _top_k(eqn, position, ids, operands, others):
+    del others
     axis = eqn.params.get("axis", len(shape_of(eqn.invars[0])) - 1)
     if ids.shape[axis] == 1:
         return in_place(eqn, position, ids)
@@ -306,25 +334,25 @@ def _top_k(eqn, position, ids, operands):
     return [jnp.take_along_axis(full, order, axis=axis)] * 2
 
 
-def _select_n(eqn, position, ids, operands):
-    del operands
+def _select_n(eqn, position, ids, operands, others):
+    del operands, others
     return in_place(eqn, position, ids) if position == 0 else [ids]
 
 
-def _squeeze(eqn, position, ids, operands):
-    del position, operands
+def _squeeze(eqn, position, ids, operands, others):
+    del position, operands, others
     rank = ids.ndim
     axes = [axis % rank for axis in eqn.params["dimensions"]]
     return [ids.reshape([n for axis, n in enumerate(ids.shape) if axis not in axes])]
 
 
-def _transpose(eqn, position, ids, operands):
-    del position, operands
+def _transpose(eqn, position, ids, operands, others):
+    del position, operands, others
     return [ids.transpose(eqn.params["permutation"])]
 
 
-def _broadcast_in_dim(eqn, position, ids, operands):
-    del operands
+def _broadcast_in_dim(eqn, position, ids, operands, others):
+    del operands, others
     if position:
         return None
     shape = [1] * len(eqn.params["shape"])

@@ -26,6 +26,8 @@ class Value:
       is_data: whether it depends on the batch.
       active: whether data depends on parameters too, so that gradient flows back through it.
       where: where data has its rows, and positions if there are labels for them.
+      support: of data through which gradient flows, an array that is zero only where the value is,
+        and where no gradient passes: a mask that the value was multiplied with.
       direct: whether a parameter-only value is a parameter, but for its layout and dtype, or what a
         loop takes of it in one round; so that inner products of gradients are the same.
     """
@@ -35,11 +37,20 @@ class Value:
     is_data: bool = dataclasses.field(default=False, metadata={"static": True})
     active: bool = dataclasses.field(default=False, metadata={"static": True})
     where: Where = NOWHERE
+    support: Any = None
     direct: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rows(self) -> RowInfo:
         return self.where.rows.place
+
+
+def unsupported(values: Any) -> list[Value]:
+    """Values on their way into control flow or out of it, where masks would have to be kept."""
+    return [
+        value if value.support is None else dataclasses.replace(value, support=None)
+        for value in values
+    ]
 
 
 def paths_of(values: Any) -> list[int]:

@@ -25,12 +25,13 @@ from ghostjax._jaxprs import (
 )
 from ghostjax.core.examples import Labels, Regrouped, cells_of, labels_of, localized
 from ghostjax.core.follow import positions_after, rows_after
-from ghostjax.core.inside import inside, is_container
+from ghostjax.core.inside import inside, is_container, is_number
 from ghostjax.core.meeting import Cells, Meeting, is_inexact
+from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 from ghostjax.core.routes import KINDS, make_meeting
 from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single
-from ghostjax.core.values import Value, paths_of
+from ghostjax.core.values import Value, paths_of, unsupported
 
 WAY_OUT = (
     "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
@@ -153,9 +154,11 @@ class Walk:
         # Of parameters alone, forward mode takes everything but a custom_vjp function.
         if name in HANDLERS and (has_data or holds(eqn, "custom_vjp_call")):
             outside, self.around = self.around, (eqn, *self.around)
+            if HANDLERS[name] is not _call:
+                operands = unsupported(operands)
             outputs = HANDLERS[name](self, eqn, operands)
             self.around = outside
-            return outputs
+            return outputs if HANDLERS[name] is _call else unsupported(outputs)
         if not has_data:
             return self.parameters_only(eqn, operands)
         if is_container(eqn) and name not in ("custom_jvp_call", *KINDS):
@@ -168,16 +171,22 @@ class Walk:
     def without_parameters(self, eqn, operands, has_data):
         if not has_data:
             return [Value(output) for output in bind(eqn, [value.primal for value in operands])]
+        if self.follows and _is_simple_call(eqn, operands):
+            return _call(self, eqn, operands)
         places = self.places_after(eqn, operands)
         is_data = [self.num_rows is None or where.rows.place is not None for where in places]
         outputs = [None] * len(places)
         if self.computes_data or not all(is_data):
             outputs = bind(eqn, self._without_data(eqn, operands))
         active = any(value.active for value in operands) and eqn.primitive.name != "stop_gradient"
-        return [
-            self.data(output, active, where) if found else Value(output)
-            for output, where, found in zip(outputs, places, is_data)
+        values = [
+            self.data(output, active and is_number(var), where) if found else Value(output)
+            for output, var, where, found in zip(outputs, eqn.outvars, places, is_data)
         ]
+        if active and self.follows and len(values) == 1:
+            support = _support(eqn, operands)
+            return [dataclasses.replace(values[0], support=support)]
+        return values
 
     def _without_data(self, eqn, operands):
         """Primals, with zeros for data that is not computed: outputs of no row do not use it."""
@@ -228,7 +237,8 @@ class Walk:
                 raise RowAxisError(_lost(self.describe(eqn), self.names[path], infos))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
-        return [self.data(output, True, where) for output, where in zip(outputs, places)]
+        flows = [k in inexact for k in range(len(outputs))]
+        return [self.data(*triple) for triple in zip(outputs, flows, places)]
 
     def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:
         return make_meeting(eqn, function, operands, outputs, rows, num_rows, self.names)
@@ -287,11 +297,17 @@ class Walk:
         rows = self._rows_after(eqn, operands, actives)
         if self.labels is None:
             return [Where(track) for track in rows]
+        if is_container(eqn) and any(value.where.positions for value in operands):
+            inside = self._followed_inside(eqn, operands)
+            if inside is not None:
+                return [Where(track, where.positions) for track, where in zip(rows, inside)]
         positions = positions_after(
             eqn,
+            [value.where.rows for value in operands],
             [value.where.positions for value in operands],
             actives,
             [value.primal for value in operands],
+            [_weights(value) for value in operands],
             self.labels.positions,
         )
         return [Where(*pair) for pair in zip(rows, positions, strict=True)]
@@ -337,10 +353,11 @@ class Walk:
         if is_container(eqn) and any(track.is_apart for track in tracks):
             inside = self._followed_inside(eqn, operands)
             if inside is not None:
-                return inside
+                return [where.rows for where in inside]
         conflicts: list[Any] = []
         primals = [value.primal for value in operands]
-        found = rows_after(eqn, tracks, actives, primals, self.num_rows, conflicts)
+        supports = [_weights(value) for value in operands]
+        found = rows_after(eqn, tracks, actives, primals, supports, self.num_rows, conflicts)
         self.count_conflicts(conflicts)
         apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
         lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
@@ -349,7 +366,8 @@ class Walk:
             raise RowAxisError(_several(describe_operation(eqn, self.around), lost[0]))
         return found
 
-    def _followed_inside(self, eqn, operands) -> list[Track] | None:
+    def _followed_inside(self, eqn, operands) -> list[Where] | None:
+        """Where rows and positions go inside of a call or a loop."""
         handler = HANDLERS.get(eqn.primitive.name) or _OPENED.get(eqn.primitive.name)
         if handler is None:
             return None
@@ -357,14 +375,12 @@ class Walk:
         walk.named_meetings = {}
         walk.around = (eqn, *self.around)
         values = [
-            Value(
-                value.primal, {}, value.is_data, value.active or bool(value.tangents), value.where
-            )
+            dataclasses.replace(value, tangents={}, active=value.active or bool(value.tangents))
             for value in operands
         ]
-        outputs = handler(walk, eqn, values)
+        outputs = handler(walk, eqn, values if handler is _call else unsupported(values))
         self.conflicts.update(walk.conflicts)
-        return [value.where.rows for value in outputs]
+        return [value.where for value in outputs]
 
     def count_conflicts(self, counts: list[Any]) -> None:
         for count in counts:
@@ -402,7 +418,9 @@ def _check_inside(jaxpr, infos, actives, num_rows, around):
         active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
         sides = [list(side) for side in zip(*pairs)] or [[], []]
         rows = check_rows(inner, *sides, num_rows, around)
-        known.update((var, (info, active)) for var, info in zip(inner.outvars, rows))
+        known.update(
+            (var, (info, active and is_number(var))) for var, info in zip(inner.outvars, rows)
+        )
 
 
 def _combined(operation: str, info: Mixed) -> str:
@@ -460,6 +478,47 @@ def _call(walk: Walk, eqn, operands):
     if closed is not None:
         return walk.run(closed, operands)
     return walk.open(jaxpr, [], operands)
+
+
+def _weights(value: Value) -> Any:
+    """An array that is zero only where a value is, and where no gradient flows through it."""
+    is_active = value.active or bool(value.tangents)
+    return value.support if is_active else value.primal
+
+
+def _support(eqn, operands: Sequence[Value]) -> Any:
+    """What is zero only where an operation's result is, and where no gradient passes."""
+    name = eqn.primitive.name
+    supports = [value.support for value in operands]
+    if name in _LAYOUTS:
+        return None if supports[0] is None else bind(eqn, supports)[0]
+    shape = shape_of(eqn.outvars[0])
+    if name == "mul":
+        full = [weights for weights in map(_weights, operands) if jnp.shape(weights) == shape]
+        return full[0] if full else None
+    if name == "dot_general" and not any(eqn.params["dimension_numbers"][0]):
+        weights = [_weights(value) for value in operands]
+        if any(found is not None for found in weights):
+            return bind(
+                eqn,
+                [
+                    jnp.ones(shape_of(var), var.aval.dtype) if found is None else found
+                    for found, var in zip(weights, eqn.invars)
+                ],
+            )[0]
+    return None
+
+
+def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
+    """Whether a call can be walked for what it multiplies with: without changing in which order
+    cotangents are added up."""
+    if HANDLERS.get(eqn.primitive.name) is not _call:
+        return False
+    if not any(value.active for value in operands) or all(value.active for value in operands):
+        return False
+    ((jaxpr, _),) = inner_jaxprs(eqn)
+    uses = [atom for inner in jaxpr.eqns for atom in inner.invars if is_var(atom)]
+    return len(uses) == len(set(uses)) and not any(map(inner_jaxprs, jaxpr.eqns))
 
 
 def _opened(walk: Walk, eqn, operands):
