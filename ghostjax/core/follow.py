@@ -11,6 +11,7 @@ from ghostjax.core.moves import Others, move, scattered
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
 from ghostjax.core.tracks import (
+    NO_TRACK,
     NOBODY,
     SEVERAL,
     Known,
@@ -45,6 +46,8 @@ def moved(
     return [
         Track(reason if isinstance(reason, Mixed) else lost(eqn, "mixes rows"))
         if ids is None
+        else NO_TRACK
+        if isinstance(ids, np.ndarray) and (ids == NOBODY).all()
         else track_of(ids, shape_of(var), count)
         for ids, var, reason in zip(found, eqn.outvars, reasons, strict=True)
     ]
@@ -99,6 +102,8 @@ def combined(eqn, tracks: list[Track], shape, count, is_active: bool, conflicts:
             return track
     is_mixed = len(tracks) > 1 and tracks[-1].place is _MIXED
     tracks = [track for track in tracks if track.is_apart]
+    if not tracks:  # an order of rows, say
+        return Track(lost(eqn, "tells no rows apart"))
     result = tracks[0]
     for track in tracks[1:]:
         if track.place == result.place and track.ids is result.ids:
@@ -241,7 +246,7 @@ def positions_after(
 ) -> tuple[Track, ...]:
     """By output, all that tells positions apart in it."""
     own = [k for k, candidates in enumerate(tracks) if candidates]
-    deciding = [k for k in own if actives[k]] or own
+    deciding = sorted(own, key=lambda k: not actives[k])
     others = Others.EXAMPLES if len(deciding) > 1 else Others.CONSTANTS
     outputs: list[list[Track]] = [[] for _ in eqn.outvars]
     for k in deciding:

@@ -494,8 +494,8 @@ def _support(eqn, operands: Sequence[Value]) -> Any:
         return None if supports[0] is None else bind(eqn, supports)[0]
     shape = shape_of(eqn.outvars[0])
     if name == "mul":
-        full = [weights for weights in map(_weights, operands) if jnp.shape(weights) == shape]
-        return full[0] if full else None
+        found = [weights for weights in map(_weights, operands) if weights is not None]
+        return next((weights for weights in found if jnp.shape(weights) == shape), None)
     if name == "dot_general" and not any(eqn.params["dimension_numbers"][0]):
         weights = [_weights(value) for value in operands]
         if any(found is not None for found in weights):

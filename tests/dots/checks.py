@@ -124,6 +124,34 @@ def check_late(row_losses, params, batch, reduction="mean", *, exact_gradient=Tr
         assert max(np.max(leaf) for leaf in jax.tree.leaves(errors)) <= 1e-5
 
 
+def check_loss(loss_fn, row_losses, params, batch, *, exact_gradient=True):
+    """The dots of a loss that moves rows, early, late and stacked, against those of ``row_losses``,
+    whose mean it is."""
+    directions = directions_like(params)
+    first = jax.tree.map(lambda leaf: leaf[0], directions)
+    late = value_and_dots_fn(loss_fn)
+
+    @jax.jit
+    def run(params, batch, first, directions):
+        result = value_grad_and_dots(loss_fn)(params, batch, direction=first)
+        return result, late(params, batch)[2].result(directions)
+
+    one, several = run(params, batch, first, directions)
+    expected = expected_stacked(row_losses, params, batch, directions)
+    testing.assert_dots_close(one.dots, jax.tree.map(lambda leaf: leaf[0], expected))
+    testing.assert_dots_close(several.dots, expected)
+    plain = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
+    if exact_gradient:
+        chex.assert_trees_all_equal((one.value, one.grads), plain)
+    else:
+        testing.assert_dots_close((one.value, one.grads), plain, rtol=1e-6)
+    assert (int(one.conflicts), int(several.conflicts)) == (0, 0)
+    for result, vectors in ((one, first), (several, directions)):
+        errors = conservation_error(result, vectors)
+        assert max(np.max(leaf) for leaf in jax.tree.leaves(errors)) <= 1e-5
+    return one
+
+
 def mean_squares(outputs):
     return jnp.mean(jnp.square(outputs).reshape(outputs.shape[0], -1), axis=1)
 

@@ -250,7 +250,7 @@ def inside_control_flow():
 
         return mean_squares(jax.lax.scan(layer, x, params["layers"])[0])
 
-    return losses, {"layers": draw(2, FEATURES, FEATURES)}, activations()
+    return losses, {"layers": 0.3 * draw(2, FEATURES, FEATURES)}, activations()
 
 
 @rule
