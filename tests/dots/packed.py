@@ -75,7 +75,8 @@ def layer(p, x, batch, *, flat):
     documents = batch["documents"]
     seen = documents[:, :, None] == documents[:, None, :]
     seen &= jnp.tril(jnp.ones((length, length), bool))[None]
-    h = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+    q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
+    h = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None]).astype(x.dtype)
     x = x + h.reshape(rows, length, D) @ p["out"]
     h = norm(x, p["scale"]) @ p["up"]
     return x + jax.nn.gelu(h + jnp.broadcast_to(p["bias"], h.shape)) @ p["down"]
