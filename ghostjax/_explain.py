@@ -14,7 +14,7 @@ from ghostjax._flops import equation_flops, flops, flops_after, rounds_unknown
 from ghostjax._jaxprs import describe_operation
 from ghostjax._late import harvesting
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Meeting, Rows
+from ghostjax.core import Meeting, Regrouped, Rows
 
 
 def explain(
@@ -203,6 +203,8 @@ def _uses(loss: Loss, meeting: Meeting, factors, vectors, directions) -> list[Us
 def _row_axis(meeting: Meeting) -> str:
     """ "1", or "1 = 6 x B" where rows are merged with others."""
     info = meeting.rows[meeting.differentiable[0]]
+    if isinstance(meeting, Regrouped):
+        return "moved"
     if not isinstance(info, Rows):
         return "-"
     sizes = [info.outer, "B", info.inner]

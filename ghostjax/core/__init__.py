@@ -4,6 +4,7 @@ from ghostjax.core import control as control
 from ghostjax.core import custom_rules as custom_rules
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
+from ghostjax.core.examples import Regrouped as Regrouped
 from ghostjax.core.harvest import Harvest as Harvest
 from ghostjax.core.harvest import contract as contract
 from ghostjax.core.harvest import mapped as mapped

@@ -65,15 +65,15 @@ def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> lis
     """Which carries are active after any number of rounds."""
     carry = actives[start:end]
     while True:
-        after = _reached(body, [*actives[:start], *carry, *actives[end:]])
+        after = reached(body, [*actives[:start], *carry, *actives[end:]])
         joined = [a or b for a, b in zip(carry, after)]
         if joined == carry:
             return carry
         carry = joined
 
 
-def _reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
-    """Which outputs depend on active inputs."""
+def reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
+    """Which outputs depend on active inputs, as gradient flows."""
     found = {var for var, active in zip(jaxpr.invars, actives, strict=True) if active}
     for eqn in jaxpr.eqns:
         passes = eqn.primitive.name != "stop_gradient"

@@ -30,7 +30,7 @@ from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 from ghostjax.core.routes import KINDS, make_meeting
-from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single
+from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single, numbers
 from ghostjax.core.values import Value, paths_of, unsupported
 
 WAY_OUT = (
@@ -364,11 +364,39 @@ class Walk:
         sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
         if len(apart) > 1 and lost and not sums:
             raise RowAxisError(_several(describe_operation(eqn, self.around), lost[0]))
+        if any(actives) and not lost and eqn.primitive.name in CHECKS:
+            self._check_rule(eqn, tracks, actives)
         return found
+
+    def _check_rule(self, eqn, tracks: Sequence[Track], actives) -> None:
+        """What holds of rows in a derivative rule must hold along every axis that tells rows apart,
+        as if there were one row per place."""
+        axes = {
+            k: [
+                (axis, size)
+                for axis, size in enumerate(numbers(track, shape_of(var), self.num_rows).shape)
+                if size > 1
+            ]
+            for k, (track, var) in enumerate(zip(tracks, eqn.invars))
+            if track.is_apart
+        }
+        if len({tuple(size for _, size in own) for own in axes.values()}) > 1:
+            raise RowAxisError(
+                f"{describe_operation(eqn, self.around)} has a derivative rule of its own, and "
+                "operands in which rows are told apart along different axes. Bring them into one "
+                "order before."
+            )
+        for along in zip(*axes.values()):
+            infos: list[RowInfo] = [None] * len(tracks)
+            for k, (axis, _) in zip(axes, along):
+                infos[k] = Rows(axis)
+            count = along[0][1]
+            rows = propagate(eqn, infos, count)
+            CHECKS[eqn.primitive.name](eqn, infos, actives, rows, count)
 
     def _followed_inside(self, eqn, operands) -> list[Where] | None:
         """Where rows and positions go inside of a call or a loop."""
-        handler = HANDLERS.get(eqn.primitive.name) or _OPENED.get(eqn.primitive.name)
+        handler = HANDLERS.get(eqn.primitive.name)
         if handler is None:
             return None
         walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
@@ -521,13 +549,6 @@ def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
     return len(uses) == len(set(uses)) and not any(map(inner_jaxprs, jaxpr.eqns))
 
 
-def _opened(walk: Walk, eqn, operands):
-    closed = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-    return walk.run(closed, operands)
-
-
-# Walked inside for where rows go there, and nothing else.
-_OPENED = {"custom_jvp_call": _opened, "custom_vjp_call": _opened}
 HANDLERS = {
     "jit": _call,
     "pjit": _call,
