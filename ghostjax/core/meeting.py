@@ -188,6 +188,11 @@ class Meeting:
         triples = zip(cotangents, tangents, where)
         return sum(row_sums(*triple, self.num_rows) for triple in triples)
 
+    @property
+    def keeps_row_gradients(self) -> bool:
+        """Whether late directions need no factors: ``row_gradients`` are less, and do."""
+        return False
+
     def takes_gradient(self, route: Route) -> int | None:
         """The operand whose gradient that route makes on its way, by ``sums_and_gradient``."""
         del route

@@ -164,26 +164,34 @@ class Repeated(Meeting):
         """Whether the gradients of all rows are no more than the operation's output."""
         return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
 
+    @property
+    def keeps_row_gradients(self):
+        return self.few and all(self.in_rows.values())
+
     def route(self, directions, *, late):
-        del late
-        stacked = directions is not None
-        if stacked and self.few and all(self.in_rows.values()):
+        if (late or directions is not None) and self.keeps_row_gradients:
             return Route.FEATURES
         return Route.TANGENT
 
     def sums(self, kept, vectors, cotangents, stacked, route):
         if route is not Route.FEATURES:
             return super().sums(kept, vectors, cotangents, stacked, route)
-        rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
+        arrays = dict(zip(self.kept, kept[0]))
+        return self.sums_of_rows(self.row_gradients(arrays, *cotangents), vectors, stacked)
+
+    def sums_of_rows(self, rows, vectors, stacked):
+        """What ``sums`` gives, of ``row_gradients``."""
+        rows = self.flat(rows)
 
         def products(vectors):
             vectors = vectors.astype(rows.dtype).reshape(-1, rows.shape[1])
-            return jnp.einsum("bf,kf->kb", rows, vectors, precision="highest")
+            found = jnp.einsum("bf,kf->kb", rows, vectors, precision="highest")
+            return found if stacked else found[0]
 
         return {path: products(vectors) for path, (vectors,) in vectors.items()}
 
     def row_gradients(self, arrays: dict[int, Any], cotangent: Any) -> jax.Array:
-        """[B, F]: the gradient of the parameter, flat, by every row."""
+        """The gradient of the parameter by every row: the output's axes, but positions summed."""
         (rows,), wide = self.rows, wide_dtype(cotangent)
         primals = [
             arrays[k].astype(wide) if k in arrays else jnp.zeros(aval.shape, wide)
@@ -200,8 +208,11 @@ class Repeated(Meeting):
         parameter = primals[self.parameter] + zeros_of(cotangent)
         (gradients,) = jax.vjp(of_entries, parameter)[1](cotangent)
         others = [k for k, size in enumerate(self._shape) if size == 1 and k != rows.axis]
-        gradients = jnp.moveaxis(jnp.sum(gradients, axis=others, keepdims=True), rows.axis, 0)
-        return gradients.reshape(self.num_rows, -1)
+        return jnp.sum(gradients, axis=others, keepdims=True)
+
+    def flat(self, rows: jax.Array) -> jax.Array:
+        """``row_gradients`` as [B, F]."""
+        return jnp.moveaxis(rows, self.rows[0].axis, 0).reshape(self.num_rows, -1)
 
     def parameter_like(self, gradient: jax.Array) -> jax.Array:
         return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)

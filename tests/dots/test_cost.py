@@ -115,3 +115,14 @@ def test_explained_cost(setup):
     extra = explanation.flops - explanation.plain_flops
     assert extra == pytest.approx(flops - plain_flops, rel=0.03)
     assert explanation.cost == pytest.approx(flops / plain_flops, rel=0.01)
+
+
+def test_late_directions_keep_no_cotangents_of_what_is_repeated(setup):
+    """A bias leaves a gradient per row, not the cotangents that the product before it keeps too."""
+    loss_fn, (params, train, _) = setup
+    explanation = explain(loss_fn)(params, train)
+    biases = [use for use in explanation.uses if use.parameter.endswith("['bias']")]
+    wide = sum(use.late_bytes for use in biases)
+    assert biases and wide == 4 * TRAIN_ROWS * sum(
+        leaf.size for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "bias"
+    )
