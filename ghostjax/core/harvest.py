@@ -1,7 +1,8 @@
 """The walk for directions that are known only after the backward pass.
 
 ``Harvest`` keeps every meeting's factors: what it needs of its operands, and the cotangents of its
-outputs; or in their place the gradients of all rows, where these are less. ``contract`` brings them together with what ``Push`` finds, when the direction is there.
+outputs; or in their place the gradients of all rows, where these are less. ``contract`` brings them
+together with what ``Push`` finds, when the direction is there.
 """
 
 import functools
