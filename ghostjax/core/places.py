@@ -17,6 +17,7 @@ from ghostjax.core.place_rules import (
     elementwise,
     shape_of,
 )
+from ghostjax.core.promises import by_rule, is_promise, opaque, promised
 
 __all__ = ["CALLS", "Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
 
@@ -87,7 +88,7 @@ def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     elif name in RULES:
         outputs = RULES[name](eqn, operands, num_rows)
     else:
-        outputs = Mixed(f"primitive {name} is not known to keep rows in place")
+        outputs = by_rule(eqn, operands, opaque(eqn, "is not known to keep rows in place"))
     if not isinstance(outputs, list):
         outputs = [outputs] * len(eqn.outvars)
     return [_fitting(eqn, v, o, num_rows) for v, o in zip(eqn.outvars, outputs, strict=True)]
@@ -104,6 +105,8 @@ def _fitting(eqn, var, info: RowInfo, num_rows: int) -> RowInfo:
 
 
 def _call(eqn, operands, num_rows):
+    if is_promise(eqn):
+        return promised(eqn, operands)
     return infer(eqn.params[CALLS[eqn.primitive.name]], operands, num_rows)
 
 

@@ -24,6 +24,7 @@ from ghostjax._jaxprs import (
 from ghostjax.core.inside import inside, is_container
 from ghostjax.core.meeting import Meeting, is_inexact
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
 from ghostjax.core.values import Value, paths_of
 
@@ -122,7 +123,7 @@ class Walk:
 
     def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
         has_data = any(value.is_data for value in operands)
-        if not any(value.tangents for value in operands):
+        if not any(value.tangents for value in operands) or _gives_nothing(eqn):
             return self.without_parameters(eqn, operands, has_data)
         name = eqn.primitive.name
         # Of parameters alone, forward mode takes everything but a custom_vjp function.
@@ -225,6 +226,8 @@ class Walk:
 
 def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
     """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
+    if _gives_nothing(eqn):
+        return []
     has_rows = any(isinstance(info, Rows) for info in infos)
     if has_rows:
         for info, active in zip(infos, actives):
@@ -280,6 +283,11 @@ def _lost(place, path, infos) -> str:
     )
 
 
+def _gives_nothing(eqn) -> bool:
+    """Whether it only shows what it is given, as ``jax.debug.print`` does."""
+    return not eqn.outvars and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
+
+
 def _is_layout(eqn) -> bool:
     """Whether an equation changes no more than layout and dtype."""
     sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*eqn.invars, *eqn.outvars)]
@@ -296,6 +304,8 @@ def _call(walk: Walk, eqn, operands):
         # Not as a call: its cotangents would be added up apart, and round otherwise.
         opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
         return walk.operation(eqn, operands, lambda primals: opened(*primals))
+    if is_promise(eqn) and any(value.is_data for value in operands):
+        return _promised(walk, eqn, operands)
     ((jaxpr, _),) = inner_jaxprs(eqn)
     closed = next(
         (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None
@@ -303,6 +313,18 @@ def _call(walk: Walk, eqn, operands):
     if closed is not None:
         return walk.run(closed, operands)
     return walk.open(jaxpr, [], operands)
+
+
+def _promised(walk: Walk, eqn, operands):
+    """One meeting by its tangent: inside, rows are not known."""
+    if holds(eqn, "custom_vjp_call"):
+        raise NotImplementedError(
+            f"{walk.describe(eqn)} is promised to keep rows in place and uses parameters "
+            f"({walk.named(operands)}) beside a custom_vjp function, which has no tangent. Put "
+            "rowwise around what cannot be followed alone, and the parameters outside."
+        )
+    opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
+    return walk.operation(eqn, operands, lambda primals: opened(*primals))
 
 
 HANDLERS = {
