@@ -12,7 +12,7 @@ from tests.dots.checks import draw
 B, T, F = 3, 4, 8
 
 
-def like(*shape):
+def like(*shape) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -50,7 +50,7 @@ def rms_norm_of(block, *, accumulate=False):
     def specs(n):
         of_rows = pl.BlockSpec((block, F), lambda i: (i, 0))
         of_scale = pl.BlockSpec((1, F), lambda i: (0, 0))
-        return dict(grid=(pl.cdiv(n, block),), interpret=True), of_rows, of_scale
+        return {"grid": (pl.cdiv(n, block),), "interpret": True}, of_rows, of_scale
 
     @jax.custom_vjp
     def norm(x, scale):
@@ -145,10 +145,10 @@ def norm_in_scanned_layers():
     return losses, params, draw(B, T, F, seed=1)
 
 
-def attention_kernel(q_ref, k_ref, v_ref, o_ref, top_ref, sum_ref, acc_ref, *, steps, first=0):
+def attention_kernel(q_ref, k_ref, v_ref, o_ref, top_ref, sum_ref, acc_ref, *, steps):
     """One block of queries, and of keys one after the other; as flash attention has it."""
 
-    @pl.when(pl.program_id(first + 1) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
         top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -161,7 +161,7 @@ def attention_kernel(q_ref, k_ref, v_ref, o_ref, top_ref, sum_ref, acc_ref, *, s
     sum_ref[...] = sum_ref[...] * old + weights.sum(-1, keepdims=True)
     acc_ref[...] = acc_ref[...] * old + weights @ v_ref[...]
 
-    @pl.when(pl.program_id(first + 1) == steps - 1)
+    @pl.when(pl.program_id(1) == steps - 1)
     def _():
         o_ref[...] = acc_ref[...] / sum_ref[...]
 

@@ -1,16 +1,18 @@
-"""Operations that cannot be looked into: dots of what is around them, or an error by name."""
+"""Kernels and fused attention: dots of the parameters in and around them, or an error by name."""
+
+import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from ghostjax import testing, value_grad_and_dots
 from tests.dots import kernels
-from tests.dots.checks import check, check_late
-from tests.dots.kernels import B, F, T
+from tests.dots.checks import check, check_late, direction_like, draw, expected_dots
+from tests.dots.kernels import ACCUMULATING, PARAMS, B, F, T
 
 NORMS = {
     "a row of positions a block": lambda: kernels.norm_of_positions(T),
-    "a position a block": lambda: kernels.norm_of_positions(1),
     "part of a row a block": lambda: kernels.norm_of_positions(2),
     "two rows a block": lambda: kernels.norm_of_positions(8),
     "all rows in one block": lambda: kernels.norm_of_positions(12),
@@ -30,3 +32,200 @@ def test_norms_with_a_scale(name):
 
 def test_norms_with_late_directions():
     check_late(*NORMS["two rows a block"]())
+
+
+def accumulating_losses(params, x):
+    y = ACCUMULATING((x @ params["w"]).reshape(-1, F), params["scale"])
+    return jnp.sum(jnp.tanh(y).reshape(len(x), -1), 1)
+
+
+def test_a_kernel_that_adds_up_over_the_grid_is_refused():
+    """No row has a part in what the kernel gives the scale; ``per_example`` is the way out."""
+    x, direction = draw(B, T, F, seed=1), direction_like(PARAMS)
+    message = (
+        r"in the backward rule of .*\(norm at .*pallas_call may read from an output that is not of "
+        r"the step's rows alone .*ghostjax.rowwise .*per_example=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        value_grad_and_dots(lambda p, x: jnp.mean(accumulating_losses(p, x)))(
+            PARAMS, x, direction=direction
+        )
+
+
+def test_a_kernel_that_adds_up_over_the_grid_per_example():
+    x, direction = draw(B, T, F, seed=1), direction_like(PARAMS)
+
+    def one(params, x):
+        return accumulating_losses(params, x[None])[0]
+
+    fn = jax.jit(value_grad_and_dots(one, per_example=True))
+    dots = fn(PARAMS, x, direction=direction).dots
+    norm = kernels.NORMS[T]
+
+    def plain(params, x):
+        y = norm((x @ params["w"]).reshape(-1, F), params["scale"])
+        return jnp.sum(jnp.tanh(y).reshape(len(x), -1), 1)
+
+    testing.assert_dots_close(dots, expected_dots(plain, PARAMS, x, direction))
+
+
+def of_gpu(q, k, v):
+    with warnings.catch_warnings():  # later versions name another package to take it from
+        warnings.simplefilter("ignore", DeprecationWarning)
+        attention = pytest.importorskip("jax.experimental.pallas.ops.gpu.attention")
+    names = ("block_q", "block_k", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = attention.BlockSizes(**dict.fromkeys(names, T))
+    return attention.mha(q, k, v, None, interpret=True, block_sizes=sizes)
+
+
+ATTENTION = {
+    "heads merged with rows": (kernels.with_plain_backward(kernels.flash), True),
+    "pallas.ops.gpu.attention": (of_gpu, False),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_between_projections(name):
+    attend, merged = ATTENTION[name]
+    check(*kernels.attention_losses(attend, merged=merged))
+
+
+def uncleared(q_ref, k_ref, v_ref, o_ref, top_ref, sum_ref, acc_ref, *, steps):
+    """Adds up what rows before have left."""
+    acc_ref[...] += jax.nn.softmax(q_ref[...] @ k_ref[...].T) @ v_ref[...]
+    o_ref[...] = acc_ref[...]
+
+
+def test_scratch_memory_that_is_not_cleared():
+    attend = kernels.with_plain_backward(lambda *qkv: kernels.flash(*qkv, kernel=uncleared))
+    losses, params, x = kernels.attention_losses(attend, merged=True)
+    message = (
+        r"pallas_call at .*kernels.py:\d+ may read from scratch memory what other rows have left"
+        r".*ghostjax.rowwise .*per_example=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        value_grad_and_dots(lambda p, x: jnp.mean(losses(p, x)))(
+            params, x, direction=direction_like(params)
+        )
+
+
+def sizes_of_128(kind, **others):
+    fields = [name for name in kind.__dataclass_fields__ if name.startswith("block_")]
+    return kind(**(dict.fromkeys(fields, 128) | others))
+
+
+def flash_of_tpu():
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    sizes = sizes_of_128(flash.BlockSizes, block_b=1)
+    return lambda q, k, v: flash.flash_attention(q, k, v, causal=True, block_sizes=sizes)
+
+
+def splash(*, fused):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    sizes = sizes_of_128(splash.BlockSizes, use_fused_bwd_kernel=fused)
+    if fused:
+        sizes = sizes_of_128(
+            splash.BlockSizes, use_fused_bwd_kernel=True, block_q_dq=None, block_kv_dq=None
+        )
+    mask = splash.MultiHeadMask([splash.CausalMask((256, 256))])
+    kernel = splash.make_splash_mha(
+        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=True
+    )
+    segments = jnp.repeat(jnp.arange(2), 128)
+    ids = splash.SegmentIds(q=segments, kv=segments)
+    return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))
+
+
+OF_TPU = {
+    "flash": flash_of_tpu,
+    "splash": lambda: splash(fused=False),
+    "splash, fused": lambda: splash(fused=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_TPU)
+def test_attention_of_tpus(name, standard_promotion):
+    """Interpreted, in the smallest blocks there are, two of queries and of keys."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    attend = OF_TPU[name]()
+    params = {name: draw(4, 1, 128, seed=k) / 3 for k, name in enumerate("qkv")}
+    x, direction = draw(2, 256, 4, seed=5), direction_like(params)
+
+    def losses(params, x):
+        q, k, v = (jnp.einsum("bte,ehd->bhtd", x, params[name]) for name in "qkv")
+        return jnp.mean(jnp.sin(attend(q, k, v)), (1, 2, 3))
+
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(losses(p, x)))
+    with pltpu.force_tpu_interpret_mode():
+        dots = jax.jit(fn)(params, x, direction=direction).dots
+        grad = jax.jit(jax.grad(lambda params, x: losses(params, x)[0]))
+        rows = [grad(params, x[k : k + 1]) for k in range(len(x))]
+    expected = {
+        name: jnp.stack([jnp.vdot(grads[name], direction[name]) for grads in rows])
+        for name in params
+    }
+    testing.assert_dots_close(dots, expected)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX asks for the library while it traces. Nothing but lowering needs it to be there."""
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91400)
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda _: True)
+
+
+H, D = 2, 8
+FUSED = {name: draw(F, H, D, seed=k).astype(jnp.bfloat16) for k, name in enumerate("qkv")}
+
+
+def cudnn_loss(params, x, bias=None, implementation="cudnn", vmapped=False):
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, bias, implementation=implementation)
+
+    q, k, v = (jnp.einsum("bte,ehd->bthd", x, params[name]) for name in "qkv")
+    if vmapped:
+        q, k, v = (h[:, None] for h in (q, k, v))
+    out = (jax.vmap(attend) if vmapped else attend)(q, k, v)
+    return jnp.mean(jnp.square(out.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_attention_by_cudnn(cudnn, standard_promotion, vmapped):
+    """Traced and lowered for CUDA: the dots' program is that of the unfused attention."""
+    x = draw(B, T, F, seed=1).astype(jnp.bfloat16)
+
+    def lowered(implementation):
+        def loss(params, x):
+            return cudnn_loss(params, x, implementation=implementation, vmapped=vmapped)
+
+        fn = jax.jit(value_grad_and_dots(loss))
+        return fn.trace(FUSED, x, direction=FUSED)
+
+    fused, plain = lowered("cudnn"), lowered("xla")
+    assert jax.tree.map(jnp.shape, fused.out_info) == jax.tree.map(jnp.shape, plain.out_info)
+    assert fused.out_info.dots["q"].shape == (B,)
+    text = fused.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmaxBackward") == 1
+    assert text.count("__cudnn$fmhaSoftmax(") == 1
+
+
+def test_attention_by_cudnn_with_a_bias_of_rows(cudnn, standard_promotion):
+    x, bias = draw(B, T, F, seed=1).astype(jnp.bfloat16), draw(B, H, T, T).astype(jnp.bfloat16)
+    loss = value_grad_and_dots(lambda p, batch: cudnn_loss(p, *batch))
+    result = jax.eval_shape(lambda p, batch: loss(p, batch, direction=p), FUSED, (x, bias))
+    assert result.dots["q"].shape == (B,)
+
+
+def test_attention_by_cudnn_with_a_bias_that_is_a_parameter(cudnn, standard_promotion):
+    """Its cotangent comes added up over rows."""
+    params = FUSED | {"bias": jnp.zeros((1, H, T, T), jnp.bfloat16)}
+    x = draw(B, T, F, seed=1).astype(jnp.bfloat16)
+    fn = value_grad_and_dots(lambda p, x: cudnn_loss(p, x, p["bias"]))
+    message = r"dot_product_attention_bwd_wrapper.* sums over rows .*per_example=True"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda p, x: fn(p, x, direction=p), params, x)
