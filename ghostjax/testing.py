@@ -137,6 +137,7 @@ def assert_rowwise(
     Raises:
       AssertionError: a row changes another one; names the array and the rows. A promise that it
         does not break may still be broken elsewhere, as by other shapes.
+      ValueError: there are fewer than two rows.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[1.0, 2.0], [3.0, 5.0]])
@@ -152,7 +153,8 @@ def assert_rowwise(
     leaves, treedef = jax.tree.flatten(args)
     moving = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     rows = {leaf.shape[place] for leaf, place in zip(leaves, places) if place is not None}
-    assert len(rows) == 1 and min(rows) > 1, f"two or more rows are needed, of one size: {rows}"
+    if len(rows) != 1 or min(rows) < 2:
+        raise ValueError(f"arguments with two or more rows are needed, of one size. Found {rows}.")
 
     @jax.jit
     def computed(leaves, cotangents):

@@ -9,8 +9,9 @@ import jax
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import inner_jaxprs, is_var
 from ghostjax.core.grid import NotShownError
+from ghostjax.core.inside import is_container
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
-from ghostjax.core.places import join
+from ghostjax.core.places import join, propagate
 from ghostjax.core.walk import check_rows
 
 
@@ -64,6 +65,8 @@ class _Inside:
         mixed = [info for info in operands if isinstance(info, Mixed)]
         if mixed:  # no value may bring other rows back, whether gradient flows or not
             return mixed[:1] * len(eqn.outvars)
+        if not is_container(eqn):
+            return propagate(eqn, operands, self.num_rows)
         actives = [info is not None for info in operands]
         try:
             return check_rows(eqn, operands, actives, self.num_rows)

@@ -22,8 +22,8 @@ from ghostjax.core.grid import (
     starting_axes,
 )
 from ghostjax.core.kernel_rows import rows_inside
-from ghostjax.core.kernel_state import Memory, check_kept_apart
-from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
+from ghostjax.core.kernel_state import Memory, reached_by_others
+from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows, lost
 from ghostjax.core.promises import by_rule, opaque
 
 
@@ -41,8 +41,6 @@ def _outputs(eqn, operands, num_rows) -> list[RowInfo]:
     grid = grid_of(eqn)
     held = rows_held(grid, operands, num_rows)
     candidates = [places_of(block, held, num_rows) for block in grid.outputs]
-    if moving_axes(held):
-        _check_state(eqn, grid, held, operands, candidates)
     if held.count == 1:
         given = [info for info in operands if isinstance(info, Rows)]
         outputs = [_preferred(places, given) for places in candidates]
@@ -53,8 +51,16 @@ def _outputs(eqn, operands, num_rows) -> list[RowInfo]:
             for k, (places, info) in enumerate(zip(candidates, inside))
         ]
     _check_aliases(grid, operands, outputs, held, num_rows)
-    lost = opaque(eqn, "writes this output for several rows at once")
-    return [lost if info is _LOST else info for info in outputs]
+    reached = _reached(eqn, grid, held, operands, candidates) if moving_axes(held) else {}
+    references = eqn.params["jaxpr"].invars[len(operands) :]
+    found = []
+    for reference, places, info in zip(references, candidates, outputs):
+        if not places:  # nor could a promise find them
+            info = lost(eqn, "writes one of its outputs for several rows at once")
+        elif info is _LOST or reference in reached:
+            info = opaque(eqn, reached.get(reference, "mixes the rows of a block"))
+        found.append(info)
+    return found
 
 
 _LOST = Mixed("")
@@ -69,18 +75,19 @@ def _preferred(places: Sequence[Rows], given: Sequence[Rows]) -> RowInfo:
     return min(places, key=preference, default=_LOST)
 
 
-def _check_state(eqn, grid: Grid, held: Held, operands, candidates) -> None:
+def _reached(eqn, grid: Grid, held: Held, operands, candidates) -> dict[Any, str]:
+    """The kernel's references to which it may bring something of other rows."""
     references = eqn.params["jaxpr"].invars
     count, outputs = len(operands), len(candidates)
-    memory = {
+    kinds = {
         var: Memory.CONSTANT
         for var, info in zip(references, operands)
         if not isinstance(info, Rows)
     }
     for var, places in zip(references[count:], candidates):
         if not places:
-            memory[var] = Memory.OUTPUT
-    memory.update(dict.fromkeys(references[count + outputs :], Memory.SCRATCH))
+            kinds[var] = Memory.OUTPUT
+    kinds.update(dict.fromkeys(references[count + outputs :], Memory.SCRATCH))
     starting = starting_axes(grid, held)
     programs = [
         (0 if axis in starting else None, size)
@@ -88,9 +95,7 @@ def _check_state(eqn, grid: Grid, held: Held, operands, candidates) -> None:
         if axis not in grid.hidden
     ]
     unclean = [references[given] for given, output in grid.aliases if not candidates[output]]
-    check_kept_apart(
-        eqn.params["jaxpr"], memory, programs, [var for var in unclean if var in memory]
-    )
+    return reached_by_others(eqn.params["jaxpr"], kinds, programs, unclean)
 
 
 def _inside(eqn, grid: Grid, operands, held: Held, num_rows) -> list[RowInfo]:

@@ -304,7 +304,7 @@ def _call(walk: Walk, eqn, operands):
         # Not as a call: its cotangents would be added up apart, and round otherwise.
         opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
         return walk.operation(eqn, operands, lambda primals: opened(*primals))
-    if is_promise(eqn) and any(value.is_data for value in operands):
+    if walk.num_rows is not None and is_promise(eqn) and any(v.is_data for v in operands):
         return _promised(walk, eqn, operands)
     ((jaxpr, _),) = inner_jaxprs(eqn)
     closed = next(

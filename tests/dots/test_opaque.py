@@ -43,13 +43,22 @@ def test_a_kernel_that_adds_up_over_the_grid_is_refused():
     """No row has a part in what the kernel gives the scale; ``per_example`` is the way out."""
     x, direction = draw(B, T, F, seed=1), direction_like(PARAMS)
     message = (
-        r"in the backward rule of .*\(norm at .*pallas_call may read from an output that is not of "
-        r"the step's rows alone .*ghostjax.rowwise .*per_example=True"
+        r"in the backward rule of .*\(norm at .*pallas_call .*sums over rows .*writes one of its "
+        r"outputs for several rows at once.*per_example=True"
     )
     with pytest.raises(ValueError, match=message):
         value_grad_and_dots(lambda p, x: jnp.mean(accumulating_losses(p, x)))(
             PARAMS, x, direction=direction
         )
+
+
+def test_a_kernel_that_adds_up_over_the_grid_for_a_constant():
+    """With a scale that is no parameter, what the kernel adds up goes nowhere."""
+
+    def losses(params, x):
+        return accumulating_losses(params | {"scale": PARAMS["scale"]}, x @ params["w"])
+
+    check(losses, {"w": PARAMS["w"]}, draw(B, T, F, seed=1))
 
 
 def test_a_kernel_that_adds_up_over_the_grid_per_example():

@@ -9,7 +9,16 @@ from jax.experimental import io_callback
 
 from ghostjax import register_row_rule, rowwise, testing, value_grad_and_dots
 from ghostjax.core import ROW_RULES
-from tests.dots.checks import DENSE, X, activations, check, check_late, direction_like, draw
+from tests.dots.checks import (
+    DENSE,
+    X,
+    activations,
+    check,
+    check_late,
+    direction_like,
+    draw,
+    expected_dots,
+)
 
 
 @pytest.fixture
@@ -115,6 +124,19 @@ def test_parameters_in_a_promise():
         return jnp.sum(jnp.square(inside(params["w"], x) + params["b"][None]), 1)
 
     check(losses, DENSE, X)
+
+
+def test_parameters_in_a_promise_per_example():
+    """Nothing needs a row axis: the function is looked into."""
+    inside = rowwise(lambda w, x: sine(x @ w), axis=(None, 0))
+
+    def one(params, x):
+        return jnp.sum(jnp.square(inside(params["w"], x[None])[0] + params["b"]))
+
+    direction = direction_like(DENSE)
+    dots = jax.jit(value_grad_and_dots(one, per_example=True))(DENSE, X, direction=direction).dots
+    expected = expected_dots(losses_with(jnp.sin), DENSE, X, direction)
+    testing.assert_dots_close(dots, expected)
 
 
 def refused(losses, batch, message, error=ValueError):
@@ -249,7 +271,7 @@ def test_promises_that_are_broken():
         testing.assert_rowwise(lambda x: jnp.roll(x, 1, axis=0), [x])
     with pytest.raises(AssertionError, match=r"cotangent\[0\] changes in row \d"):
         testing.assert_rowwise(mixing_backwards, [x])
-    with pytest.raises(AssertionError, match="two or more rows are needed, of one size"):
+    with pytest.raises(ValueError, match=r"two or more rows are needed, of one size\. Found \{1\}"):
         testing.assert_rowwise(jnp.sin, [x[:1]])
 
 
