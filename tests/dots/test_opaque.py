@@ -1,5 +1,6 @@
 """Kernels and fused attention: dots of the parameters in and around them, or an error by name."""
 
+import contextlib
 import warnings
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from ghostjax import testing, value_grad_and_dots
 from tests.dots import kernels
-from tests.dots.checks import check, check_late, direction_like, draw, expected_dots
+from tests.dots.checks import check, check_late, direction_like, draw, expected_dots, one_by_one
 from tests.dots.kernels import ACCUMULATING, PARAMS, B, F, T
 
 NORMS = {
@@ -118,39 +119,41 @@ def test_scratch_memory_that_is_not_cleared():
         )
 
 
-def sizes_of_128(kind, **others):
+def sizes_of_128(kind, without=(), **others):
     fields = [name for name in kind.__dataclass_fields__ if name.startswith("block_")]
-    return kind(**(dict.fromkeys(fields, 128) | others))
+    return kind(**(dict.fromkeys(set(fields) - set(without), 128) | others))
 
 
 def flash_of_tpu():
+    from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     sizes = sizes_of_128(flash.BlockSizes, block_b=1)
-    return lambda q, k, v: flash.flash_attention(q, k, v, causal=True, block_sizes=sizes)
+
+    def attend(q, k, v, ids):
+        ids = flash.SegmentIds(ids, ids)
+        return flash.flash_attention(q, k, v, segment_ids=ids, causal=True, block_sizes=sizes)
+
+    return attend, pltpu.force_tpu_interpret_mode
 
 
-def splash(*, fused):
+def splash_of_tpu(*, fused):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    sizes = sizes_of_128(splash.BlockSizes, use_fused_bwd_kernel=fused)
-    if fused:
-        sizes = sizes_of_128(
-            splash.BlockSizes, use_fused_bwd_kernel=True, block_q_dq=None, block_kv_dq=None
-        )
+    without = ("block_q_dq", "block_kv_dq") if fused else ()
+    sizes = sizes_of_128(splash.BlockSizes, without, use_fused_bwd_kernel=fused)
     mask = splash.MultiHeadMask([splash.CausalMask((256, 256))])
     kernel = splash.make_splash_mha(
         mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=True
     )
-    segments = jnp.repeat(jnp.arange(2), 128)
-    ids = splash.SegmentIds(q=segments, kv=segments)
-    return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))
+    attend = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))
+    return attend, contextlib.nullcontext
 
 
 OF_TPU = {
     "flash": flash_of_tpu,
-    "splash": lambda: splash(fused=False),
-    "splash, fused": lambda: splash(fused=True),
+    "splash": lambda: splash_of_tpu(fused=False),
+    "splash, fused": lambda: splash_of_tpu(fused=True),
 }
 
 
@@ -158,26 +161,20 @@ OF_TPU = {
 @pytest.mark.parametrize("name", OF_TPU)
 def test_attention_of_tpus(name, standard_promotion):
     """Interpreted, in the smallest blocks there are, two of queries and of keys."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    attend = OF_TPU[name]()
+    attend, interpreted = OF_TPU[name]()
     params = {name: draw(4, 1, 128, seed=k) / 3 for k, name in enumerate("qkv")}
     x, direction = draw(2, 256, 4, seed=5), direction_like(params)
 
     def losses(params, x):
         q, k, v = (jnp.einsum("bte,ehd->bhtd", x, params[name]) for name in "qkv")
-        return jnp.mean(jnp.sin(attend(q, k, v)), (1, 2, 3))
+        documents = (x[:, :, 0] > 0).astype(jnp.int32)
+        return jnp.mean(jnp.sin(attend(q, k, v, documents)), (1, 2, 3))
 
     fn = value_grad_and_dots(lambda p, x: jnp.mean(losses(p, x)))
-    with pltpu.force_tpu_interpret_mode():
+    with interpreted():
         dots = jax.jit(fn)(params, x, direction=direction).dots
-        grad = jax.jit(jax.grad(lambda params, x: losses(params, x)[0]))
-        rows = [grad(params, x[k : k + 1]) for k in range(len(x))]
-    expected = {
-        name: jnp.stack([jnp.vdot(grads[name], direction[name]) for grads in rows])
-        for name in params
-    }
-    testing.assert_dots_close(dots, expected)
+        shares = one_by_one(losses, params, x, direction)
+    testing.assert_dots_close(dots, shares)
 
 
 @pytest.fixture
