@@ -79,10 +79,41 @@ def test_a_kernel_that_adds_up_over_the_grid_per_example():
     testing.assert_dots_close(dots, expected_dots(plain, PARAMS, x, direction))
 
 
-def of_gpu(q, k, v):
+def of_gpus(name):
     with warnings.catch_warnings():  # later versions name another package to take it from
         warnings.simplefilter("ignore", DeprecationWarning)
-        attention = pytest.importorskip("jax.experimental.pallas.ops.gpu.attention")
+        return pytest.importorskip(f"jax.experimental.pallas.ops.gpu.{name}")
+
+
+def rms_of_gpus(x, scale):
+    """One kernel gives the cotangent of x, another one those of scale and bias, from all rows."""
+    return of_gpus("rms_norm").rms_norm(x, scale, jnp.zeros(F), interpret=True)
+
+
+def test_a_norm_of_gpus_with_a_constant_scale(standard_promotion):
+    def losses(params, x):
+        return jnp.sum(jnp.tanh(rms_of_gpus(x @ params["w"], PARAMS["scale"])), (1, 2))
+
+    check(losses, {"w": PARAMS["w"]}, draw(B, T, F, seed=1), exact_gradient=False)
+
+
+def test_a_norm_of_gpus_with_a_parameter(standard_promotion):
+    def losses(params, x):
+        return jnp.sum(jnp.tanh(rms_of_gpus(x @ params["w"], params["scale"])), (1, 2))
+
+    x, direction = draw(B, T, F, seed=1), direction_like(PARAMS)
+    with pytest.raises(ValueError, match=r"rms_norm.py:\d+\): pallas_call .*per_example=True"):
+        value_grad_and_dots(lambda p, x: jnp.mean(losses(p, x)))(PARAMS, x, direction=direction)
+
+    def one(params, x):
+        return losses(params, x[None])[0]
+
+    dots = jax.jit(value_grad_and_dots(one, per_example=True))(PARAMS, x, direction=direction).dots
+    testing.assert_dots_close(dots, one_by_one(losses, PARAMS, x, direction))
+
+
+def attention_of_gpus(q, k, v):
+    attention = of_gpus("attention")
     names = ("block_q", "block_k", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = attention.BlockSizes(**dict.fromkeys(names, T))
     return attention.mha(q, k, v, None, interpret=True, block_sizes=sizes)
@@ -90,7 +121,7 @@ def of_gpu(q, k, v):
 
 ATTENTION = {
     "heads merged with rows": (kernels.with_plain_backward(kernels.flash), True),
-    "pallas.ops.gpu.attention": (of_gpu, False),
+    "pallas.ops.gpu.attention": (attention_of_gpus, False),
 }
 
 

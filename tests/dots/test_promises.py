@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import io_callback
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import tpu as pltpu
 
 from ghostjax import register_row_rule, rowwise, testing, value_grad_and_dots
 from ghostjax.core import ROW_RULES
@@ -140,10 +143,10 @@ def test_parameters_in_a_promise_per_example():
 
 
 def refused(losses, batch, message, error=ValueError):
+    """While it is traced."""
+    fn = value_grad_and_dots(lambda p, b: jnp.mean(losses(p, b)))
     with pytest.raises(error, match=message):
-        value_grad_and_dots(lambda p, b: jnp.mean(losses(p, b)))(
-            DENSE, batch, direction=direction_like(DENSE)
-        )
+        jax.eval_shape(lambda p, b: fn(p, b, direction=p), DENSE, batch)
 
 
 def test_what_a_promise_does_not_cover():
@@ -206,6 +209,85 @@ def test_registered_rules(rules):
     register_row_rule("pure_callback", in_front)
     register_row_rule("pure_callback", in_front)
     check(losses_with(sine), DENSE, X)
+
+
+def test_a_rule_for_foreign_functions(rules):
+    """Traced: nothing is registered under that name."""
+
+    @jax.custom_vjp
+    def foreign(x):
+        return jax.ffi.ffi_call("my_sine", jax.typeof(x))(x)
+
+    foreign.defvjp(lambda x: (foreign(x), x), lambda x, ct: (ct * foreign(x),))
+    losses = losses_with(foreign)
+    refused(losses, X, "ffi_call at .*is not known to keep rows in place .*register_row_rule")
+
+    def rule(axes, shapes, params):
+        return 0 if params["target_name"] == "my_sine" else NotImplemented
+
+    register_row_rule("ffi_call", rule)
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(losses(p, x)))
+    shapes = jax.eval_shape(lambda p, x: fn(p, x, direction=p), DENSE, X)
+    assert shapes.dots["w"].shape == (6,)
+
+
+def test_custom_partitioning_is_looked_into():
+    @custom_partitioning
+    def tanh(x):
+        return jnp.tanh(x)
+
+    tanh.def_partition(
+        partition=None,
+        infer_sharding_from_operands=None,
+        sharding_rule="b f -> b f",
+    )
+
+    @jax.custom_vjp
+    def activation(x):
+        return tanh(x)
+
+    activation.defvjp(lambda x: (tanh(x), x), lambda x, ct: (ct * (1 - tanh(x) ** 2),))
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(losses_with(activation)(p, x)))
+    shapes = jax.eval_shape(lambda p, x: fn(p, x, direction=p), DENSE, X)
+    assert shapes.dots["w"].shape == (6,)
+
+
+def scaled_by_lengths(x, lengths):
+    """All lengths are in front of every program, which takes its own."""
+
+    def kernel(lengths_ref, x_ref, y_ref):
+        y_ref[...] = x_ref[...] * lengths_ref[pl.program_id(0)]
+
+    row = pl.BlockSpec((1, x.shape[1]), lambda i, _: (i, 0))
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1, grid=(len(x),), in_specs=[row], out_specs=row
+    )
+    call = pl.pallas_call(kernel, grid_spec=spec, out_shape=jax.typeof(x), interpret=True)
+    return call(lengths, x)
+
+
+@pytest.mark.parametrize("promised", [False, True])
+def test_a_promise_about_a_kernel(promised):
+    """The way out that the error names."""
+    call = rowwise(scaled_by_lengths) if promised else scaled_by_lengths
+
+    @jax.custom_vjp
+    def scaled(x, lengths):
+        return call(x, lengths)
+
+    scaled.defvjp(lambda *args: (call(*args), args), lambda kept, ct: (call(ct, kept[1]), None))
+
+    def losses(params, batch):
+        x, lengths = batch
+        h = scaled(x @ params["w"], lengths) + params["b"][None]
+        return jnp.sum(jnp.square(h), 1)
+
+    batch = X, jnp.arange(6, dtype=jnp.float32)
+    if promised:
+        testing.assert_rowwise(scaled_by_lengths, batch, derivatives=False)
+        check(losses, DENSE, batch)
+    else:
+        refused(losses, batch, "has rows in scalars that are prefetched .*ghostjax.rowwise")
 
 
 def test_rules_that_do_not_fit(rules):
