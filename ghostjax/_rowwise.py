@@ -40,8 +40,9 @@ def rowwise(
       ``fn`` is differentiated forwards there, and must not be, or call, a ``custom_vjp`` function;
       keep parameters out of it where you can.
 
-    Raises (when called):
-      ValueError: arrays have no such axis, or it is not of one size among arguments and results.
+    Raises:
+      ValueError: in a call, arrays have no such axis, or its size is not one among arguments and
+        results.
 
     >>> import jax
     >>> import jax.numpy as jnp

@@ -123,7 +123,11 @@ class Walk:
 
     def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
         has_data = any(value.is_data for value in operands)
-        if not any(value.tangents for value in operands) or _gives_nothing(eqn):
+        if _gives_nothing(eqn):
+            if self.computes_data:  # once: by the walk that also computes what data depend on
+                bind(eqn, [value.primal for value in operands])
+            return []
+        if not any(value.tangents for value in operands):
             return self.without_parameters(eqn, operands, has_data)
         name = eqn.primitive.name
         # Of parameters alone, forward mode takes everything but a custom_vjp function.

@@ -322,17 +322,22 @@ def test_what_only_shows_values_passes(capfd):
 
     def losses(params, x):
         h = jnp.tanh(x @ params["w"])
-        jax.debug.print("mean {m} of {h}, {w}", m=h.mean(), h=h.shape, w=params["b"].sum())
-        jax.debug.print("h {h} {m}", h=h, m=h.mean(0))
+        jax.debug.print("rows {h} {m}", h=h, m=h.mean(0))
+        jax.debug.print("both {m}, {w}", m=h.mean(), w=params["b"].sum())
         jax.debug.print("parameters {w}", w=params["w"])
         jax.debug.callback(lambda *_: None, h, h.mean(), params["w"])
         seen = jax.lax.stop_gradient((h, h.mean(), params["w"]))
         io_callback(lambda *_: None, None, *seen)
         return jnp.sum(h + params["b"][None], 1)
 
-    check(losses, DENSE, X, exact_gradient=False)
+    fn = value_grad_and_dots(lambda p, b: jnp.mean(losses(p, b)))
+    direction = direction_like(DENSE)
+    dots = jax.jit(lambda p, b: fn(p, b, direction=direction).dots)(DENSE, X)
+    jax.block_until_ready(dots)
     jax.effects_barrier()
-    assert "parameters" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert [shown.count(word) for word in ("rows", "both", "parameters")] == [1, 1, 1]
+    testing.assert_dots_close(dots, expected_dots(losses, DENSE, X, direction))
 
 
 def test_results_of_io_callbacks_are_not_followed():
