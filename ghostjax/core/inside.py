@@ -9,13 +9,18 @@ from jax.extend import core
 from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
 from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
 from ghostjax.core.places import propagate
+from ghostjax.core.promises import is_promise
 
 Inside = tuple[core.Jaxpr, list[RowInfo], list[bool]]
 
 
 def is_container(eqn: Any) -> bool:
-    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do."""
-    return bool(inner_jaxprs(eqn)) and eqn.primitive.name not in RULES
+    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do.
+
+    Nor what is not looked into because its caller has promised something about it.
+    """
+    known = eqn.primitive.name in RULES or is_promise(eqn)
+    return bool(inner_jaxprs(eqn)) and not known
 
 
 def inside(

@@ -29,6 +29,7 @@ from ghostjax.core.inside import inside, is_container, is_number
 from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
 from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single, numbers
 from ghostjax.core.values import Value, paths_of, unsupported
@@ -148,6 +149,10 @@ class Walk:
 
     def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
         has_data = any(value.is_data for value in operands)
+        if _gives_nothing(eqn):
+            if self.computes_data:  # once: by the walk that also computes what data depend on
+                bind(eqn, [value.primal for value in operands])
+            return []
         if not any(value.tangents for value in operands):
             return self.without_parameters(eqn, operands, has_data)
         name = eqn.primitive.name
@@ -417,6 +422,8 @@ class Walk:
 
 def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
     """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
+    if _gives_nothing(eqn):
+        return []
     has_rows = any(isinstance(info, Rows) for info in infos)
     if has_rows:
         for info, active in zip(infos, actives):
@@ -483,6 +490,11 @@ def _lost(place, path, infos) -> str:
     )
 
 
+def _gives_nothing(eqn) -> bool:
+    """Whether it only shows what it is given, as ``jax.debug.print`` does."""
+    return not eqn.outvars and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
+
+
 def _is_layout(eqn) -> bool:
     """Whether an equation changes no more than layout and dtype."""
     sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*eqn.invars, *eqn.outvars)]
@@ -499,6 +511,8 @@ def _call(walk: Walk, eqn, operands):
         # Not as a call: its cotangents would be added up apart, and round otherwise.
         opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
         return walk.operation(eqn, operands, lambda primals: opened(*primals))
+    if walk.num_rows is not None and is_promise(eqn) and any(v.is_data for v in operands):
+        return _promised(walk, eqn, operands)
     ((jaxpr, _),) = inner_jaxprs(eqn)
     closed = next(
         (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None
@@ -540,13 +554,25 @@ def _support(eqn, operands: Sequence[Value]) -> Any:
 def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
     """Whether a call can be walked for what it multiplies with: without changing in which order
     cotangents are added up."""
-    if HANDLERS.get(eqn.primitive.name) is not _call:
+    if HANDLERS.get(eqn.primitive.name) is not _call or is_promise(eqn):
         return False
     if not any(value.active for value in operands) or all(value.active for value in operands):
         return False
     ((jaxpr, _),) = inner_jaxprs(eqn)
     uses = [atom for inner in jaxpr.eqns for atom in inner.invars if is_var(atom)]
     return len(uses) == len(set(uses)) and not any(map(inner_jaxprs, jaxpr.eqns))
+
+
+def _promised(walk: Walk, eqn, operands):
+    """One meeting by its tangent: inside, rows are not known."""
+    if holds(eqn, "custom_vjp_call"):
+        raise NotImplementedError(
+            f"{walk.describe(eqn)} is promised to keep rows in place and uses parameters "
+            f"({walk.named(operands)}) beside a custom_vjp function, which has no tangent. Put "
+            "rowwise around what cannot be followed alone, and the parameters outside."
+        )
+    opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
+    return walk.operation(eqn, operands, lambda primals: opened(*primals))
 
 
 HANDLERS = {
