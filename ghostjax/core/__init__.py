@@ -2,6 +2,7 @@
 
 from ghostjax.core import control as control
 from ghostjax.core import custom_rules as custom_rules
+from ghostjax.core import manual as manual
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.harvest import Harvest as Harvest
 from ghostjax.core.harvest import contract as contract

@@ -6,7 +6,7 @@ import jax
 
 from ghostjax._channel import all_but_one, channel
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import typed_as
+from ghostjax.core.types import cotangent_as, varying_as
 from ghostjax.core.walk import Walk
 
 
@@ -20,6 +20,9 @@ class Directed(Walk):
       stacked: whether there is a K.
       slots: by meeting, the direction there, from ``Push``.
     """
+
+    arrays_of_rows = ("taps",)
+    other_arrays = ("shared",)
 
     def __init__(
         self, names, num_rows, taps: dict[int, Any], shared: dict[int, Any], stacked, slots
@@ -55,10 +58,17 @@ class Directed(Walk):
             else:
                 sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
             for name, expected in types.items():
-                found[name] = {path: typed_as(sums[path], kind) for path, kind in expected.items()}
+                found[name] = {
+                    path: cotangent_as(sums[path], kind) for path, kind in expected.items()
+                }
             return found
 
-        residuals = meeting.keep(operands), self.slots[key]
+        vectors = {
+            path: [varying_as(vector, jax.typeof(primals[k])) for k, vector in zip(moving, own)]
+            for path, own in self.slots[key].items()
+            for moving in [meeting.moving[path]]
+        }
+        residuals = meeting.keep(operands), vectors
         return through_channel(meeting, backward, outputs, carried, residuals)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ghostjax._channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import zeros_of
+from ghostjax.core.types import varying_as, zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -27,6 +27,8 @@ class Harvest(Walk):
     Attributes:
       meetings: by key, what is static about each.
     """
+
+    other_arrays = ("marker",)
 
     def __init__(self, names, num_rows, marker: Any = None, slots: dict[str, Any] | None = None):
         super().__init__(names, num_rows)
@@ -45,8 +47,12 @@ class Harvest(Walk):
             self.emitted[key] = kept
             self.specs[key] = [zeros_of(outputs[k]) for k in meeting.differentiable]
             return outputs
-        self.emitted[key] = set_aside(kept, self.slots[key])
-        return through_channel(meeting, _pass_on, outputs, self.slots[key], ())
+        slots = [
+            varying_as(slot, jax.typeof(outputs[k]))
+            for slot, k in zip(self.slots[key], meeting.differentiable)
+        ]
+        self.emitted[key] = set_aside(kept, slots)
+        return through_channel(meeting, _pass_on, outputs, slots, ())
 
 
 def _pass_on(residuals, cotangents):

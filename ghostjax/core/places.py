@@ -70,7 +70,7 @@ def infer(
 def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     """Row info of the outputs of one equation, control flow and calls included."""
     name, operands = eqn.primitive.name, list(operands)
-    container = _CONTAINERS.get(name) or (_call if name in CALLS else None)
+    container = CONTAINERS.get(name) or (_call if name in CALLS else None)
     stateful = any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
     if stateful and container is None:
         outputs = Mixed(f"{name} reads or writes a Ref, which is not followed")
@@ -166,7 +166,7 @@ def _custom_linear_solve(eqn, operands, num_rows):
     return infer(eqn.params["jaxprs"].solve, inputs, num_rows)
 
 
-_CONTAINERS = {
+CONTAINERS = {
     "cond": _cond,
     "custom_linear_solve": _custom_linear_solve,
     "scan": _scan,

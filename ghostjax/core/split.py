@@ -50,6 +50,7 @@ class Split(Walk):
     """
 
     takes_shared = False
+    enters_shard_map = False  # a device may have training rows alone, or validation rows
 
     def __init__(self, loss, num_train, taps=None, slots=None, at_once=frozenset()):
         super().__init__(loss.names, loss.num_rows, loss.named_meetings)

@@ -46,14 +46,20 @@ class Walk:
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
       takes_shared: whether dots may belong to no row.
+      enters_shard_map: whether parameters and data may meet in a ``shard_map``.
+      arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
+        their last axis or without rows.
       around: the calls that are being walked, the innermost first, for messages.
     """
 
     computes_data = True
     checks_rows = True
     takes_shared = True
+    enters_shard_map = True
     around: tuple[Any, ...] = ()
     stacked = False
+    arrays_of_rows: tuple[str, ...] = ()
+    other_arrays: tuple[str, ...] = ()
     slots: dict[str, Any] | None = None
 
     def __init__(
@@ -236,8 +242,8 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
                     f"BatchNorm are. {WAY_OUT}"
                 )
     if any(actives):
-        for jaxpr, *given in inside(eqn, infos, actives, num_rows):
-            _check_inside(jaxpr, *given, num_rows, (eqn, *around))
+        for given in inside(eqn, infos, actives, num_rows):
+            _check_inside(*given, (eqn, *around))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]

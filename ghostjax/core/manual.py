@@ -1,0 +1,210 @@
+"""``shard_map`` in which parameters and data meet: the walk goes inside and builds it again.
+
+What the walk carries enters beside the operands, split over the mesh as the rows are. So it is the
+transpose of ``shard_map`` itself that adds up what a row's dots get on several devices.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ghostjax.core.devices import enter, leave, split_axes
+from ghostjax.core.harvest import summed
+from ghostjax.core.types import varying
+from ghostjax.core.values import Value
+from ghostjax.core.walk import HANDLERS, Walk
+
+
+def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
+    params = eqn.params
+    if not walk.enters_shard_map:
+        raise NotImplementedError(
+            f"{walk.describe(eqn)}: parameters ({walk.named(operands)}) and data meet inside of "
+            "shard_map, where training and validation rows lie on different devices, so that the "
+            "engine cannot bring them together. Take value_grad_and_dots, with the gradient of the "
+            "validation loss as the direction."
+        )
+    walk.rows_after(eqn, operands)
+    infos, local = enter(eqn, [value.rows for value in operands], walk.num_rows)
+    key, devices, classes = walk.next_key(), _Devices(eqn), []
+
+    def body(primals, tangents, of_rows, others, slots):
+        inner = walk.inside(key, jax.tree.map(devices.own, slots))
+        inner.num_rows = local
+        for names, arrays in ((walk.arrays_of_rows, of_rows), (walk.other_arrays, others)):
+            for name, array in zip(names, arrays):
+                setattr(inner, name, array)
+        values = [
+            dataclasses.replace(value, primal=primal, tangents=own, rows=info, direct=False)
+            for value, primal, own, info in zip(operands, primals, tangents, infos)
+        ]
+        outputs = inner.open(params["jaxpr"], [], values)
+        classes[:] = [dataclasses.replace(value, primal=None, tangents={}) for value in outputs]
+        results = [value.primal for value in outputs], [value.tangents for value in outputs]
+        return *results, inner.emitted, inner.specs
+
+    before = (None,) if walk.stacked else ()
+    split = split_axes(local)[len(split_axes(walk.num_rows)) :]
+    of_rows = PartitionSpec() if local is None else PartitionSpec(*before, split or None)
+
+    def with_tangents(specs):
+        return list(specs), [PartitionSpec(*before, *spec) for spec in specs]
+
+    slots = walk.slots_of(key)
+    with eqn.ctx.manager:
+        primals, tangents, emitted, specs = devices.run(
+            body,
+            [_array(value, var) for value, var in zip(operands, eqn.invars)],
+            [value.tangents for value in operands],
+            [getattr(walk, name) for name in walk.arrays_of_rows],
+            [getattr(walk, name) for name in walk.other_arrays],
+            slots,
+            in_specs=(
+                *with_tangents(params["in_specs"]),
+                of_rows,
+                PartitionSpec(),
+                jax.tree.map(devices.spec_of, slots),
+            ),
+            out_specs=with_tangents(params["out_specs"]),
+        )
+    for name, meeting in getattr(walk, "meetings", {}).items():
+        if name.startswith(f"{key}."):
+            walk.meetings[name] = OnDevices(meeting, devices, split, (slots or specs)[name])
+    walk.emitted.update(emitted)
+    walk.specs.update(specs)
+    places = leave(eqn, [value.rows for value in classes], walk.num_rows, local)
+    return [
+        dataclasses.replace(value, primal=primal, tangents=own, rows=info)
+        for value, primal, own, info in zip(classes, primals, tangents, places)
+    ]
+
+
+class _Devices:
+    """The devices of a ``shard_map``, and arrays of which each has its own.
+
+    Outside, these have a leading axis for every manual axis of the mesh, in the order of the mesh,
+    of size one where all devices along it have the same.
+    """
+
+    def __init__(self, eqn: Any):
+        self.params = eqn.params
+        manual = eqn.params["newly_manual_axes"]
+        self.names = [name for name in eqn.params["mesh"].axis_names if name in manual]
+
+    def spec_of(self, array: Any) -> PartitionSpec:
+        sizes = jnp.shape(array)[: len(self.names)]
+        return self._spec(name for name, size in zip(self.names, sizes) if size > 1)
+
+    def own(self, array: jax.Array) -> jax.Array:
+        return jnp.squeeze(array, range(len(self.names)))
+
+    def mapped(self, function, in_specs, out_specs, check_vma: bool):
+        return jax.shard_map(
+            function,
+            mesh=self.params["mesh"],
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=self.params["newly_manual_axes"],
+            check_vma=check_vma,
+        )
+
+    def run(self, body, *args, in_specs, out_specs):
+        """``body`` on every device; of its last two results every device has its own."""
+        types: list[Any] = []
+
+        def separated(*args):
+            *results, emitted, specs = body(*args)
+            types.append(jax.tree.map(jax.typeof, (emitted, specs)))
+            leading = range(len(self.names))
+            apart = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, leading), (emitted, specs))
+            return *results, *apart
+
+        def mapped(apart):
+            check_vma = self.params["check_vma"]
+            return self.mapped(separated, in_specs, (*out_specs, *apart), check_vma)(*args)
+
+        every = self._spec(self.names)
+        if not self.params["check_vma"]:
+            return mapped((every, every))
+        # Over which axes they vary is known when the body has been traced.
+        jax.eval_shape(lambda: mapped((every, every)))
+        return mapped(jax.tree.map(lambda kind: self._spec(varying(kind)), types.pop()))
+
+    def _spec(self, names) -> PartitionSpec:
+        names = set(names)
+        return PartitionSpec(*(name if name in names else None for name in self.names))
+
+
+class OnDevices:
+    """A meeting inside ``shard_map``, for the time after the walk: what it gives on all devices.
+
+    Args:
+      meeting: what it is on one device.
+      split: the axes of the mesh that its rows are split over; None where it is that of one row.
+      cotangents: arrays as they are outside.
+    """
+
+    def __init__(self, meeting: Any, devices: _Devices, split: Any, cotangents: Any):
+        self._meeting, self._devices, self._split = meeting, devices, split
+        self.eqn, self.names, self.moving = meeting.eqn, meeting.names, meeting.moving
+        self.rows, self.in_rows, self.route = meeting.rows, meeting.in_rows, meeting.route
+        self.differentiable, self.outputs = meeting.differentiable, list(meeting.outputs)
+        for k, cotangent in zip(meeting.differentiable, cotangents):
+            self.outputs[k] = jax.ShapeDtypeStruct(cotangent.shape, cotangent.dtype)
+
+    def takes_gradient(self, route: Any) -> None:
+        del route
+
+    def sums(self, kept, vectors, cotangents, stacked: bool, route: Any) -> dict[int, Any]:
+        """What the meeting gives on every device, added up where they have the same rows."""
+        devices, split = self._devices, self._split or ()
+        args = kept, list(cotangents), vectors
+        specs = jax.tree.map(devices.spec_of, args)
+
+        def one(kept, cotangents, vectors):
+            return self._meeting.sums(kept, vectors, cotangents, stacked, route)
+
+        def local(*args):
+            kept, cotangents, vectors = jax.tree.map(devices.own, args)
+            cotangents = [
+                _counted_once(array, set(devices.names) - {*spec, *split})
+                for array, spec in zip(cotangents, specs[1])
+            ]
+            found = summed(one, self._meeting, kept, cotangents, vectors)
+            return {
+                path: jax.lax.psum(sums, [k for k in devices.names if k not in self._over(path)])
+                for path, sums in found.items()
+            }
+
+        before = (None,) if stacked else ()
+        out_specs = {
+            path: PartitionSpec(*before, self._over(path)) if self._over(path) else PartitionSpec()
+            for path in vectors
+        }
+        # What several devices have alike is told by shapes here.
+        return devices.mapped(local, specs, out_specs, False)(*args)
+
+    def _over(self, path: int) -> tuple[str, ...]:
+        return self._split if self._split and self.in_rows[path] else ()
+
+
+def _counted_once(array: jax.Array, names: Iterable[str]) -> jax.Array:
+    """Zeros on all devices but the first along these axes of the mesh."""
+    for name in names:
+        is_first = jax.lax.axis_index(name) == 0
+        array = jnp.where(is_first, array, jnp.zeros_like(array))
+    return array
+
+
+def _array(value: Value, var: Any) -> Any:
+    """Literals are numbers."""
+    if value.primal is None or isinstance(value.primal, jax.Array):
+        return value.primal
+    return jnp.asarray(value.primal, var.aval.dtype)
+
+
+HANDLERS["shard_map"] = _shard_map
