@@ -144,11 +144,11 @@ class OnDevices:
 
     Args:
       meeting: what it is on one device.
-      split: the axes of the mesh that its rows are split over; None where it is that of one row.
+      split: the axes of the mesh that its rows are split over.
       cotangents: arrays as they are outside.
     """
 
-    def __init__(self, meeting: Any, devices: _Devices, split: Any, cotangents: Any):
+    def __init__(self, meeting: Any, devices: _Devices, split: tuple[str, ...], cotangents):
         self._meeting, self._devices, self._split = meeting, devices, split
         self.eqn, self.names, self.moving = meeting.eqn, meeting.names, meeting.moving
         self.rows, self.in_rows, self.route = meeting.rows, meeting.in_rows, meeting.route
@@ -161,7 +161,8 @@ class OnDevices:
 
     def sums(self, kept, vectors, cotangents, stacked: bool, route: Any) -> dict[int, Any]:
         """What the meeting gives on every device, added up where they have the same rows."""
-        devices, split = self._devices, self._split or ()
+        devices = self._devices
+        split = self._split if all(self.in_rows.values()) else ()
         args = kept, list(cotangents), vectors
         specs = jax.tree.map(devices.spec_of, args)
 
@@ -176,20 +177,14 @@ class OnDevices:
             ]
             found = summed(one, self._meeting, kept, cotangents, vectors)
             return {
-                path: jax.lax.psum(sums, [k for k in devices.names if k not in self._over(path)])
+                path: jax.lax.psum(sums, [name for name in devices.names if name not in split])
                 for path, sums in found.items()
             }
 
         before = (None,) if stacked else ()
-        out_specs = {
-            path: PartitionSpec(*before, self._over(path)) if self._over(path) else PartitionSpec()
-            for path in vectors
-        }
+        out_specs = PartitionSpec(*before, split) if split else PartitionSpec()
         # What several devices have alike is told by shapes here.
         return devices.mapped(local, specs, out_specs, False)(*args)
-
-    def _over(self, path: int) -> tuple[str, ...]:
-        return self._split if self._split and self.in_rows[path] else ()
 
 
 def _counted_once(array: jax.Array, names: Iterable[str]) -> jax.Array:
