@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ghostjax._channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import varying_as, zeros_of
+from ghostjax.core.types import on_this_mesh, typed_as, varying_as, zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -52,12 +52,13 @@ class Harvest(Walk):
             for slot, k in zip(self.slots[key], meeting.differentiable)
         ]
         self.emitted[key] = set_aside(kept, slots)
-        return through_channel(meeting, _pass_on, outputs, slots, ())
+        kinds = [jax.typeof(slot) for slot in slots]
 
+        def pass_on(residuals, cotangents):
+            del residuals
+            return [typed_as(*pair) for pair in zip(cotangents, kinds)]
 
-def _pass_on(residuals, cotangents):
-    del residuals
-    return cotangents
+        return through_channel(meeting, pass_on, outputs, slots, ())
 
 
 def contract(
@@ -78,7 +79,9 @@ def contract(
     def one(kept, cotangents, vectors):
         return meeting.sums(kept, vectors, cotangents, directions is not None, route)
 
-    return summed(one, meeting, kept, cotangents, vectors)
+    with meeting.context():
+        sums = summed(one, meeting, *on_this_mesh((kept, cotangents, vectors)))
+    return on_this_mesh(sums)
 
 
 def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:

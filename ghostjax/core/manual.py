@@ -91,7 +91,7 @@ class _Devices:
     """
 
     def __init__(self, eqn: Any):
-        self.params = eqn.params
+        self.eqn, self.params = eqn, eqn.params
         manual = eqn.params["newly_manual_axes"]
         self.names = [name for name in eqn.params["mesh"].axis_names if name in manual]
 
@@ -156,6 +156,9 @@ class OnDevices:
         for k, cotangent in zip(meeting.differentiable, cotangents):
             self.outputs[k] = jax.ShapeDtypeStruct(cotangent.shape, cotangent.dtype)
 
+    def context(self) -> Any:
+        return self._devices.eqn.ctx.manager
+
     def takes_gradient(self, route: Any) -> None:
         del route
 
@@ -175,7 +178,8 @@ class OnDevices:
                 _counted_once(array, set(devices.names) - {*spec, *split})
                 for array, spec in zip(cotangents, specs[1])
             ]
-            found = summed(one, self._meeting, kept, cotangents, vectors)
+            with self._meeting.context():
+                found = summed(one, self._meeting, kept, cotangents, vectors)
             return {
                 path: jax.lax.psum(sums, [name for name in devices.names if name not in split])
                 for path, sums in found.items()

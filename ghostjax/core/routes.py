@@ -158,11 +158,25 @@ class Repeated(Meeting):
         self._avals = [jax.typeof(value.primal) for value in operands]
         self._function = ELEMENTWISE[self.eqn.primitive.name]
         self._shape = jnp.shape(operands[self.parameter].primal)
+        (rows,) = self.rows
+        self._whole = all(
+            names is None
+            for aval in self._avals
+            for axis, names in enumerate(aval.sharding.spec)
+            if axis != rows.axis
+        )
 
     @property
     def few(self) -> bool:
-        """Whether the gradients of all rows are no more than the operation's output."""
-        return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+        """Whether the gradients of all rows are no more than the operation's output.
+
+        Where the types say that devices have parts of them, they cannot be written one after
+        another.
+        """
+        return (
+            self._whole
+            and self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+        )
 
     def route(self, directions, *, late):
         del late

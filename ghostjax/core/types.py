@@ -4,19 +4,32 @@ On explicit axes of a mesh that is their sharding. On manual axes, inside ``shar
 axes over which they vary; what does not is the same on all of these devices.
 """
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def typed_as(array: jax.Array, kind: Any) -> jax.Array:
     """The array in the dtype of ``kind`` and, where that is on a mesh, sharded like it."""
-    array = varying_as(array.astype(kind.dtype), kind)
-    sharding = kind.sharding
-    if sharding is None or sharding.mesh.empty or jax.typeof(array).sharding.spec == sharding.spec:
+    with on_mesh_of(jax.typeof(array)):
+        array = varying_as(array.astype(kind.dtype), kind)
+    own, sharding = jax.typeof(array).sharding, kind.sharding
+    if sharding is None or sharding.mesh.empty:
         return array
-    return jax.sharding.reshard(array, sharding)
+    if (own.spec, own.mesh.axis_types) == (sharding.spec, sharding.mesh.axis_types):
+        return array
+    with on_mesh_of(kind):
+        return jax.sharding.reshard(array, sharding)
+
+
+def on_mesh_of(kind: Any) -> contextlib.AbstractContextManager[None]:
+    """Where arrays of that type are computed with: some axes may be explicit elsewhere only."""
+    if kind.sharding is None or kind.sharding.mesh.empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(kind.sharding.mesh)
 
 
 def cotangent_as(array: jax.Array, kind: Any) -> jax.Array:
@@ -37,6 +50,21 @@ def varying(kind: Any) -> frozenset[str]:
     return frozenset() if found is None else frozenset(found.varying)
 
 
+def on_this_mesh(tree: Any) -> Any:
+    """Arrays that come from where other axes of the mesh are explicit."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def moved(array):
+        own = jax.typeof(array).sharding.mesh
+        if mesh.empty or own.empty or own.axis_types == mesh.axis_types:
+            return array
+        return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(moved, tree)
+
+
 def zeros_of(like: Any) -> jax.Array:
     """Zeros of the type of an array. ``jnp.zeros_like`` leaves out shardings from JAX 0.12 on."""
-    return typed_as(jnp.zeros_like(like), jax.typeof(like))
+    kind = jax.typeof(like)
+    with on_mesh_of(kind):
+        return typed_as(jnp.zeros(kind.shape, kind.dtype), kind)

@@ -122,7 +122,8 @@ class Walk:
             return env[atom] if is_var(atom) else Value(atom.val)
 
         for eqn in jaxpr.eqns:
-            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            with eqn.ctx.manager:  # explicit axes of a mesh may be automatic around it
+                outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
