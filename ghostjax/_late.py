@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_direction
-from ghostjax._dots import GradDots, directed, wide_zeros
+from ghostjax._dots import GradDots, directed, like_rows, wide_zeros
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Harvest, Meeting, contract, zeros_of
+from ghostjax.core import Harvest, Meeting, added_up, contract, varying_as, zeros_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What is static about a harvested loss: the loss, and by key its meetings."""
+    """What is static about a harvested loss: the loss, by key its meetings, and the rows' type."""
 
     loss: Loss
     meetings: dict[str, Meeting]
+    rows: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +80,10 @@ class LateDots:
         loss = self.program.loss
         moved = loss.push(self.arrays, vectors, stacked=directions is not None)
         leading = () if directions is None else (directions,)
-        dots = [wide_zeros(leaf, (*leading, loss.num_rows)) for leaf in self.arrays.params]
+        dots = [
+            varying_as(wide_zeros(leaf, (*leading, loss.num_rows)), self.program.rows)
+            for leaf in self.arrays.params
+        ]
         shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
         for key, (kept, cotangents) in self.factors.items():
             meeting = self.program.meetings[key]
@@ -91,7 +95,9 @@ class LateDots:
                 one = jax.vmap(one, out_axes=-1)
             for path, sums in one(kept, cotangents).items():
                 total = dots if meeting.in_rows[path] else shared
-                total[path] = total[path] + sums.astype(total[path].dtype)
+                # Inside shard_map, every meeting's own part is added up over the devices.
+                sums = added_up(sums.astype(total[path].dtype), jax.typeof(total[path]))
+                total[path] = total[path] + sums
         return dots, shared
 
 
@@ -190,7 +196,8 @@ def _with_factors(loss: Loss, arrays: Arrays) -> LateDots:
 
 def harvesting(loss: Loss, arrays: Arrays):
     """``run(params, slots) -> (outputs, kept, specs)``, and the program it fills in."""
-    program = Program(loss, {})
+    rows = like_rows(jnp.zeros(loss.num_rows), arrays.batch)
+    program = Program(loss, {}, jax.typeof(rows))
 
     def run(params, slots):
         def walked(slots, batch, marker):

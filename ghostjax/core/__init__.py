@@ -15,7 +15,9 @@ from ghostjax.core.places import infer as infer
 from ghostjax.core.push import Push as Push
 from ghostjax.core.split import Found as Found
 from ghostjax.core.split import Split as Split
+from ghostjax.core.types import added_up as added_up
 from ghostjax.core.types import typed_as as typed_as
+from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of
 from ghostjax.core.values import Value as Value
 from ghostjax.core.walk import Walk as Walk

@@ -2,16 +2,18 @@
 
 The row axis may be split over axes of the mesh: then a device has B / n rows, those of its place
 along these axes. Over all other axes every device has the same rows, be it other features of them:
-a collective over those keeps rows in place. Over the axes of the rows it moves rows to other devices
-or mixes them.
+a collective over those keeps rows in place. Over the axes of the rows it moves rows to other
+devices or mixes them.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows, agree, lost, shape_of
+import jax
+
+from ghostjax.core.place_rules import RULES, RowInfo, Rows, agree, lost, shape_of
 from ghostjax.core.places import CONTAINERS, infer
 
 
@@ -34,6 +36,11 @@ def split_axes(num_rows: int | None) -> tuple[str, ...]:
     return getattr(num_rows, "axes", ())
 
 
+def is_single(num_rows: int | None) -> bool:
+    """Whether there is but one row, on all devices together."""
+    return num_rows == 1 and not split_axes(num_rows)
+
+
 def enter(
     eqn: Any, infos: Sequence[RowInfo], num_rows: int | None
 ) -> tuple[list[RowInfo], int | None]:
@@ -51,10 +58,7 @@ def enter(
     axes = next((axes for _, axes in entered if axes), ())
     rows = num_rows // _size(eqn, axes)
     places = [
-        Mixed(
-            f"shard_map splits its rows over the mesh axes {found}, those of other operands over "
-            f"{axes}"
-        )
+        lost(eqn, f"splits rows of one operand over the mesh axes {found}, of another over {axes}")
         if isinstance(info, Rows) and found != axes
         else info
         for info, found in entered
@@ -102,6 +106,31 @@ def _leave(eqn, info: Rows, spec, axes: tuple[str, ...]) -> RowInfo:
         where = f"puts together over the mesh axes {names} what has rows split over {axes}"
         return lost(eqn, where)
     return dataclasses.replace(info, outer=_size(eqn, before) * info.outer)
+
+
+def where_traced(eqn: Any, function: Callable[[], None]) -> None:
+    """Calls ``function`` where an equation's jaxprs were traced: with the mesh's axes, if so.
+
+    Derivative rules that are asked for there may add up over them.
+    """
+    if eqn.primitive.name != "shard_map":
+        return function()
+
+    def body():
+        function()
+        return ()
+
+    params = eqn.params
+    mapped = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=(),
+        out_specs=(),
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
+    with eqn.ctx.manager:
+        jax.eval_shape(mapped)
 
 
 def _names(eqn, spec, axis: int) -> tuple[str, ...]:

@@ -34,8 +34,13 @@ def on_mesh_of(kind: Any) -> contextlib.AbstractContextManager[None]:
 
 def cotangent_as(array: jax.Array, kind: Any) -> jax.Array:
     """The same for a cotangent: what is the same on several devices gets the sum of theirs."""
+    return typed_as(added_up(array, kind), kind)
+
+
+def added_up(array: jax.Array, kind: Any) -> jax.Array:
+    """The sum over those devices on which arrays of type ``kind`` are the same."""
     others = varying(jax.typeof(array)) - varying(kind)
-    return typed_as(jax.lax.psum(array, tuple(sorted(others))) if others else array, kind)
+    return jax.lax.psum(array, tuple(sorted(others))) if others else array
 
 
 def varying_as(array: jax.Array, kind: Any) -> jax.Array:

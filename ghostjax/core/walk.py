@@ -21,6 +21,7 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
+from ghostjax.core.devices import where_traced
 from ghostjax.core.inside import inside, is_container
 from ghostjax.core.meeting import Meeting, is_inexact
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
@@ -244,7 +245,7 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
                 )
     if any(actives):
         for given in inside(eqn, infos, actives, num_rows):
-            _check_inside(*given, (eqn, *around))
+            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around)))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]

@@ -1,7 +1,5 @@
 """Meshes whose axes are explicit, which is what ``jax.make_mesh`` gives."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +83,10 @@ class OnMesh:
         return array
 
 
-def rows_of(params, batch, mesh=Nowhere(), scanned=False, rematerialized=False):
+NOWHERE = Nowhere()
+
+
+def rows_of(params, batch, mesh=NOWHERE, scanned=False, rematerialized=False):
     """The losses of rows."""
 
     def layer(x, weights):

@@ -7,16 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ghostjax import (
-    GradDotProdEngine,
-    conservation_error,
-    explain,
-    testing,
-    value_and_dots_fn,
-    value_grad_and_dots,
-)
-from ghostjax._errors import RowAxisError
-from tests.dots.checks import direction_like, directions_like, draw, expected_dots, expected_stacked
+from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
+from tests.dots.checks import directions_like, draw, expected_stacked
 
 B, T, D, F = 8, 4, 4, 6
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -49,7 +41,8 @@ def rows_of(p, batch):
     return mean_of_rows(block(p, embedded(p, batch)))
 
 
-def mapped(function, params=WHOLE, rows=ROWS, out=P(), **options):
+def mapped(function, params=WHOLE, rows=ROWS, out=None, **options):
+    out = P() if out is None else out
     return jax.shard_map(function, mesh=MESH, in_specs=(params, rows), out_specs=out, **options)
 
 
