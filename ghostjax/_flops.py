@@ -7,7 +7,8 @@ Counted, as XLA's cost analysis does on what is unrolled:
   moving numbers (reshape, slice, gather, iota, ...): none
   everything else: one for every number that comes out, be it a sum, a tanh or a random number
 A scan counts as often as it is long, a shard_map on all of its devices; of the branches of a cond,
-the largest. What nothing needs does not count. What shapes do not tell is named by ``rounds_unknown``.
+the largest. What nothing needs does not count. What shapes do not tell is named by
+``rounds_unknown``.
 """
 
 import math
