@@ -7,7 +7,13 @@ import pytest
 from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
-from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
+from ghostjax import (
+    GradDotProdEngine,
+    conservation_error,
+    testing,
+    value_and_dots_fn,
+    value_grad_and_dots,
+)
 from tests.dots.checks import directions_like, draw, expected_stacked
 
 B, T, D, F, LAYERS, WORDS = 8, 4, 4, 6, 2, 12
@@ -171,3 +177,13 @@ def test_dots(case, loop, expected):
     assert max(jax.tree.leaves(errors)) <= 1e-5
     for name, leaf in found[0][0].items():
         assert leaf.sharding.spec == P("data"), name
+
+
+@pytest.mark.usefixtures("on_mesh")
+def test_the_engine_refuses_look_ups():
+    specs, mesh = CASES["data"]
+    engine = GradDotProdEngine(lambda params, batch: rows_of(params, batch, mesh), val_batch_size=4)
+    batch = placed(BATCH, dict.fromkeys(BATCH, ROWS))
+    message = r"gather at .*table.* are auto that are explicit around .*Take value_grad_and_dots"
+    with pytest.raises(NotImplementedError, match=message):
+        engine(placed(PARAMS, specs), batch)
