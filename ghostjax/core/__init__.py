@@ -3,6 +3,7 @@
 from ghostjax.core import control as control
 from ghostjax.core import custom_rules as custom_rules
 from ghostjax.core import kernels as kernels
+from ghostjax.core import manual as manual
 from ghostjax.core import opaque as opaque
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
@@ -24,7 +25,9 @@ from ghostjax.core.split import Found as Found
 from ghostjax.core.split import Split as Split
 from ghostjax.core.tracks import Track as Track
 from ghostjax.core.tracks import Where as Where
+from ghostjax.core.types import added_up as added_up
 from ghostjax.core.types import typed_as as typed_as
+from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of
 from ghostjax.core.values import Value as Value
 from ghostjax.core.walk import Walk as Walk

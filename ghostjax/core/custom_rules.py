@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
+from ghostjax.core.devices import is_single
 from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
@@ -51,7 +52,8 @@ class RuleMeeting(Meeting):
         self._dtypes = [jnp.result_type(operands[k].primal) for k in self._moving]
         inexact = [info for info, var in zip(self.rows, eqn.outvars) if is_real_or_complex(var)]
         self._split = None
-        if self.num_rows not in (None, 1) and all(isinstance(info, Rows) for info in inexact):
+        single = self.num_rows is None or is_single(self.num_rows)
+        if not single and all(isinstance(info, Rows) for info in inexact):
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
             paths = ", ".join(self.names[path] for path in self.moving)
@@ -260,7 +262,7 @@ def _check_backward(eqn, infos, actives, rows, num_rows) -> None:
     active = _active(eqn, actives)
     wanted = [is_active and isinstance(info, Rows) for is_active, info in zip(active, infos)]
     places = [info for info, var in zip(rows, eqn.outvars) if is_real_or_complex(var)]
-    if num_rows == 1 or not any(wanted) or not any(isinstance(info, Rows) for info in places):
+    if is_single(num_rows) or not any(wanted) or not any(isinstance(info, Rows) for info in places):
         return
     expected = [info for info, is_wanted in zip(infos, wanted) if is_wanted]
     moving = [isinstance(info, Rows) for info in places]
@@ -274,7 +276,7 @@ def _check_forward(eqn, infos, actives, rows, num_rows) -> None:
     wanted = [
         isinstance(info, Rows) and is_real_or_complex(var) for info, var in zip(rows, eqn.outvars)
     ]
-    if num_rows == 1 or not any(wanted) or not any(active):
+    if is_single(num_rows) or not any(wanted) or not any(active):
         return
     places = [info for info, is_active in zip(infos, active) if is_active]
     expected = [info for info, is_wanted in zip(rows, wanted) if is_wanted]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ghostjax._channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import zeros_of
+from ghostjax.core.types import on_this_mesh, typed_as, varying_as, zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -31,6 +31,7 @@ class Harvest(Walk):
     """
 
     follows = True
+    other_arrays = ("marker",)
 
     def __init__(self, names, num_rows, marker: Any = None, slots=None, labels=None):
         super().__init__(names, num_rows)
@@ -54,8 +55,17 @@ class Harvest(Walk):
         residuals = ()
         if meeting.keeps_row_gradients:
             kept, residuals = (), kept
-        self.emitted[key] = set_aside(kept, self.slots[key])
-        return through_channel(meeting, backward, outputs, self.slots[key], residuals)
+        slots = [
+            varying_as(slot, jax.typeof(outputs[k]))
+            for slot, k in zip(self.slots[key], meeting.differentiable)
+        ]
+        self.emitted[key] = set_aside(kept, slots)
+        kinds = [jax.typeof(slot) for slot in slots]
+
+        def typed(residuals, cotangents):
+            return [typed_as(*pair) for pair in zip(backward(residuals, cotangents), kinds)]
+
+        return through_channel(meeting, typed, outputs, slots, residuals)
 
 
 def _left(meeting: Meeting, residuals: Any, cotangents: list[Any]) -> list[Any]:
@@ -80,13 +90,17 @@ def contract(
     if not cotangents:  # a comparison, say: nothing flows back through its outputs
         return {}
     route, stacked = meeting.route(directions, late=True), directions is not None
+    one = functools.partial(sums_of_left, meeting, route, stacked)
+    with meeting.context():
+        sums = summed(one, meeting, *on_this_mesh((kept, cotangents, vectors)))
+    return on_this_mesh(sums)
 
-    def one(kept, cotangents, vectors):
-        if meeting.keeps_row_gradients:
-            return meeting.sums_of_rows(*cotangents, vectors, stacked)
-        return meeting.sums(kept, vectors, cotangents, stacked, route)
 
-    return summed(one, meeting, kept, cotangents, vectors)
+def sums_of_left(meeting: Meeting, route, stacked: bool, kept, cotangents, vectors):
+    """The dots of a meeting by what its backward pass left."""
+    if meeting.keeps_row_gradients:
+        return meeting.sums_of_rows(*cotangents, vectors, stacked)
+    return meeting.sums(kept, vectors, cotangents, stacked, route)
 
 
 def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:

@@ -6,6 +6,7 @@ follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for ev
 the same numbers that cost less for some shapes are in ``routes``.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -132,6 +133,10 @@ class Meeting:
         self.kept = sorted({position for program in programs for position in program.kept})
         self.needs_data = any(operands[position].is_data for position in self.kept)
         self._consts = {moving: program.consts for moving, program in self._programs.items()}
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """In which its operation was traced: axes of the mesh may be explicit there or not."""
+        return contextlib.nullcontext() if self.eqn is None else self.eqn.ctx.manager
 
     def keep(self, operands: Sequence[Value]) -> Any:
         """The arrays that ``sums`` needs. Called once, where the meeting was made."""

@@ -156,11 +156,25 @@ class Repeated(Meeting):
         (self.parameter,) = {k for moving in self.moving.values() for k in moving}
         self._dtype = jnp.result_type(operands[self.parameter].primal)
         self._shape = jnp.shape(operands[self.parameter].primal)
+        (rows,) = self.rows
+        self._whole = all(
+            names is None
+            for aval in self._avals
+            for axis, names in enumerate(aval.sharding.spec)
+            if axis != rows.axis
+        )
 
     @property
     def few(self) -> bool:
-        """Whether the gradients of all rows are no more than the operation's output."""
-        return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+        """Whether the gradients of all rows are no more than the operation's output.
+
+        Where the types say that devices have parts of them, they cannot be written one after
+        another.
+        """
+        return (
+            self._whole
+            and self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+        )
 
     @property
     def keeps_row_gradients(self):

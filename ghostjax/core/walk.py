@@ -23,6 +23,7 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
+from ghostjax.core.devices import where_traced
 from ghostjax.core.examples import Labels, Regrouped, cells_of, labels_of, localized
 from ghostjax.core.follow import positions_after, rows_after
 from ghostjax.core.inside import inside, is_container, is_number
@@ -53,6 +54,9 @@ class Walk:
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
       takes_shared: whether dots may belong to no row.
+      enters_shard_map: whether parameters and data may meet in a ``shard_map``.
+      arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
+        their last axis or without rows.
       around: the calls that are being walked, the innermost first, for messages.
       labels: of positions, where examples are not rows.
       conflicts: how often gradient flows through places of several examples at once; from loops
@@ -64,8 +68,11 @@ class Walk:
     follows = False
     labels: Labels | None = None
     takes_shared = True
+    enters_shard_map = True
     around: tuple[Any, ...] = ()
     stacked = False
+    arrays_of_rows: tuple[str, ...] = ()
+    other_arrays: tuple[str, ...] = ()
     slots: dict[str, Any] | None = None
 
     def __init__(
@@ -143,7 +150,8 @@ class Walk:
             return env[atom] if is_var(atom) else Value(atom.val)
 
         for eqn in jaxpr.eqns:
-            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            with eqn.ctx.manager:  # explicit axes of a mesh may be automatic around it
+                outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -402,7 +410,7 @@ class Walk:
     def _followed_inside(self, eqn, operands) -> list[Where] | None:
         """Where rows and positions go inside of a call or a loop."""
         handler = HANDLERS.get(eqn.primitive.name)
-        if handler is None:
+        if handler is None or eqn.primitive.name == "shard_map":
             return None
         walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
         walk.named_meetings = {}
@@ -430,8 +438,8 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
             if active and isinstance(info, Mixed):
                 raise RowAxisError(_combined(describe_operation(eqn, around), info))
     if any(actives):
-        for jaxpr, *given in inside(eqn, infos, actives, num_rows):
-            _check_inside(jaxpr, *given, num_rows, (eqn, *around))
+        for given in inside(eqn, infos, actives, num_rows):
+            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around)))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
