@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from ghostjax._jaxprs import inner_jaxprs
 from ghostjax.core.place_rules import RULES, RowInfo, Rows, agree, lost, shape_of
 from ghostjax.core.places import CONTAINERS, infer
 
@@ -34,6 +35,21 @@ class LocalRows(int):
 def split_axes(num_rows: int | None) -> tuple[str, ...]:
     """The axes of the mesh that rows are split over."""
     return getattr(num_rows, "axes", ())
+
+
+def as_many(count: int, num_rows: int | None) -> int:
+    """``count`` places of rows, which lie on the devices where the rows do."""
+    axes = split_axes(num_rows)
+    return LocalRows(count, axes) if axes else count
+
+
+def crosses(eqn: Any, num_rows: int | None) -> bool:
+    """Whether an equation, or one inside of it, goes over the devices that rows are split over."""
+    if not split_axes(num_rows):
+        return False
+    if eqn.primitive.name in _COLLECTIVES:
+        return _crosses(eqn, num_rows)
+    return any(crosses(inner, num_rows) for jaxpr, _ in inner_jaxprs(eqn) for inner in jaxpr.eqns)
 
 
 def is_single(num_rows: int | None) -> bool:
@@ -223,12 +239,11 @@ def _agreeing(rule):
 
 
 CONTAINERS["shard_map"] = _shard_map
-RULES.update(
-    {
-        **dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin"), _reduced),
-        **dict.fromkeys(("all_gather", "all_gather_invariant"), _agreeing(_all_gather)),
-        "all_to_all": _agreeing(_all_to_all),
-        "ppermute": _agreeing(_ppermute),
-        "reduce_scatter": _agreeing(_reduce_scatter),
-    }
-)
+_COLLECTIVES = {
+    **dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin"), _reduced),
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), _agreeing(_all_gather)),
+    "all_to_all": _agreeing(_all_to_all),
+    "ppermute": _agreeing(_ppermute),
+    "reduce_scatter": _agreeing(_reduce_scatter),
+}
+RULES.update(_COLLECTIVES)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ghostjax.core.devices import crosses
 from ghostjax.core.moves import Others, move, scattered
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
@@ -41,6 +42,8 @@ def moved(
         reasons = propagate(eqn, infos, count)
         if not any(isinstance(info, Mixed) for info in reasons):
             return [Track(info) for info in reasons]
+    if crosses(eqn, count):
+        return [Track(lost(eqn, "goes over the devices that rows are on"))] * len(eqn.outvars)
     shape = shape_of(eqn.invars[position])
     found = move(eqn, position, numbers(track, shape, count), operands, others)
     return [

@@ -159,8 +159,8 @@ class Repeated(Meeting):
         (rows,) = self.rows
         self._whole = all(
             names is None
-            for aval in self._avals
-            for axis, names in enumerate(aval.sharding.spec)
+            for value in operands
+            for axis, names in enumerate(jax.typeof(value.primal).sharding.spec)
             if axis != rows.axis
         )
 

@@ -23,7 +23,7 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
-from ghostjax.core.devices import where_traced
+from ghostjax.core.devices import as_many, where_traced
 from ghostjax.core.examples import Labels, Regrouped, cells_of, labels_of, localized
 from ghostjax.core.follow import positions_after, rows_after
 from ghostjax.core.inside import inside, is_container, is_number
@@ -278,6 +278,7 @@ class Walk:
             dataclasses.replace(value, where=localized(value.where, count)) for value in operands
         ]
         rows = [cells if k in found else None for k in range(len(outputs))]
+        count = as_many(count, self.num_rows)
         meeting = self.make(eqn, function, local, outputs, rows, count)
         first = next(iter(found.values()))
         for ids in found.values():
@@ -403,7 +404,7 @@ class Walk:
             infos: list[RowInfo] = [None] * len(tracks)
             for k, (axis, _) in zip(axes, along):
                 infos[k] = Rows(axis)
-            count = along[0][1]
+            count = as_many(along[0][1], self.num_rows)
             rows = propagate(eqn, infos, count)
             CHECKS[eqn.primitive.name](eqn, infos, actives, rows, count)
 
