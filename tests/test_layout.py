@@ -19,10 +19,11 @@ RANKS = {
     "core": 2,
     "_explanation": 3,
     "_loss": 3,
-    "_dots": 4,
-    "_engine": 5,
-    "_late": 5,
-    "_explain": 6,
+    "_labels": 4,
+    "_dots": 5,
+    "_engine": 6,
+    "_late": 6,
+    "_explain": 7,
     "_rowwise": 3,
     "_types": 1,
     "directions": 3,
@@ -31,10 +32,10 @@ RANKS = {
     "fidelity": 4,
     "values": 4,
     "weights": 4,
-    "runs": 6,
-    "cli": 7,
-    "__main__": 8,
-    "": 8,  # the package itself re-exports
+    "runs": 7,
+    "cli": 8,
+    "__main__": 9,
+    "": 9,  # the package itself re-exports
 }
 EXTRAS = ("orbax", "pyarrow", "rich", "tokenizers", "tyro")
 # What rich itself calls may import it there, and only there.

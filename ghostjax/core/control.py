@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from ghostjax._jaxprs import scan_counts
 from ghostjax.core import loops
 from ghostjax.core.place_rules import shape_of
+from ghostjax.core.tracking import HANDLERS
 from ghostjax.core.tracks import Where
 from ghostjax.core.types import zeros_of
 from ghostjax.core.values import Value
-from ghostjax.core.walk import HANDLERS, Walk
+from ghostjax.core.walk import Walk
 
 
 def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

@@ -22,13 +22,13 @@ from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
 from ghostjax.core.meeting import Meeting, Route, masked, row_sums, wide_dtype
+from ghostjax.core.mixing import CHECKS, WAY_OUT
 from ghostjax.core.places import Mixed, RowInfo, Rows
 from ghostjax.core.program import Program, is_literal, run
 from ghostjax.core.push import PUSHES
 from ghostjax.core.routes import KINDS
 from ghostjax.core.rule_rows import Places, follow, kinds_of, split_at_sums
 from ghostjax.core.rules import pullback, pushforward
-from ghostjax.core.walk import CHECKS, WAY_OUT
 
 
 class RuleMeeting(Meeting):

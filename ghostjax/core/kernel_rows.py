@@ -10,9 +10,9 @@ from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import inner_jaxprs, is_var
 from ghostjax.core.grid import NotShownError
 from ghostjax.core.inside import is_container
+from ghostjax.core.mixing import check_rows
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import join, propagate
-from ghostjax.core.walk import check_rows
 
 
 class _Inside:

@@ -18,10 +18,11 @@ from ghostjax.core.devices import enter, leave, split_axes
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.harvest import summed, sums_of_left
 from ghostjax.core.place_rules import Mixed
+from ghostjax.core.tracking import HANDLERS
 from ghostjax.core.tracks import Known, Moved, Track, Where
 from ghostjax.core.types import varying
 from ghostjax.core.values import Value
-from ghostjax.core.walk import HANDLERS, Walk
+from ghostjax.core.walk import Walk
 
 
 def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

@@ -24,10 +24,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """Depends on rows, but not with one row per place along an axis.
-
-    ``is_sum``: a sum of what belongs to single rows, to which more may be added.
-    """
+    """Depends on rows, but not with one row per place; ``is_sum``: a sum, to which rows may add."""
 
     reason: str
     is_sum: bool = False
@@ -266,16 +263,14 @@ def _dot_general(eqn, operands, num_rows):
 
 
 def _ragged_dot_general(eqn, operands, num_rows):
-    """Places along the groups, which only rows of the left side are cut into."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracted, _), (batch, _) = numbers.dot_dimension_numbers
-    rows, ragged = operands[0], numbers.lhs_ragged_dimensions
+    rows, bound = operands[0], (*contracted, *batch)
     if rows is None or any(operands[1:]):
         return lost(eqn, "has groups or a right side that depend on rows")
-    if any(axis in (*contracted, *batch) for axis in (rows.axis, *ragged)):
+    if any(axis in bound for axis in (rows.axis, *numbers.lhs_ragged_dimensions)):
         return lost(eqn, "sums over rows")
-    free = [d for d in range(len(shape_of(eqn.invars[0]))) if d not in (*contracted, *batch)]
-    return rows.at(len(batch) + free.index(rows.axis))
+    return rows.at(len(batch) + sum(axis not in bound for axis in range(rows.axis)))
 
 
 def _conv_general_dilated(eqn, operands, num_rows):

@@ -14,10 +14,10 @@ from ghostjax.core.linear import (
     kind_of_literal,
     kinds_after,
 )
+from ghostjax.core.mixing import WAY_OUT, check_rows
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import propagate
 from ghostjax.core.program import Program, Step, is_literal
-from ghostjax.core.walk import WAY_OUT, check_rows
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -23,33 +23,27 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
-from ghostjax.core.devices import as_many, where_traced
-from ghostjax.core.examples import Labels, Regrouped, cells_of, labels_of, localized
-from ghostjax.core.follow import positions_after, rows_after
-from ghostjax.core.inside import inside, is_container, is_number
+from ghostjax.core.devices import as_many
+from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
+from ghostjax.core.inside import is_container, is_number
 from ghostjax.core.meeting import Cells, Meeting, is_inexact
-from ghostjax.core.place_rules import shape_of
-from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.mixing import gives_nothing, lost_message, without_position
+from ghostjax.core.places import Mixed, Rows
 from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
-from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single, numbers
+from ghostjax.core.support import LAYOUTS, support
+from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
+from ghostjax.core.tracks import SEVERAL, Track, Where
 from ghostjax.core.values import Value, paths_of, unsupported
 
-WAY_OUT = (
-    "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
-    "to value_grad_and_dots, which then needs no row axis."
-)
 
-
-class Walk:
+class Walk(Tracking):
     """What all walks have in common. A subclass says what a parameter-only value carries beside its
     primal, and what a meeting does.
 
     Attributes:
       names: of the parameters, for messages.
       named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
-      num_rows: B; None where the jaxpr is that of a single row.
-      checks_rows: whether rows that are mixed are an error; another walk may have looked.
       stacked: whether tangents have a leading axis of directions.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
@@ -57,19 +51,11 @@ class Walk:
       enters_shard_map: whether parameters and data may meet in a ``shard_map``.
       arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
         their last axis or without rows.
-      around: the calls that are being walked, the innermost first, for messages.
-      labels: of positions, where examples are not rows.
-      conflicts: how often gradient flows through places of several examples at once; from loops
-        stacked, like what is emitted.
     """
 
     computes_data = True
-    checks_rows = True
-    follows = False
-    labels: Labels | None = None
     takes_shared = True
     enters_shard_map = True
-    around: tuple[Any, ...] = ()
     stacked = False
     arrays_of_rows: tuple[str, ...] = ()
     other_arrays: tuple[str, ...] = ()
@@ -88,11 +74,6 @@ class Walk:
         self.specs: dict[str, Any] = {}
         self.conflicts: dict[str, Any] = {}
         self._prefix, self._count = "", 0
-
-    @property
-    def counts(self) -> tuple[int | None, int | None]:
-        """How many rows, and how many positions there are."""
-        return self.num_rows, self.labels and self.labels.positions
 
     def inside(self, key: str, slots: dict[str, Any] | None = None) -> Self:
         """A walk of the same kind for the body of a loop, a branch, or what is rematerialised."""
@@ -157,7 +138,7 @@ class Walk:
 
     def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
         has_data = any(value.is_data for value in operands)
-        if _gives_nothing(eqn):
+        if gives_nothing(eqn):
             if self.computes_data:  # once: by the walk that also computes what data depend on
                 bind(eqn, [value.primal for value in operands])
             return []
@@ -197,8 +178,7 @@ class Walk:
             for output, var, where, found in zip(outputs, eqn.outvars, places, is_data)
         ]
         if active and self.follows and len(values) == 1:
-            support = _support(eqn, operands)
-            return [dataclasses.replace(values[0], support=support)]
+            return [dataclasses.replace(values[0], support=support(eqn, operands))]
         return values
 
     def _without_data(self, eqn, operands):
@@ -247,7 +227,7 @@ class Walk:
         for path in meeting.moving:
             is_shared = self.takes_shared and scalars and not meeting.needs_data
             if not in_rows and not is_shared:
-                raise RowAxisError(_lost(self.describe(eqn), self.names[path], infos))
+                raise RowAxisError(lost_message(self.describe(eqn), self.names[path], infos))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
         flows = [k in inexact for k in range(len(outputs))]
@@ -260,7 +240,7 @@ class Walk:
         """A meeting whose rows are the places that labels, or moved rows, tell apart."""
         if self.num_rows is None:
             return self.make(eqn, function, operands, outputs, [None] * len(outputs), None)
-        lost = _without_position(self.describe(eqn), self.named(operands))
+        lost = without_position(self.describe(eqn), self.named(operands))
         found = {
             k: labels_of(where, jnp.shape(outputs[k]), self.num_rows, self.labels, lost)
             for k, where in enumerate(places)
@@ -304,215 +284,11 @@ class Walk:
     def named(self, operands: Sequence[Value]) -> str:
         return ", ".join(self.names[path] for path in paths_of(operands))
 
-    def places_after(self, eqn, operands) -> list[Where]:
-        if self.num_rows is None:
-            return [Where()] * len(eqn.outvars)
-        actives = [value.active or bool(value.tangents) for value in operands]
-        rows = self._rows_after(eqn, operands, actives)
-        if self.labels is None:
-            return [Where(track) for track in rows]
-        if is_container(eqn) and any(value.where.positions for value in operands):
-            inside = self._followed_inside(eqn, operands)
-            if inside is not None:
-                return [Where(track, where.positions) for track, where in zip(rows, inside)]
-        positions = positions_after(
-            eqn,
-            [value.where.rows for value in operands],
-            [value.where.positions for value in operands],
-            actives,
-            [value.primal for value in operands],
-            [_weights(value) for value in operands],
-            self.labels.positions,
-        )
-        return [Where(*pair) for pair in zip(rows, positions, strict=True)]
-
-    def _rows_after(self, eqn, operands, actives) -> list[Track]:
-        infos = [value.rows for value in operands]
-        found, error = None, None
-        if not any(isinstance(info, (Known, Moved)) for info in infos):
-            try:
-                if self.checks_rows or self.follows:
-                    found = check_rows(eqn, infos, actives, self.num_rows, self.around)
-                else:
-                    found = propagate(eqn, infos, self.num_rows)
-            except RowAxisError as mixed:
-                if not self.follows or eqn.primitive.name in CHECKS:
-                    raise
-                error = mixed
-            is_kept = found and not any(isinstance(info, Mixed) for info in found)
-            if is_kept or not self.follows or not any(isinstance(info, Rows) for info in infos):
-                return [Track(info) for info in found]
-        followed = self._followed(eqn, operands, actives)
-        if error is not None and any(isinstance(track.place, Mixed) for track in followed):
-            raise error
-        if found is None:
-            return followed
-        return [
-            track if isinstance(info, Mixed) and track.is_apart else Track(info)
-            for info, track in zip(found, followed, strict=True)
-        ]
-
-    def _followed(self, eqn, operands, actives) -> list[Track]:
-        """Rows that do not stay in place, by what the operation does to them."""
-        tracks = [value.where.rows for value in operands]
-        is_sum = eqn.primitive.name in ("add", "add_any")
-        for track, active in zip(tracks, actives):
-            if not (active and isinstance(track.place, Mixed)):
-                continue
-            if not any(other.is_apart for other in tracks):
-                continue
-            if is_sum and track.place.is_sum and any(is_single(other) for other in tracks):
-                return [track]
-            raise RowAxisError(_combined(describe_operation(eqn, self.around), track.place))
-        if is_container(eqn) and any(track.is_apart for track in tracks):
-            inside = self._followed_inside(eqn, operands)
-            if inside is not None:
-                return [where.rows for where in inside]
-        conflicts: list[Any] = []
-        primals = [value.primal for value in operands]
-        supports = [_weights(value) for value in operands]
-        found = rows_after(eqn, tracks, actives, primals, supports, self.num_rows, conflicts)
-        self.count_conflicts(conflicts)
-        apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
-        lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
-        sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
-        if len(apart) > 1 and lost and not sums:
-            raise RowAxisError(_several(describe_operation(eqn, self.around), lost[0]))
-        if any(actives) and not lost and eqn.primitive.name in CHECKS:
-            self._check_rule(eqn, tracks, actives)
-        return found
-
-    def _check_rule(self, eqn, tracks: Sequence[Track], actives) -> None:
-        """What holds of rows in a derivative rule must hold along every axis that tells rows apart,
-        as if there were one row per place."""
-        axes = {
-            k: [
-                (axis, size)
-                for axis, size in enumerate(numbers(track, shape_of(var), self.num_rows).shape)
-                if size > 1
-            ]
-            for k, (track, var) in enumerate(zip(tracks, eqn.invars))
-            if track.is_apart
-        }
-        if len({tuple(size for _, size in own) for own in axes.values()}) > 1:
-            raise RowAxisError(
-                f"{describe_operation(eqn, self.around)} has a derivative rule of its own, and "
-                "operands in which rows are told apart along different axes. Bring them into one "
-                "order before."
-            )
-        for along in zip(*axes.values()):
-            infos: list[RowInfo] = [None] * len(tracks)
-            for k, (axis, _) in zip(axes, along):
-                infos[k] = Rows(axis)
-            count = as_many(along[0][1], self.num_rows)
-            rows = propagate(eqn, infos, count)
-            CHECKS[eqn.primitive.name](eqn, infos, actives, rows, count)
-
-    def _followed_inside(self, eqn, operands) -> list[Where] | None:
-        """Where rows and positions go inside of a call or a loop."""
-        handler = HANDLERS.get(eqn.primitive.name)
-        if handler is None or eqn.primitive.name == "shard_map":
-            return None
-        walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
-        walk.named_meetings = {}
-        walk.around = (eqn, *self.around)
-        values = [
-            dataclasses.replace(value, tangents={}, active=value.active or bool(value.tangents))
-            for value in operands
-        ]
-        outputs = handler(walk, eqn, values if handler is _call else unsupported(values))
-        self.conflicts.update(walk.conflicts)
-        return [value.where for value in outputs]
-
-    def count_conflicts(self, counts: list[Any]) -> None:
-        for count in counts:
-            self.conflicts[f"{self._prefix}{len(self.conflicts)}"] = count
-
-
-def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
-    """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
-    if _gives_nothing(eqn):
-        return []
-    has_rows = any(isinstance(info, Rows) for info in infos)
-    if has_rows:
-        for info, active in zip(infos, actives):
-            if active and isinstance(info, Mixed):
-                raise RowAxisError(_combined(describe_operation(eqn, around), info))
-    if any(actives):
-        for given in inside(eqn, infos, actives, num_rows):
-            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around)))
-    rows = propagate(eqn, infos, num_rows)
-    both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
-    lost = [info.reason for info in rows if isinstance(info, Mixed)]
-    if len(both) > 1 and lost and not is_container(eqn):
-        raise RowAxisError(_several(describe_operation(eqn, around), lost[0]))
-    if any(actives) and has_rows and eqn.primitive.name in CHECKS:
-        CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
-    return rows
-
-
-def _check_inside(jaxpr, infos, actives, num_rows, around):
-    pairs = zip(infos, actives, strict=True)
-    known = dict(zip(jaxpr.invars, pairs, strict=True))
-    for inner in jaxpr.eqns:
-        pairs = [
-            known.get(atom, (None, False)) if is_var(atom) else (None, False)
-            for atom in inner.invars
-        ]
-        active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
-        sides = [list(side) for side in zip(*pairs)] or [[], []]
-        rows = check_rows(inner, *sides, num_rows, around)
-        known.update(
-            (var, (info, active and is_number(var))) for var, info in zip(inner.outvars, rows)
-        )
-
-
-def _combined(operation: str, info: Mixed) -> str:
-    return (
-        f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
-        "no row has a gradient of its own. Statistics of the batch have to be constants, as the "
-        f"running averages of BatchNorm are. {WAY_OUT}"
-    )
-
-
-def _several(operation: str, reason: str) -> str:
-    return (
-        f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
-        f"its own. {WAY_OUT}"
-    )
-
-
-def _without_position(place: str, paths: str) -> str:
-    return (
-        f"parameter {paths} meets data in {place}, whose result has no axis of positions, so that "
-        "labels [B, T] say nothing of it. Give one label per row, or use the parameter before "
-        "positions are summed. Batch arrays have positions along their second axis, where the "
-        "first two are those of the labels."
-    )
-
-
-def _lost(place, path, infos) -> str:
-    reasons = [info.reason for info in infos if isinstance(info, Mixed)]
-    return (
-        f"parameter {path} meets data in {place}, whose result has no axis with "
-        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT}"
-    )
-
-
-def _gives_nothing(eqn) -> bool:
-    """Whether it only shows what it is given, as ``jax.debug.print`` does."""
-    return not eqn.outvars and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
-
 
 def _is_layout(eqn) -> bool:
     """Whether an equation changes no more than layout and dtype."""
     sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*eqn.invars, *eqn.outvars)]
-    return eqn.primitive.name in _LAYOUTS and len(set(sizes)) == 1
-
-
-_LAYOUTS = frozenset(
-    ["broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"]
-)
+    return eqn.primitive.name in LAYOUTS and len(set(sizes)) == 1
 
 
 def _call(walk: Walk, eqn, operands):
@@ -529,35 +305,6 @@ def _call(walk: Walk, eqn, operands):
     if closed is not None:
         return walk.run(closed, operands)
     return walk.open(jaxpr, [], operands)
-
-
-def _weights(value: Value) -> Any:
-    """An array that is zero only where a value is, and where no gradient flows through it."""
-    is_active = value.active or bool(value.tangents)
-    return value.support if is_active else value.primal
-
-
-def _support(eqn, operands: Sequence[Value]) -> Any:
-    """What is zero only where an operation's result is, and where no gradient passes."""
-    name = eqn.primitive.name
-    supports = [value.support for value in operands]
-    if name in _LAYOUTS:
-        return None if supports[0] is None else bind(eqn, supports)[0]
-    shape = shape_of(eqn.outvars[0])
-    if name == "mul":
-        found = [weights for weights in map(_weights, operands) if weights is not None]
-        return next((weights for weights in found if jnp.shape(weights) == shape), None)
-    if name == "dot_general" and not any(eqn.params["dimension_numbers"][0]):
-        weights = [_weights(value) for value in operands]
-        if any(found is not None for found in weights):
-            return bind(
-                eqn,
-                [
-                    jnp.ones(shape_of(var), var.aval.dtype) if found is None else found
-                    for found, var in zip(weights, eqn.invars)
-                ],
-            )[0]
-    return None
 
 
 def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
@@ -584,11 +331,4 @@ def _promised(walk: Walk, eqn, operands):
     return walk.operation(eqn, operands, lambda primals: opened(*primals))
 
 
-HANDLERS = {
-    "jit": _call,
-    "pjit": _call,
-    "closed_call": _call,
-    "core_call": _call,
-}
-# By primitive: ``check(eqn, infos, actives, rows, num_rows)`` of what only derivatives do.
-CHECKS: dict[str, Callable[..., None]] = {}
+HANDLERS.update(dict.fromkeys(OPENED, _call))

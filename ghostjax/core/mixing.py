@@ -1,0 +1,94 @@
+"""Where rows that carry gradient are mixed: an error that names the operation."""
+
+import functools
+from collections.abc import Callable
+
+from ghostjax._errors import RowAxisError
+from ghostjax._jaxprs import describe_operation, is_var
+from ghostjax.core.devices import where_traced
+from ghostjax.core.inside import inside, is_container, is_number
+from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+
+WAY_OUT = (
+    "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
+    "to value_grad_and_dots, which then needs no row axis."
+)
+
+
+# By primitive: ``check(eqn, infos, actives, rows, num_rows)`` of what only derivatives do.
+CHECKS: dict[str, Callable[..., None]] = {}
+
+
+def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
+    """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
+    if gives_nothing(eqn):
+        return []
+    has_rows = any(isinstance(info, Rows) for info in infos)
+    if has_rows:
+        for info, active in zip(infos, actives):
+            if active and isinstance(info, Mixed):
+                raise RowAxisError(combined(describe_operation(eqn, around), info))
+    if any(actives):
+        for given in inside(eqn, infos, actives, num_rows):
+            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around)))
+    rows = propagate(eqn, infos, num_rows)
+    both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
+    lost = [info.reason for info in rows if isinstance(info, Mixed)]
+    if len(both) > 1 and lost and not is_container(eqn):
+        raise RowAxisError(several(describe_operation(eqn, around), lost[0]))
+    if any(actives) and has_rows and eqn.primitive.name in CHECKS:
+        CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
+    return rows
+
+
+def _check_inside(jaxpr, infos, actives, num_rows, around):
+    pairs = zip(infos, actives, strict=True)
+    known = dict(zip(jaxpr.invars, pairs, strict=True))
+    for inner in jaxpr.eqns:
+        pairs = [
+            known.get(atom, (None, False)) if is_var(atom) else (None, False)
+            for atom in inner.invars
+        ]
+        active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
+        sides = [list(side) for side in zip(*pairs)] or [[], []]
+        rows = check_rows(inner, *sides, num_rows, around)
+        known.update(
+            (var, (info, active and is_number(var))) for var, info in zip(inner.outvars, rows)
+        )
+
+
+def combined(operation: str, info: Mixed) -> str:
+    return (
+        f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
+        "no row has a gradient of its own. Statistics of the batch have to be constants, as the "
+        f"running averages of BatchNorm are. {WAY_OUT}"
+    )
+
+
+def several(operation: str, reason: str) -> str:
+    return (
+        f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
+        f"its own. {WAY_OUT}"
+    )
+
+
+def without_position(place: str, paths: str) -> str:
+    return (
+        f"parameter {paths} meets data in {place}, whose result has no axis of positions, so that "
+        "labels [B, T] say nothing of it. Give one label per row, or use the parameter before "
+        "positions are summed. Batch arrays have positions along their second axis, where the "
+        "first two are those of the labels."
+    )
+
+
+def lost_message(place, path, infos) -> str:
+    reasons = [info.reason for info in infos if isinstance(info, Mixed)]
+    return (
+        f"parameter {path} meets data in {place}, whose result has no axis with "
+        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT}"
+    )
+
+
+def gives_nothing(eqn) -> bool:
+    """Whether it only shows what it is given, as ``jax.debug.print`` does."""
+    return not eqn.outvars and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)

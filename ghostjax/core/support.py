@@ -1,0 +1,44 @@
+"""Masks: where a value is zero, and no gradient flows through it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from ghostjax._jaxprs import bind
+from ghostjax.core.place_rules import shape_of
+from ghostjax.core.values import Value
+
+# Operations that change layout and dtype, if sizes stay the same.
+LAYOUTS = frozenset(
+    ["broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"]
+)
+
+
+def weights(value: Value) -> Any:
+    """An array that is zero only where a value is, and where no gradient flows through it."""
+    is_active = value.active or bool(value.tangents)
+    return value.support if is_active else value.primal
+
+
+def support(eqn, operands: Sequence[Value]) -> Any:
+    """What is zero only where an operation's result is, and where no gradient passes."""
+    name = eqn.primitive.name
+    supports = [value.support for value in operands]
+    if name in LAYOUTS:
+        return None if supports[0] is None else bind(eqn, supports)[0]
+    shape = shape_of(eqn.outvars[0])
+    if name == "mul":
+        found = [mask for mask in map(weights, operands) if mask is not None]
+        return next((mask for mask in found if jnp.shape(mask) == shape), None)
+    if name == "dot_general" and not any(eqn.params["dimension_numbers"][0]):
+        masks = [weights(value) for value in operands]
+        if any(found is not None for found in masks):
+            return bind(
+                eqn,
+                [
+                    jnp.ones(shape_of(var), var.aval.dtype) if found is None else found
+                    for found, var in zip(masks, eqn.invars)
+                ],
+            )[0]
+    return None

@@ -1,0 +1,177 @@
+"""What a walk knows of rows and positions: where they are after every operation."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ghostjax._errors import RowAxisError
+from ghostjax._jaxprs import describe_operation
+from ghostjax.core.devices import as_many
+from ghostjax.core.examples import Labels
+from ghostjax.core.follow import positions_after, rows_after
+from ghostjax.core.inside import is_container
+from ghostjax.core.mixing import CHECKS, check_rows, combined, several
+from ghostjax.core.place_rules import shape_of
+from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.support import weights
+from ghostjax.core.tracks import Known, Moved, Track, Where, is_single, numbers
+from ghostjax.core.values import Value, unsupported
+
+# By primitive, ``handle(walk, eqn, operands)``: what walks inside.
+HANDLERS: dict[str, Callable[..., list[Value]]] = {}
+# Calls, which are opened as if there were none.
+OPENED = frozenset(["closed_call", "core_call", "jit", "pjit"])
+
+
+class Tracking:
+    """Follows rows, and positions where there are labels for them.
+
+    Attributes:
+      num_rows: B; None where the jaxpr is that of a single row.
+      checks_rows: whether rows that are mixed are an error; another walk may have looked.
+      follows: whether rows that do not stay in place are followed by their numbers.
+      labels: of positions, where examples are not rows.
+      around: the calls that are being walked, the innermost first, for messages.
+      conflicts: how often gradient flows through places of several examples at once; from loops
+        stacked, like what is emitted.
+    """
+
+    num_rows: int | None
+    checks_rows = True
+    follows = False
+    labels: Labels | None = None
+    around: tuple[Any, ...] = ()
+    conflicts: dict[str, Any]
+    named_meetings: dict[str, Any]
+    _prefix: str
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """How many rows, and how many positions there are."""
+        return self.num_rows, self.labels and self.labels.positions
+
+    def places_after(self, eqn, operands) -> list[Where]:
+        if self.num_rows is None:
+            return [Where()] * len(eqn.outvars)
+        actives = [value.active or bool(value.tangents) for value in operands]
+        rows = self._rows_after(eqn, operands, actives)
+        if self.labels is None:
+            return [Where(track) for track in rows]
+        if is_container(eqn) and any(value.where.positions for value in operands):
+            inside = self._followed_inside(eqn, operands)
+            if inside is not None:
+                return [Where(track, where.positions) for track, where in zip(rows, inside)]
+        positions = positions_after(
+            eqn,
+            [value.where.rows for value in operands],
+            [value.where.positions for value in operands],
+            actives,
+            [value.primal for value in operands],
+            [weights(value) for value in operands],
+            self.labels.positions,
+        )
+        return [Where(*pair) for pair in zip(rows, positions, strict=True)]
+
+    def _rows_after(self, eqn, operands, actives) -> list[Track]:
+        infos = [value.rows for value in operands]
+        found, error = None, None
+        if not any(isinstance(info, (Known, Moved)) for info in infos):
+            try:
+                if self.checks_rows or self.follows:
+                    found = check_rows(eqn, infos, actives, self.num_rows, self.around)
+                else:
+                    found = propagate(eqn, infos, self.num_rows)
+            except RowAxisError as mixed:
+                if not self.follows or eqn.primitive.name in CHECKS:
+                    raise
+                error = mixed
+            is_kept = found and not any(isinstance(info, Mixed) for info in found)
+            if is_kept or not self.follows or not any(isinstance(info, Rows) for info in infos):
+                return [Track(info) for info in found]
+        followed = self._followed(eqn, operands, actives)
+        if error is not None and any(isinstance(track.place, Mixed) for track in followed):
+            raise error
+        if found is None:
+            return followed
+        return [
+            track if isinstance(info, Mixed) and track.is_apart else Track(info)
+            for info, track in zip(found, followed, strict=True)
+        ]
+
+    def _followed(self, eqn, operands, actives) -> list[Track]:
+        """Rows that do not stay in place, by what the operation does to them."""
+        tracks = [value.where.rows for value in operands]
+        is_sum = eqn.primitive.name in ("add", "add_any")
+        for track, active in zip(tracks, actives):
+            if not (active and isinstance(track.place, Mixed)):
+                continue
+            if not any(other.is_apart for other in tracks):
+                continue
+            if is_sum and track.place.is_sum and any(is_single(other) for other in tracks):
+                return [track]
+            raise RowAxisError(combined(describe_operation(eqn, self.around), track.place))
+        if is_container(eqn) and any(track.is_apart for track in tracks):
+            inside = self._followed_inside(eqn, operands)
+            if inside is not None:
+                return [where.rows for where in inside]
+        conflicts: list[Any] = []
+        primals = [value.primal for value in operands]
+        supports = [weights(value) for value in operands]
+        found = rows_after(eqn, tracks, actives, primals, supports, self.num_rows, conflicts)
+        self.count_conflicts(conflicts)
+        apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
+        lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
+        sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
+        if len(apart) > 1 and lost and not sums:
+            raise RowAxisError(several(describe_operation(eqn, self.around), lost[0]))
+        if any(actives) and not lost and eqn.primitive.name in CHECKS:
+            self._check_rule(eqn, tracks, actives)
+        return found
+
+    def _check_rule(self, eqn, tracks: Sequence[Track], actives) -> None:
+        """What holds of rows in a derivative rule must hold along every axis that tells rows apart,
+        as if there were one row per place."""
+        axes = {
+            k: [
+                (axis, size)
+                for axis, size in enumerate(numbers(track, shape_of(var), self.num_rows).shape)
+                if size > 1
+            ]
+            for k, (track, var) in enumerate(zip(tracks, eqn.invars))
+            if track.is_apart
+        }
+        if len({tuple(size for _, size in own) for own in axes.values()}) > 1:
+            raise RowAxisError(
+                f"{describe_operation(eqn, self.around)} has a derivative rule of its own, and "
+                "operands in which rows are told apart along different axes. Bring them into one "
+                "order before."
+            )
+        for along in zip(*axes.values()):
+            infos: list[RowInfo] = [None] * len(tracks)
+            for k, (axis, _) in zip(axes, along):
+                infos[k] = Rows(axis)
+            count = as_many(along[0][1], self.num_rows)
+            rows = propagate(eqn, infos, count)
+            CHECKS[eqn.primitive.name](eqn, infos, actives, rows, count)
+
+    def _followed_inside(self, eqn, operands) -> list[Where] | None:
+        """Where rows and positions go inside of a call or a loop."""
+        handler = HANDLERS.get(eqn.primitive.name)
+        if handler is None or eqn.primitive.name == "shard_map":
+            return None
+        walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
+        walk.named_meetings = {}
+        walk.around = (eqn, *self.around)
+        values = [
+            dataclasses.replace(value, tangents={}, active=value.active or bool(value.tangents))
+            for value in operands
+        ]
+        outputs = handler(
+            walk, eqn, values if eqn.primitive.name in OPENED else unsupported(values)
+        )
+        self.conflicts.update(walk.conflicts)
+        return [value.where for value in outputs]
+
+    def count_conflicts(self, counts: list[Any]) -> None:
+        for count in counts:
+            self.conflicts[f"{self._prefix}{len(self.conflicts)}"] = count
