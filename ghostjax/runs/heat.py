@@ -20,7 +20,7 @@ from ghostjax.runs.scale import Scale
 from ghostjax.runs.tasks import Example
 
 LEVELS = 6  # of either colour
-MIXED = 60  # percent of the colour in the strongest level: letters stay readable on it
+MIXED = 52  # percent of the colour in the strongest level: letters stay readable on it
 QUANTILE = 0.98  # of the sizes: a few tokens beyond it do not leave the rest without colour
 STRONGEST = 8  # tokens in the list of a window
 
