@@ -2,16 +2,23 @@
 
 from ghostjax.core import control as control
 from ghostjax.core import custom_rules as custom_rules
+from ghostjax.core import kernels as kernels
+from ghostjax.core import opaque as opaque
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
+from ghostjax.core.examples import Regrouped as Regrouped
 from ghostjax.core.harvest import Harvest as Harvest
 from ghostjax.core.harvest import contract as contract
 from ghostjax.core.harvest import mapped as mapped
 from ghostjax.core.harvest import summed as summed
 from ghostjax.core.meeting import Meeting as Meeting
 from ghostjax.core.meeting import Route as Route
+from ghostjax.core.opaque import is_known as is_known
 from ghostjax.core.places import Rows as Rows
 from ghostjax.core.places import infer as infer
+from ghostjax.core.promises import PREFIX as PREFIX
+from ghostjax.core.promises import ROW_RULES as ROW_RULES
+from ghostjax.core.promises import RowRule as RowRule
 from ghostjax.core.push import Push as Push
 from ghostjax.core.split import Found as Found
 from ghostjax.core.split import Split as Split

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
+from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
 from ghostjax.core.meeting import Meeting, Route, masked, row_sums, wide_dtype
@@ -35,6 +36,8 @@ class RuleMeeting(Meeting):
     def _prepare(self, function, operands):
         del function
         eqn = self.eqn
+        if self.num_rows is None:
+            _check_every_output_has_rows(eqn, [value.is_data for value in operands])
         active = _active(eqn, [value.active or bool(value.tangents) for value in operands])
         self._moving = [k for k, value in enumerate(operands) if value.tangents]
         program = pullback(eqn, active, [bool(value.tangents) for value in operands])
@@ -168,6 +171,20 @@ def push_through_rule(eqn: Any, primals, moving, name: str):
         return [next(tangents) if is_real_or_complex(var) else None for var in eqn.outvars]
 
     return push
+
+
+def _check_every_output_has_rows(eqn: Any, are_data: Sequence[bool]) -> None:
+    """Of an output that vectorization does not repeat, JAX counts the cotangent once for every row:
+    ``jax.grad`` of such a function is wrong in JAX 0.10, and an error later."""
+    ((jaxpr, _),) = inner_jaxprs(eqn)
+    found = reached(jaxpr, are_data)
+    alone = [k for k, var in enumerate(eqn.outvars) if is_real_or_complex(var) and not found[k]]
+    if alone:
+        raise NotImplementedError(
+            f"{_function(eqn)} has outputs that do not depend on the row ({alone}, counted from 0) "
+            "beside others that do, which JAX does not differentiate right under jax.vmap. With "
+            "per_example=True, compute them outside of the custom_vjp function."
+        )
 
 
 def _function(eqn: Any) -> str:

@@ -247,7 +247,7 @@ def positions_after(
     """By output, all that tells positions apart in it."""
     own = [k for k, candidates in enumerate(tracks) if candidates]
     deciding = sorted(own, key=lambda k: not actives[k])
-    others = Others.EXAMPLES if len(deciding) > 1 else Others.CONSTANTS
+    others = _others(eqn, rows, actives, deciding)
     outputs: list[list[Track]] = [[] for _ in eqn.outvars]
     for k in deciding:
         for track in tracks[k]:

@@ -1,9 +1,11 @@
 """The walk for directions that are known only after the backward pass.
 
 ``Harvest`` keeps every meeting's factors: what it needs of its operands, and the cotangents of its
-outputs. ``contract`` brings them together with what ``Push`` finds, when the direction is there.
+outputs; or in their place the gradients of all rows, where these are less. ``contract`` brings them
+together with what ``Push`` finds, when the direction is there.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ class Harvest(Walk):
 
     Args:
       marker: a scalar per row, for the jaxpr of one row under ``jax.vmap``.
-      slots: by meeting, zeros like the cotangents of its outputs, whose gradient these will be.
+      slots: by meeting, zeros like what the backward pass leaves, whose gradient this will be.
         None: a first walk, in shapes, which finds them; they are in ``specs`` afterwards.
 
     Attributes:
@@ -43,17 +45,25 @@ class Harvest(Walk):
         kept = meeting.keep(operands)
         if self.num_rows is None:
             outputs = one_per_row(outputs, self.marker)
+        backward = functools.partial(_left, meeting)
         if self.slots is None:
             self.emitted[key] = kept
-            self.specs[key] = [zeros_of(outputs[k]) for k in meeting.differentiable]
+            left = backward(kept, [outputs[k] for k in meeting.differentiable])
+            self.specs[key] = [zeros_of(like) for like in left]
             return outputs
+        residuals = ()
+        if meeting.keeps_row_gradients:
+            kept, residuals = (), kept
         self.emitted[key] = set_aside(kept, self.slots[key])
-        return through_channel(meeting, _pass_on, outputs, self.slots[key], ())
+        return through_channel(meeting, backward, outputs, self.slots[key], residuals)
 
 
-def _pass_on(residuals, cotangents):
-    del residuals
-    return cotangents
+def _left(meeting: Meeting, residuals: Any, cotangents: list[Any]) -> list[Any]:
+    """What the backward pass leaves in the slots of a meeting."""
+    if not meeting.keeps_row_gradients:
+        return cotangents
+    arrays = dict(zip(meeting.kept, residuals[0]))
+    return [meeting.row_gradients(arrays, *cotangents)]
 
 
 def contract(
@@ -69,10 +79,12 @@ def contract(
     """
     if not cotangents:  # a comparison, say: nothing flows back through its outputs
         return {}
-    route = meeting.route(directions, late=True)
+    route, stacked = meeting.route(directions, late=True), directions is not None
 
     def one(kept, cotangents, vectors):
-        return meeting.sums(kept, vectors, cotangents, directions is not None, route)
+        if meeting.keeps_row_gradients:
+            return meeting.sums_of_rows(*cotangents, vectors, stacked)
+        return meeting.sums(kept, vectors, cotangents, stacked, route)
 
     return summed(one, meeting, kept, cotangents, vectors)
 

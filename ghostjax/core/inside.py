@@ -9,13 +9,18 @@ from jax.extend import core
 from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
 from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
 from ghostjax.core.places import propagate
+from ghostjax.core.promises import is_promise
 
 Inside = tuple[core.Jaxpr, list[RowInfo], list[bool]]
 
 
 def is_container(eqn: Any) -> bool:
-    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do."""
-    return bool(inner_jaxprs(eqn)) and eqn.primitive.name not in RULES
+    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do.
+
+    Nor what is not looked into because its caller has promised something about it.
+    """
+    known = eqn.primitive.name in RULES or is_promise(eqn)
+    return bool(inner_jaxprs(eqn)) and not known
 
 
 def inside(
@@ -65,15 +70,15 @@ def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> lis
     """Which carries are active after any number of rounds."""
     carry = actives[start:end]
     while True:
-        after = _reached(body, [*actives[:start], *carry, *actives[end:]])
+        after = reached(body, [*actives[:start], *carry, *actives[end:]])
         joined = [a or b for a, b in zip(carry, after)]
         if joined == carry:
             return carry
         carry = joined
 
 
-def _reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
-    """Which outputs depend on active inputs."""
+def reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
+    """Which outputs depend on active inputs, as gradient flows."""
     found = {var for var, active in zip(jaxpr.invars, actives, strict=True) if active}
     for eqn in jaxpr.eqns:
         passes = eqn.primitive.name != "stop_gradient"

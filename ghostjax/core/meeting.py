@@ -195,6 +195,11 @@ class Meeting:
         """Of a parameter's sums, those of examples and that of nobody, or None."""
         return (sums, None) if self.in_rows[path] else (None, sums)
 
+    @property
+    def keeps_row_gradients(self) -> bool:
+        """Whether late directions need no factors: ``row_gradients`` are less, and do."""
+        return False
+
     def takes_gradient(self, route: Route) -> int | None:
         """The operand whose gradient that route makes on its way, by ``sums_and_gradient``."""
         del route

@@ -162,9 +162,11 @@ def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows:
         return
     others = [info for info, is_moving in zip(infos, moving) if not is_moving and info is not None]
     if others and not (eqn.primitive.name in _PAIRED and _PAIRED[eqn.primitive.name](eqn, infos)):
+        rows = propagate(eqn, infos, num_rows)
+        reasons = [info.reason for info in rows if isinstance(info, Mixed)]
         raise RowAxisError(
-            f"{describe_operation(eqn)} sums over rows and pairs them with other rows, so that no "
-            f"row has a gradient of its own. {WAY_OUT}"
+            f"{describe_operation(eqn)} sums over rows and pairs them with other rows "
+            f"({reasons[0]}), so that no row has a gradient of its own. {WAY_OUT}"
         )
 
 
