@@ -121,7 +121,7 @@ class Parts:
                     value.tangents,
                     value.is_data,
                     value.active,
-                    value.rows,
+                    value.where,
                 )
                 for value in operands
             ]
