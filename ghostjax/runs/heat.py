@@ -220,10 +220,8 @@ def _set(each: Section) -> str:
         for level in range(-LEVELS, LEVELS + 1)
     )
     of = f", in {scale.words}" if scale.exponent else ""
-    legend = (
-        f"{paragraph(f'Score of a token{of}; underlined tokens hurt.', 'soft')}\n"
-        f'<p class="heat legend">{steps}</p>'
-    )
+    words = f"Score of a token{of}. The last colours hold beyond, too; underlined tokens hurt."
+    legend = f'{paragraph(words, "soft")}\n<p class="heat legend">{steps}</p>'
     lists = [
         section(title, "\n".join(_window(window, colours, scale) for window in windows))
         for title, windows in each.lists
@@ -244,7 +242,7 @@ def _window(window: Window, colours: Colours, scale: Scale) -> str:
     for part in window.parts:
         level = colours.level(part.score)
         several = f" ({part.tokens} tokens)" if part.tokens > 1 else ""
-        hover = f"{visible(part.text)} {_number(part.score, part.error, scale)}{several}"
+        hover = f"{part.text!r} {_number(part.score, part.error, scale)}{several}"
         name = f' class="{_css(level)}"' if level else ""
         spans.append(f'<span{name} title="{escape(hover)}">{_escaped(part.text)}</span>')
     rest = ""

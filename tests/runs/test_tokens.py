@@ -242,7 +242,11 @@ def test_colours_are_those_of_the_themes_and_letters_stay_readable():
 def test_a_token_has_its_colour_and_its_number():
     page = Page(page_of(window()))
     spans = {attrs["title"]: attrs.get("class") for attrs in page.named("span") if "title" in attrs}
-    assert spans == {"a +2.00 ± 0.50": "p6", "b \u22121.00 ± 0.50": "m3", "only predicted": "soft"}
+    assert spans == {
+        "'a' +2.00 ± 0.50": "p6",
+        "'b' \u22121.00 ± 0.50": "m3",
+        "only predicted": "soft",
+    }
     assert "the sum of 2 tokens; file, tokens 3 to 5 of 9, loss 1.500" in page.text()
 
 
