@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from jax.errors import JaxRuntimeError
 
-    from ghostjax.runs import diff, html, rank
+    from ghostjax.runs import diff, html, rank, tokens
     from ghostjax.runs.config import TrainConfig, UsageError
     from ghostjax.runs.job import run
     from ghostjax.runs.training import StoppedError
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (TrainConfig, run),
         "report": (html.ReportConfig, html.run),
         "rank": (rank.RankConfig, rank.run),
+        "tokens": (tokens.TokensConfig, tokens.run),
         "diff": (diff.DiffConfig, diff.run),
     }
     config = None

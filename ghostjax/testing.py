@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MAX_FAULTS = 8  # that a message lists
+
 
 def per_example_grads(loss_fn: Callable, params: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """The gradient of every row's loss, by reverse-mode autodiff one row at a time.
@@ -111,6 +113,133 @@ def assert_dots_close(dots: Any, expected: Any, *, rtol: float = 1e-5) -> None:
             f"dots differ from the expected ones by more than rtol={rtol:g}, relative errors:\n"
             + "\n".join(faults)
         )
+
+
+def assert_documents_apart(
+    losses_fn: Callable[[Any], Any], inputs: Any, labels: Any, *, rtol: float = 1e-5
+) -> None:
+    """Asserts that documents in one row, and in other rows, do not see each other.
+
+    Changes one document after another, and the padding, first at one position and then everywhere,
+    and compares the losses at the positions of all others. Where it holds,
+    ``value_grad_and_dots(...)(..., labels=labels)`` gives every document the dots of its own loss.
+    It holds if attention has a segment mask, if no state goes on from one document to the next, and
+    if the last token of a document does not predict the first one of the next.
+
+    Args:
+      losses_fn: ``losses_fn(inputs) -> losses [B, T]``, the loss of every position, 0 where there
+        is none; or [B, T - 1], without that of the last position, and the like.
+      inputs: what documents consist of, such as their tokens: an array [B, T, ...] of integers or
+        floats, or a tree of them. Leave out what tells documents apart, labels and positions:
+        it stays as it is. A document is changed by giving each of its numbers another one that
+        occurs in its array, so that tokens stay in the vocabulary.
+      labels: integers [B, T], the document of each position; negative: padding.
+      rtol: how far losses may move, relative to the largest of them. With 0, not a bit.
+
+    Raises:
+      AssertionError: documents see each other; names them and the positions. Or no loss changes
+        whatever is changed, so that nothing is tested.
+      ValueError: shapes do not fit, or an array holds the same number everywhere.
+
+    It makes two forward passes for every document. It does not see whether positions restart in
+    each document: if they go on, losses depend on where a document is, but not on what is before.
+
+    >>> import jax.numpy as jnp
+    >>> tokens, labels = jnp.array([[3, 1, 2, 4]]), jnp.array([[0, 0, 1, 1]])
+    >>> assert_documents_apart(lambda tokens: jnp.square(tokens), tokens, labels)
+    >>> assert_documents_apart(lambda tokens: jnp.cumsum(tokens, axis=1), tokens, labels)
+    Traceback (most recent call last):
+    AssertionError: documents see each other, losses [B, T] change with other documents:
+      document 1 at row 0, positions 2, 3 by up to 0.1 of the largest loss, with document 0
+    Mask attention between documents, restart states, and leave out the loss of a document's last
+    token where it predicts another document.
+    """
+    labels = np.asarray(labels)
+    arrays, treedef = jax.tree.flatten(jax.tree.map(np.asarray, inputs))
+    shapes = [array.shape for array in arrays]
+    if (
+        labels.ndim != 2
+        or not np.issubdtype(labels.dtype, np.integer)
+        or not arrays
+        or any(shape[:2] != labels.shape for shape in shapes)
+    ):
+        raise ValueError(
+            "labels must be integers [B, T], and inputs arrays [B, T, ...]. Found labels "
+            f"{labels.dtype}{list(labels.shape)} and inputs of shapes {shapes}."
+        )
+    labels = np.maximum(labels, -1)  # all padding is one
+    others = [_other_values(array) for array in arrays]
+    losses_fn = jax.jit(losses_fn)
+
+    def losses_of(changed):
+        """Losses with other inputs where ``changed`` [B, T] is."""
+        chosen = [
+            np.where(changed.reshape(changed.shape + (1,) * (array.ndim - 2)), other, array)
+            for array, other in zip(arrays, others)
+        ]
+        return np.asarray(losses_fn(jax.tree.unflatten(treedef, chosen)), np.float64)
+
+    before = losses_of(np.zeros(labels.shape, bool))
+    if before.ndim != 2 or len(before) != len(labels) or before.shape[1] > labels.shape[1]:
+        raise ValueError(
+            f"losses_fn must return losses of shape {list(labels.shape)}, or of fewer positions. "
+            f"Found {list(before.shape)}."
+        )
+    if not np.isfinite(before).all():
+        raise AssertionError("losses are not finite, so that they cannot be compared.")
+    own = labels[:, : before.shape[1]]
+    largest = np.abs(before).max() or 1.0
+    faults, is_used = [], False
+    for changed in np.unique(labels):
+        everywhere = labels == changed
+        # A change of one position cannot cancel with others, as in a mean over positions.
+        once = np.zeros(labels.shape, bool)
+        once.flat[everywhere.argmax()] = True
+        # NaN where a change made it: that is seen, too.
+        moved = np.abs([losses_of(once) - before, losses_of(everywhere) - before]).max(0) / largest
+        is_used |= bool((moved != 0).any())
+        is_seen = ~(moved <= rtol) & (own != changed) & (own >= 0)
+        for seer in np.unique(own[is_seen]):
+            faults.append(_describe(seer, changed, is_seen & (own == seer), moved))
+    if not is_used:
+        raise AssertionError(
+            "no loss changes with any document: losses_fn does not depend on these inputs."
+        )
+    if faults:
+        listed = faults[:MAX_FAULTS] + [f"  and {len(faults) - MAX_FAULTS} more pairs"] * (
+            len(faults) > MAX_FAULTS
+        )
+        raise AssertionError(
+            "documents see each other, losses [B, T] change with other documents:\n"
+            + "\n".join(listed)
+            + "\nMask attention between documents, restart states, and leave out the loss of a "
+            "document's last\ntoken where it predicts another document."
+        )
+
+
+def _other_values(array: np.ndarray) -> np.ndarray:
+    """Everywhere another one of the array's values."""
+    values, places = np.unique(array, return_inverse=True)
+    if len(values) < 2:
+        raise ValueError(
+            f"inputs of shape {list(array.shape)} hold one number alone, so that a document cannot "
+            "be changed: draw them at random."
+        )
+    moves = np.random.default_rng(0).integers(1, len(values), array.shape)
+    return values[(places.reshape(array.shape) + moves) % len(values)]
+
+
+def _describe(seer: int, changed: int, where: np.ndarray, moved: np.ndarray) -> str:
+    rows = []
+    for row in np.flatnonzero(where.any(axis=1)):
+        positions = np.flatnonzero(where[row])
+        more = ", ..." if len(positions) > MAX_FAULTS else ""
+        rows.append(f"row {row}, positions {', '.join(map(str, positions[:MAX_FAULTS]))}{more}")
+    name = f"document {changed}" if changed >= 0 else "the padding"
+    return (
+        f"  document {seer} at {'; '.join(rows)} by up to {moved[where].max():.2g} of the largest "
+        f"loss, with {name}"
+    )
 
 
 def assert_rowwise(

@@ -18,6 +18,7 @@ def test_python_snippets(standard_promotion):
         exec(compile(snippet, str(README), "exec"), namespace)
     assert namespace["scores"].shape == (16,)
     assert namespace["dots"]["scale"].shape == (16,)
+    assert namespace["by_document"].total().shape == (4,)
     assert (namespace["values"].visits == 1).all()
     assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding
 
@@ -39,4 +40,5 @@ def test_both_commands_are_single_lines_that_ci_runs():
     ci = (README.parent / ".ci" / "run").read_text()
     assert "grep -m1 'ghostjax train --out' README.md" in ci
     assert "grep -m1 'ghostjax report runs/first' README.md" in ci
+    assert "grep -m1 'ghostjax tokens runs/first' README.md" in ci
     assert "grep -m1 'pytest -n' README.md" in ci

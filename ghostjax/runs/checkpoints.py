@@ -72,7 +72,12 @@ def save(out: Path, step: int, state: Any) -> None:
 
 def latest(out: Path) -> int | None:
     """The step of the newest checkpoint, or None where there is none."""
-    return max(_steps(_folder(out)), default=None)
+    return max(available(out), default=None)
+
+
+def available(out: Path) -> list[int]:
+    """The steps of all checkpoints, the oldest first."""
+    return _steps(_folder(out))
 
 
 def restore(out: Path, step: int, like: _State) -> _State:

@@ -157,14 +157,14 @@ def escape(text: str) -> str:
     return html.escape(plain(text), quote=True)
 
 
-def document(title: str, header: str, main: str, footer: str) -> str:
-    """A whole page. ``title`` is text, the others HTML.
+def document(title: str, header: str, main: str, footer: str, style: str = "") -> str:
+    """A whole page. ``title`` is text, ``style`` CSS beyond that of every page, the others HTML.
 
     Its policy forbids to load or run anything, so that an escape that was forgotten does no harm.
     """
     style = (
         f":root {{ color-scheme: light dark; {_variables(LIGHT)}}}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)}}} }}{_CSS}"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)}}} }}{_CSS}{style}"
     )
     return f"""<!DOCTYPE html>
 <html lang="en">

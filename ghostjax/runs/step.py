@@ -91,36 +91,14 @@ def make_step(
     def mean_loss(params, rows):
         return loss_fn(params, rows)[0]
 
-    def validate(params, updates, rows):
-        """Losses [K * PARTS], and stacked alike, part by part, the plain gradients and those of the
-        order asked for.
-        """
-
-        def one(rows):
-            loss, plain = jax.value_and_grad(mean_loss)(params, rows)
-            grads = [plain]
-            if order == 2:
-                grads.append(directions.midpoint(mean_loss, params, updates, rows))
-            return loss, grads
-
-        losses, grads = jax.lax.map(one, rows)
-        return losses, grads[0], grads[-1]
-
     def differentiate(params, rows):
         """(loss, row losses), gradient, and what gives ``GradDots`` for stacked directions."""
         if microbatches == 1:
             fn = value_and_dots_fn(loss_fn, has_aux=True, remat=remat)
             outputs, grads, dots = fn(params, rows)
             return outputs, grads, dots.result
-        parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), rows)
-
-        def add(total, rows):
-            (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
-            return jax.tree.map(jnp.add, total, grads), losses
-
-        total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-        grads = jax.tree.map(lambda leaf: leaf / microbatches, total)
-        losses = losses.reshape(-1)
+        parts = in_parts(rows, microbatches)
+        losses, grads = gradient_in_parts(row_losses, params, parts)
         loss = jnp.mean(losses)
 
         def result(direction):
@@ -143,7 +121,7 @@ def make_step(
         flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
         (loss, losses), grads, dots = differentiate(params, train_rows)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        val_losses, plain_grads, part_grads = validate(params, updates, flat_rows)
+        val_losses, plain_grads, part_grads = validate(mean_loss, params, updates, flat_rows, order)
         plain_grads, val_grads = jax.tree.map(
             lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1),
             (plain_grads, part_grads),
@@ -196,6 +174,52 @@ def make_step(
         return TrainState(new_params, new_opt_state), record
 
     return jax.jit(step, donate_argnums=0)
+
+
+def in_parts(rows: Any, count: int) -> Any:
+    """Rows [B, ...] as ``count`` parts of a batch, [count, B / count, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), rows)
+
+
+def gradient_in_parts(
+    row_losses: Callable[[Any, Any], jax.Array], params: Any, parts: Any
+) -> tuple[jax.Array, Any]:
+    """Losses [B] and the gradient of their mean, one part of the batch after another."""
+
+    def loss_fn(params, rows):
+        losses = row_losses(params, rows)
+        return jnp.mean(losses), losses
+
+    def add(total, rows):
+        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+        return jax.tree.map(jnp.add, total, grads), losses
+
+    total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    return losses.reshape(-1), jax.tree.map(lambda leaf: leaf / len(losses), total)
+
+
+def validate(
+    mean_loss: Callable[[Any, Any], jax.Array], params: Any, updates: Any, rows: Any, order: int
+) -> tuple[jax.Array, Any, Any]:
+    """The validation losses of parts of the rows, and their gradients.
+
+    Args:
+      rows: [K * PARTS, V / PARTS, ...].
+      order: 1, or 2 for gradients half-way along ``updates``.
+
+    Returns:
+      Losses [K * PARTS]; and stacked alike the plain gradients, and those of the order asked for.
+    """
+
+    def one(rows):
+        loss, plain = jax.value_and_grad(mean_loss)(params, rows)
+        grads = [plain]
+        if order == 2:
+            grads.append(directions.midpoint(mean_loss, params, updates, rows))
+        return loss, grads
+
+    losses, grads = jax.lax.map(one, rows)
+    return losses, grads[0], grads[-1]
 
 
 def _by_kind(dots: Any, kinds: Sequence[int], scores: jax.Array) -> jax.Array:

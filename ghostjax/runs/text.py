@@ -1,8 +1,10 @@
 """Texts: a GPT-2-shaped decoder predicts the next token."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,37 @@ from ghostjax.runs.tasks import Example
 MIN_TOKENS = 2  # one token to read and one to predict
 
 
+class Coder(NamedTuple):
+    """How texts become tokens.
+
+    Attributes:
+      encode: a text as tokens [n].
+      pieces: a text in n pieces, one for each token. Where several tokens make up one character,
+        the last of them has it and the others have nothing.
+      vocabulary: how many tokens there are.
+    """
+
+    encode: Callable[[bytes], np.ndarray]
+    pieces: Callable[[bytes], list[str]]
+    vocabulary: int
+
+
+def byte_pieces(text: bytes) -> list[str]:
+    """
+    >>> byte_pieces("aä".encode())
+    ['a', '', 'ä']
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    last = len(text) - 1
+    return [decoder.decode(text[n : n + 1], n == last) for n in range(len(text))]
+
+
 class TextTask:
-    """Documents and a decoder. A row is a window of T + 1 tokens."""
+    """Documents and a decoder. A row is a window of T + 1 tokens.
+
+    Attributes:
+      length: T.
+    """
 
     name = "text"
     unit = "nats per token"
@@ -32,6 +63,7 @@ class TextTask:
         val_tokens: dict[str, list[np.ndarray]],
         model: GPT,
         length: int,
+        pieces: Callable[[bytes], list[str]] = byte_pieces,
     ):
         self.examples = [
             Example(document.id, document.domain, len(own), document.excerpt())
@@ -41,10 +73,12 @@ class TextTask:
         self._tokens = tokens
         self._val_tokens = val_tokens
         self._model = model
-        self._length = length
+        self.length = length
+        self._documents = documents
+        self._pieces = pieces
 
     def init_params(self, seed: int) -> Any:
-        ids = jnp.zeros((1, self._length), jnp.int32)
+        ids = jnp.zeros((1, self.length), jnp.int32)
         return jax.jit(self._model.init)(jax.random.key(seed), ids)["params"]
 
     def row_losses(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
@@ -58,12 +92,20 @@ class TextTask:
 
     def train_rows(self, indices, rng):
         texts = [self._tokens[index] for index in indices]
-        starts = draw_starts(texts, self._length, rng)
-        return make_rows(texts, starts, self._length), starts
+        starts = draw_starts(texts, self.length, rng)
+        return make_rows(texts, starts, self.length), starts
 
     def val_rows(self, name, indices, rng):
         texts = [self._val_tokens[name][index] for index in indices]
-        return make_rows(texts, draw_starts(texts, self._length, rng), self._length)
+        return make_rows(texts, draw_starts(texts, self.length, rng), self.length)
+
+    def window_rows(self, indices: Sequence[int], starts: Sequence[int]) -> dict[str, np.ndarray]:
+        """Rows of training examples, from the given tokens on."""
+        return make_rows([self._tokens[index] for index in indices], starts, self.length)
+
+    def pieces(self, index: int) -> list[str]:
+        """The text of a training example, in one piece per token; see ``Coder.pieces``."""
+        return self._pieces(self._documents[index].text)
 
     def contents(self) -> list[Any]:
         # With the sizes, as a fingerprint does not see where one set ends and the next begins.
@@ -85,24 +127,24 @@ def load_texts(config: TrainConfig) -> TextTask:
         }
     else:
         documents, val_documents = default_documents(config.positions + 1)
-    encode, vocabulary = _byte_tokens, 256
+    coder = Coder(_byte_tokens, byte_pieces, 256)
     if config.tokenizer is not None:
-        encode, vocabulary = _load_tokenizer(config.tokenizer)
-    tokens = [_tokens(encode, document) for document in documents]
+        coder = _load_tokenizer(config.tokenizer)
+    tokens = [_tokens(coder, document) for document in documents]
     val_tokens = {
-        name: [_tokens(encode, document) for document in own] for name, own in val_documents.items()
+        name: [_tokens(coder, document) for document in own] for name, own in val_documents.items()
     }
     dtype = jnp.dtype(config.dtype)
-    model = GPT(SIZES[config.model], vocabulary, dtype, config.remat)
-    return TextTask(documents, tokens, val_tokens, model, config.positions)
+    model = GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat)
+    return TextTask(documents, tokens, val_tokens, model, config.positions, coder.pieces)
 
 
 def _byte_tokens(text: bytes) -> np.ndarray:
     return np.frombuffer(text, np.uint8)
 
 
-def _tokens(encode, document: Document) -> np.ndarray:
-    tokens = encode(document.text)
+def _tokens(coder: Coder, document: Document) -> np.ndarray:
+    tokens = coder.encode(document.text)
     if len(tokens) < MIN_TOKENS:
         raise UsageError(
             f"document {document.id} has {len(tokens)} tokens, needs at least {MIN_TOKENS}"
@@ -110,8 +152,7 @@ def _tokens(encode, document: Document) -> np.ndarray:
     return tokens
 
 
-def _load_tokenizer(path: Path):
-    """A function from texts to tokens, and the size of the vocabulary."""
+def _load_tokenizer(path: Path) -> Coder:
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -130,5 +171,13 @@ def _load_tokenizer(path: Path):
     def encode(text: bytes) -> np.ndarray:
         return np.array(tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
 
+    def pieces(text: bytes) -> list[str]:
+        decoded = text.decode(errors="replace")
+        # From where a token begins to where the next does, so that a blank which no token has is
+        # not lost. Special tokens have offsets (0, 0) wherever they are.
+        starts = [start for start, _ in tokenizer.encode(decoded).offsets]
+        edges = [0, *np.maximum.accumulate(starts)[1:].tolist(), len(decoded)]
+        return [decoded[start:end] for start, end in pairwise(edges)]
+
     # Not get_vocab_size(): some vocabularies have gaps.
-    return encode, 1 + max(tokenizer.get_vocab().values(), default=0)
+    return Coder(encode, pieces, 1 + max(tokenizer.get_vocab().values(), default=0))

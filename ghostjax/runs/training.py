@@ -71,6 +71,7 @@ class Trainer:
 
     Attributes:
       kinds: the kinds of layers that the model has, in the order of ``StepRecord.kinds``.
+      optimizer: what turns gradients into updates.
 
     Raises:
       UsageError: the optimizer cannot be used.
@@ -82,7 +83,7 @@ class Trainer:
         schedule = make_schedule(config.peak_learning_rate, config.steps)
         self._learning_rates = np.asarray(schedule(jnp.arange(config.steps)))
         shapes = jax.eval_shape(lambda: task.init_params(config.seed))
-        self._optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
+        self.optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
         found = [
             kind_of(jax.tree_util.keystr(path))
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
@@ -90,7 +91,7 @@ class Trainer:
         self.kinds = [kind for kind in KINDS if kind in found]
         self._step = make_step(
             task.row_losses,
-            self._optimizer,
+            self.optimizer,
             [self.kinds.index(kind) for kind in found],
             order=config.order,
             microbatches=config.microbatches,
@@ -103,7 +104,7 @@ class Trainer:
 
     def init_state(self, params: Any) -> TrainState:
         """The state before the first step; ``params`` are used up."""
-        return TrainState(params, jax.jit(self._optimizer.init)(params))
+        return TrainState(params, jax.jit(self.optimizer.init)(params))
 
     def steps(self, state: TrainState, start: int) -> Iterator[tuple[TrainState, Step]]:
         """Makes the steps from ``start`` to the end; yields the state after each, to be used before
