@@ -1,5 +1,6 @@
 """Masks: where a value is zero, and no gradient flows through it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,21 @@ LAYOUTS = frozenset(
 
 def weights(value: Value) -> Any:
     """An array that is zero only where a value is, and where no gradient flows through it."""
-    is_active = value.active or bool(value.tangents)
-    return value.support if is_active else value.primal
+    if value.active or value.tangents:
+        return value.support
+    return value.primal if is_mask(value) else None
+
+
+def is_mask(value: Value) -> bool:
+    """Whether a value is made of integers and booleans alone: what else is zero is so by chance."""
+    return value.mask or not jnp.issubdtype(jnp.result_type(value.primal), jnp.inexact)
+
+
+def marked(values: list[Value], operands: Sequence[Value]) -> list[Value]:
+    """Outputs of an operation through which no gradient flows; numbers by the way do not count."""
+    if not all(is_mask(value) or jnp.ndim(value.primal) == 0 for value in operands):
+        return values
+    return [dataclasses.replace(value, mask=True) for value in values]
 
 
 def support(eqn, operands: Sequence[Value]) -> Any:

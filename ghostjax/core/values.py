@@ -28,6 +28,7 @@ class Value:
       where: where data has its rows, and positions if there are labels for them.
       support: of data through which gradient flows, an array that is zero only where the value is,
         and where no gradient passes: a mask that the value was multiplied with.
+      mask: whether a value without gradient is made of integers and booleans alone.
       direct: whether a parameter-only value is a parameter, but for its layout and dtype, or what a
         loop takes of it in one round; so that inner products of gradients are the same.
     """
@@ -38,6 +39,7 @@ class Value:
     active: bool = dataclasses.field(default=False, metadata={"static": True})
     where: Where = NOWHERE
     support: Any = None
+    mask: bool = dataclasses.field(default=False, metadata={"static": True})
     direct: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -47,10 +49,7 @@ class Value:
 
 def unsupported(values: Any) -> list[Value]:
     """Values on their way into control flow or out of it, where masks would have to be kept."""
-    return [
-        value if value.support is None else dataclasses.replace(value, support=None)
-        for value in values
-    ]
+    return [dataclasses.replace(value, support=None, mask=False) for value in values]
 
 
 def paths_of(values: Any) -> list[int]:

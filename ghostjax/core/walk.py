@@ -31,7 +31,7 @@ from ghostjax.core.mixing import gives_nothing, lost_message, without_position
 from ghostjax.core.places import Mixed, Rows
 from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
-from ghostjax.core.support import LAYOUTS, support
+from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
 from ghostjax.core.tracks import SEVERAL, Track, Where
 from ghostjax.core.values import Value, paths_of, unsupported
@@ -164,7 +164,8 @@ class Walk(Tracking):
 
     def without_parameters(self, eqn, operands, has_data):
         if not has_data:
-            return [Value(output) for output in bind(eqn, [value.primal for value in operands])]
+            values = [Value(output) for output in bind(eqn, [value.primal for value in operands])]
+            return marked(values, operands) if self.follows else values
         if self.follows and _is_simple_call(eqn, operands):
             return _call(self, eqn, operands)
         places = self.places_after(eqn, operands)
@@ -177,7 +178,11 @@ class Walk(Tracking):
             self.data(output, active and is_number(var), where) if found else Value(output)
             for output, var, where, found in zip(outputs, eqn.outvars, places, is_data)
         ]
-        if active and self.follows and len(values) == 1:
+        if not self.follows:
+            return values
+        if not active:
+            return marked(values, operands)
+        if len(values) == 1:
             return [dataclasses.replace(values[0], support=support(eqn, operands))]
         return values
 

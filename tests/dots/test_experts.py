@@ -182,3 +182,14 @@ def test_weights_that_send_two_rows_to_one_place_have_no_dots():
     result = run(PARAMS, X)
     assert int(result.conflicts) > 0
     assert jnp.isnan(result.dots["in"]).all()
+
+
+def test_sums_over_rows_of_inputs_are_known_to_mix():
+    """Numbers that are no mask: an error while tracing."""
+
+    def loss_fn(params, x):
+        h = jnp.einsum("td,te->de", jnp.tanh(x.reshape(-1, F) @ params["in"]), x.reshape(-1, F))
+        return jnp.mean(h * params["in"])
+
+    with pytest.raises(ValueError, match=r"\['in'\] meets data in mul at .*sums over the row axis"):
+        value_grad_and_dots(loss_fn)(PARAMS, X, direction=PARAMS)
