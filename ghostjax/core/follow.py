@@ -1,5 +1,6 @@
 """Where examples are after an operation, by its operands: rows strictly, positions leniently."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,6 +196,8 @@ def _chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | Non
     ]
     if any(ids.shape[axis] > 1 for axis in free[own]):
         return None
+    if math.prod(shape_of(eqn.invars[other])[axis] for axis in free[other]) == 1:
+        return None  # a weighted sum over examples, as of their losses, chooses none
     mask = (weights != 0).transpose(*batch[other], *contracted[other], *free[other])
     order = [*batch[own], *contracted[own]]
     ids = ids.transpose(*order, *free[own]).reshape(

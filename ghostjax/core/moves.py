@@ -225,7 +225,13 @@ def _dynamic_slice(eqn, position, ids, operands, others):
     if isinstance(ids, np.ndarray) and all(isinstance(s, (int, np.generic)) for s in starts):
         starts = [min(max(int(s), 0), n - k) for s, n, k in zip(starts, ids.shape, sizes)]
         return [ids[tuple(slice(s, s + k) for s, k in zip(starts, sizes))]]
-    return [lax.dynamic_slice(jnp.asarray(ids), starts, sizes)]
+    return [lax.dynamic_slice(jnp.asarray(ids), _alike(starts), sizes)]
+
+
+def _alike(starts):
+    """Starts must have one dtype, which zeros do not know of."""
+    dtype = jnp.result_type(*starts)
+    return [jnp.asarray(start, dtype) for start in starts]
 
 
 def _dynamic_update_slice(eqn, position, ids, operands, others):
@@ -249,7 +255,7 @@ def _dynamic_update_slice(eqn, position, ids, operands, others):
         ids = ids.astype(np.int32)
     if not axes:
         return [update]
-    return [lax.dynamic_update_slice(jnp.asarray(ids), jnp.asarray(update), starts)]
+    return [lax.dynamic_update_slice(jnp.asarray(ids), jnp.asarray(update), _alike(starts))]
 
 
 def _gather(eqn, position, ids, operands, others):
