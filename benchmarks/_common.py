@@ -1,5 +1,6 @@
 """What every benchmark needs: figures of a compiled function, ratios of times, a result file."""
 
+import datetime
 import json
 import pathlib
 import platform
@@ -58,7 +59,7 @@ def compare(functions: dict[str, tuple[Any, tuple]], check: Any) -> dict[str, di
 
 
 def run(name: str, shapes: dict[str, tuple], measure: Any) -> None:
-    """Measures every shape, prints the tables and saves them."""
+    """Measures every shape, prints the tables and saves them; other shapes' results stay."""
     results = {}
     for shape, sizes in shapes.items():
         results[shape] = measure(*sizes)
@@ -67,11 +68,15 @@ def run(name: str, shapes: dict[str, tuple], measure: Any) -> None:
         for label, row in results[shape].items():
             figures = ("gflop", "scratch_mib", "trace_s", "compile_s", "time", "over_floor")
             print(f"{label:22s}" + "".join(f"{row[name]:11.2f}" for name in figures))
-    save(name, results)
+        results[shape] = {"date": f"{datetime.date.today()}", **results[shape]}
+    save(name, results, keep=True)
 
 
-def save(name: str, result: Any) -> None:
-    """Writes ``results/<name>.json`` with the versions that were run."""
+def save(name: str, result: Any, keep: bool = False) -> None:
+    """Writes ``results/<name>.json`` with the versions that were run.
+
+    ``keep``: of a dict, what was there by other names stays.
+    """
     environment = {
         "jax": jax.__version__,
         "python": platform.python_version(),
@@ -80,5 +85,7 @@ def save(name: str, result: Any) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    if keep and path.exists():
+        result = json.loads(path.read_text())["result"] | result
     path.write_text(json.dumps({"environment": environment, "result": result}, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")

@@ -14,7 +14,7 @@ from ghostjax._flops import equation_flops, flops, flops_after, rounds_unknown
 from ghostjax._jaxprs import describe_operation
 from ghostjax._late import harvesting
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Meeting, Rows
+from ghostjax.core import Meeting, Regrouped, Rows
 
 
 def explain(
@@ -138,7 +138,7 @@ def _explained(loss: Loss, arrays: Arrays, directions: int | None) -> Explanatio
 
 
 def _harvested(loss: Loss, arrays: Arrays) -> tuple[dict[str, Meeting], dict[str, Any]]:
-    """By key the meetings, and what each keeps for late directions: (operands, cotangents)."""
+    """By key the meetings, and (operands, what the backward pass leaves for late directions)."""
     meetings: dict[str, Meeting] = {}
 
     def walked(arrays):
@@ -173,16 +173,19 @@ def _uses(loss: Loss, meeting: Meeting, factors, vectors, directions) -> list[Us
         stacked = directions is not None
         each = jax.vmap(sums, in_axes=(0, 0, None)) if loss.per_example else sums
         kept, cotangents = jax.tree.map(lambda leaf: inside(leaf, rows), factors)
+        if meeting.keeps_row_gradients:
+            cotangents = [meeting.outputs[k] for k in meeting.differentiable]
         moved = jax.tree.map(lambda leaf: inside(leaf, 0), vectors)
         found = flops(jax.make_jaxpr(each)(kept, cotangents, moved).jaxpr)
         # A gradient that is made on the way is one that the plain step need not make.
         return times * (found - (0 if taken is None else equation_flops(meeting.eqn)))
 
+    left = factors[1] if meeting.keeps_row_gradients else factors
     route, late_route = (meeting.route(directions, late=late) for late in (False, True))
     whole = {
         "flops": extra(route, late=False),
         "late_flops": extra(late_route, late=True),
-        "late_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(factors)),
+        "late_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(left)),
     }
     count = len(meeting.moving)
     return [
@@ -203,6 +206,8 @@ def _uses(loss: Loss, meeting: Meeting, factors, vectors, directions) -> list[Us
 def _row_axis(meeting: Meeting) -> str:
     """ "1", or "1 = 6 x B" where rows are merged with others."""
     info = meeting.rows[meeting.differentiable[0]]
+    if isinstance(meeting, Regrouped):
+        return "moved"
     if not isinstance(info, Rows):
         return "-"
     sizes = [info.outer, "B", info.inner]

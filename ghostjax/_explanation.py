@@ -31,7 +31,8 @@ class Use:
         branch where the parameter becomes what it carries or gives; "the loss" if it is that.
       times: how often: the product of the lengths of the loops around it.
       row_axis: which axis of the result holds the B rows: "0", "0 = B x 6" if merged with others,
-        "vmap" with ``per_example``, "-" where there is none.
+        "vmap" with ``per_example``, "moved" where rows are followed by their numbers, "-" where
+        there is none.
       in_rows: whether the dots of this use belong to rows; if not, they are in ``shared``.
       route: of ``value_grad_and_dots`` to the dots: "tangent", "rows", "features" or "rule", a
         ``Route``.

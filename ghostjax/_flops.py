@@ -6,8 +6,9 @@ Counted, as XLA's cost analysis does on what is unrolled:
   sums and other reductions: one for every number that goes in
   moving numbers (reshape, slice, gather, iota, ...): none
   everything else: one for every number that comes out, be it a sum, a tanh or a random number
-A scan counts as often as it is long; of the branches of a cond, the largest. What nothing needs
-does not count. What shapes do not tell is named by ``rounds_unknown``.
+A scan counts as often as it is long, a shard_map on all of its devices; of the branches of a cond,
+the largest. What nothing needs does not count. What shapes do not tell is named by
+``rounds_unknown``.
 """
 
 import math
@@ -25,8 +26,8 @@ _MOVING = """
     squeeze stack stop_gradient symbolic_zeros tile transpose unstack
 """
 MOVING = frozenset(_MOVING.split())
-# Their work is that of one round, one device, one place of the grid; or nothing, outside of JAX.
-_UNKNOWN = "ffi_call io_callback pallas_call pure_callback shard_map while"
+# Their work is that of one round, one place of the grid; or nothing, outside of JAX.
+_UNKNOWN = "ffi_call io_callback pallas_call pure_callback while"
 UNKNOWN = frozenset(_UNKNOWN.split())
 
 
@@ -84,6 +85,10 @@ def _of_equation(eqn, live: list[bool]) -> int:
         _, carries = scan_counts(eqn)
         live = [True] * carries + live[carries:]  # the next round may need a carry
         return eqn.params["length"] * flops(bodies[0], live)
+    if name == "shard_map":
+        sizes = eqn.params["mesh"].shape
+        devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
+        return devices * flops(bodies[0], live)
     if name == "custom_linear_solve":  # the others are its derivatives
         return flops(eqn.params["jaxprs"].solve.jaxpr)
     straight = name != "while" and len(bodies) == 1 and len(bodies[0].outvars) == len(live)

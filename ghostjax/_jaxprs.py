@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 _CALLS = ("jit", "pjit")
 _OWN_FOLDERS = tuple(
@@ -71,8 +72,14 @@ def live_equations(jaxpr: core.Jaxpr, live_outputs: list[bool]) -> tuple[list[An
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Evaluates one equation."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    sharding = params.get("out_sharding")
+    if isinstance(sharding, NamedSharding):  # JAX's batching rules want an entry for every axis
+        rank = len(eqn.outvars[0].aval.shape)
+        spec = PartitionSpec(*sharding.spec, *[None] * (rank - len(sharding.spec)))
+        params = params | {"out_sharding": sharding.update(spec=spec)}
     with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+        outputs = eqn.primitive.bind(*operands, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 

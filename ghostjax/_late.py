@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_direction
-from ghostjax._dots import GradDots, directed, finished, wide_zeros
+from ghostjax._dots import GradDots, directed, finished, like_rows, wide_zeros
 from ghostjax._labels import check_labels, counted, positions_of
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
-from ghostjax.core import Harvest, Labels, Meeting, contract, zeros_of
+from ghostjax.core import Harvest, Labels, Meeting, added_up, contract, varying_as, zeros_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What is static about a harvested loss: the loss, and by key its meetings."""
+    """What is static about a harvested loss: the loss, by key its meetings, and the rows' type."""
 
     loss: Loss
     meetings: dict[str, Meeting]
+    rows: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +83,8 @@ class LateDots:
         positions = positions_of(self.labels)
         size = loss.num_rows if positions is None else positions.count
         dots = [wide_zeros(leaf, (*leading, size)) for leaf in self.arrays.params]
+        if positions is None:
+            dots = [varying_as(leaf, self.program.rows) for leaf in dots]
         shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
         for key, (kept, cotangents) in self.factors.items():
             meeting = self.program.meetings[key]
@@ -94,7 +97,9 @@ class LateDots:
             for path, sums in one(kept, cotangents).items():
                 for total, part in zip((dots, shared), meeting.parted(path, sums)):
                     if part is not None:
-                        total[path] = total[path] + part.astype(total[path].dtype)
+                        # Inside shard_map, every meeting's own part is added up over the devices.
+                        kind = jax.typeof(total[path])
+                        total[path] = total[path] + added_up(part.astype(kind.dtype), kind)
         return dots, shared
 
 
@@ -199,7 +204,8 @@ def _with_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots
 
 def harvesting(loss: Loss, arrays: Arrays, labels: Labels | None = None):
     """``run(params, slots) -> (outputs, kept, specs, conflicts)``, and the program it fills in."""
-    program = Program(loss, {})
+    rows = like_rows(jnp.zeros(loss.num_rows), arrays.batch)
+    program = Program(loss, {}, jax.typeof(rows))
 
     def run(params, slots):
         def walked(slots, batch, marker):

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from ghostjax._jaxprs import bind, is_var
+from ghostjax._jaxprs import bind, is_var, live_equations
 
 MANY_USERS = 8
 
 
-def evaluate(closed: core.ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:
+def evaluate(
+    closed: core.ClosedJaxpr, operands: Sequence[Any], many_users: float = MANY_USERS
+) -> list[Any]:
     """The outputs of a jaxpr, for the derivatives of functions of many parameters.
 
     XLA repeats cheap operations in the code of each of their users. A global norm ends in a square
@@ -29,10 +31,15 @@ def evaluate(closed: core.ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:
     def read(atom):
         return values[atom] if is_var(atom) else atom.val
 
-    for eqn in jaxpr.eqns:
-        outputs = bind(eqn, [read(atom) for atom in eqn.invars])
+    needed, _ = live_equations(jaxpr, [True] * len(jaxpr.outvars))
+    for eqn in needed:
+        inputs = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit"):  # calls cost more to trace than what they hold
+            outputs = evaluate(eqn.params["jaxpr"], inputs, many_users)
+        else:
+            outputs = bind(eqn, inputs)
         for var, output in zip(eqn.outvars, outputs, strict=True):
-            is_shared = users[var] >= MANY_USERS and not getattr(var.aval, "shape", None)
+            is_shared = users[var] >= many_users and not getattr(var.aval, "shape", None)
             if is_shared and jnp.issubdtype(var.aval.dtype, jnp.floating):
                 output = _not_cheap(output)
             values[var] = output

@@ -5,6 +5,7 @@ same way: positive dots belong to rows that lower the validation loss.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,7 +74,7 @@ def through_optimizer(
     """
     check_direction(params, grads, "grads")
     stacked = check_direction(params, val_grads, "val_grads", stacked=True) is not None
-    update = _update_function(tx, opt_state, params, extra_args)
+    update, forward = _traced(_update_function(tx, opt_state, params, extra_args), grads)
 
     def direction(grads, val_grads):
         undefined = _undefined(update, grads)
@@ -91,7 +92,7 @@ def through_optimizer(
         )
 
     closed = jax.make_jaxpr(direction)(grads, params)
-    _check_derivative(update, closed, grads)
+    _check_derivative(forward.jaxpr, closed.jaxpr, grads)
 
     def evaluated(val_grads):
         leaves = evaluate(closed, jax.tree.leaves((grads, val_grads)))
@@ -257,6 +258,17 @@ def _update_function(tx, opt_state, params, extra_args):
     return update
 
 
+def _traced(update: Callable[[Any], Any], grads: Any) -> tuple[Any, core.ClosedJaxpr]:
+    """The same function and its jaxpr: optax is slow to trace, and traced once."""
+    closed, shapes = jax.make_jaxpr(update, return_shape=True)(grads)
+    treedef = jax.tree.structure(shapes)
+
+    def traced(grads):
+        return treedef.unflatten(evaluate(closed, jax.tree.leaves(grads), math.inf))
+
+    return traced, closed
+
+
 def _smallest(dtype: Any) -> Any:
     """Well below any gradient that matters, and yet its square is not rounded to zero."""
     if dtype == jnp.float16:  # of so small a range that the cube root is 0.04
@@ -278,13 +290,12 @@ def _undefined(update: Callable[[Any], Any], grads: Any) -> Any:
     return jax.tree.map(lambda small, tangent: small & ~jnp.isfinite(tangent), is_small, tangents)
 
 
-def _check_derivative(update, direction: core.ClosedJaxpr, grads: Any) -> None:
+def _check_derivative(forward: core.Jaxpr, direction: core.Jaxpr, grads: Any) -> None:
     """Every gradient that the update uses must have a derivative that is not zero by its form."""
-    forward = jax.make_jaxpr(update)(grads).jaxpr
     count = len(forward.invars)
     each = [1 << position for position in range(count)]
     used = _dependence(forward, each)
-    derivatives = _dependence(direction.jaxpr, [0] * count + [1] * count)
+    derivatives = _dependence(direction, [0] * count + [1] * count)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
     faults = [
         f"  {jax.tree_util.keystr(path) or 'params'}"

@@ -3,10 +3,12 @@
 The oracle differentiates each row's loss by itself. It shares no code with the engine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -109,3 +111,117 @@ def assert_dots_close(dots: Any, expected: Any, *, rtol: float = 1e-5) -> None:
             f"dots differ from the expected ones by more than rtol={rtol:g}, relative errors:\n"
             + "\n".join(faults)
         )
+
+
+def assert_rowwise(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    axis: Any = 0,
+    out_axis: Any | EllipsisType = ...,
+    *,
+    derivatives: bool = True,
+    rtol: float = 1e-5,
+) -> None:
+    """Tries out the promise of ``ghostjax.rowwise``: that ``fn`` keeps rows in place.
+
+    ``fn(*args)`` is computed again with one row of all arguments replaced by the next one, for
+    every row in turn, and no other row of the results may change; nor, with the cotangents of the
+    results replaced in the same way, any other row of the cotangents of the arguments.
+
+    Args:
+      args: the arguments, trees of arrays, with two or more rows that differ.
+      axis, out_axis: as in ``ghostjax.rowwise``.
+      derivatives: whether to try the backward pass as well; False for what has none.
+      rtol: how much a row may change, relative to the largest entry of its array.
+
+    Raises:
+      AssertionError: a row changes another one; names the array and the rows. A promise that it
+        does not break may still be broken elsewhere, as by other shapes.
+      ValueError: there are fewer than two rows.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 5.0]])
+    >>> assert_rowwise(jnp.tanh, [x])
+    >>> assert_rowwise(lambda x: x - x.mean(0, keepdims=True), [x])
+    Traceback (most recent call last):
+    AssertionError: result changes in row 1 by 1.5, where only row 0 of the arguments has changed
+    """
+    if out_axis is ...:
+        out_axis = axis if isinstance(axis, int) else 0
+    args = jax.tree.map(jnp.asarray, tuple(args))
+    places = _axes_of(tuple(axis) if isinstance(axis, list) else axis, args)
+    leaves, treedef = jax.tree.flatten(args)
+    moving = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    rows = {leaf.shape[place] for leaf, place in zip(leaves, places) if place is not None}
+    if len(rows) != 1 or min(rows) < 2:
+        raise ValueError(f"arguments with two or more rows are needed, of one size. Found {rows}.")
+
+    @jax.jit
+    def computed(leaves, cotangents):
+        def of_moving(arrays):
+            given = list(leaves)
+            for k, array in zip(moving, arrays):
+                given[k] = array
+            results = fn(*jax.tree.unflatten(treedef, given))
+            return [r for r in jax.tree.leaves(results) if jnp.issubdtype(r.dtype, jnp.inexact)]
+
+        results = fn(*jax.tree.unflatten(treedef, leaves))
+        if not derivatives:
+            return results, []
+        _, pull = jax.vjp(of_moving, [leaves[k] for k in moving])
+        return results, pull(cotangents)[0]
+
+    results = jax.eval_shape(lambda leaves: fn(*jax.tree.unflatten(treedef, leaves)), leaves)
+    of_results = _axes_of(out_axis, results)
+    inexact = [
+        (leaf, place)
+        for leaf, place in zip(jax.tree.leaves(results), of_results)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    keys = jax.random.split(jax.random.key(0), len(inexact) or 1)
+    cotangents = [
+        jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
+        for key, (leaf, _) in zip(keys, inexact)
+    ]
+    before = computed(leaves, cotangents)
+    for row in range(rows.pop()):
+        changed = [_changed(*pair, row) for pair in zip(leaves, places)]
+        pulled = [_changed(leaf, place, row) for leaf, (_, place) in zip(cotangents, inexact)]
+        after = computed(changed, pulled)
+        _assert_others_same("result", before[0], after[0], of_results, row, rtol)
+        of_moving = [places[k] for k in moving]
+        _assert_others_same("cotangent", before[1], after[1], of_moving, row, rtol)
+
+
+def _axes_of(axes: Any, tree: Any) -> list[int | None]:
+    """By leaf of a tree, its entry in a prefix of the tree."""
+    found: list[int | None] = []
+
+    def take(axis, part):
+        found.extend([axis] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(take, axes, tree, is_leaf=lambda node: node is None)
+    return found
+
+
+def _changed(leaf: Any, axis: int | None, row: int) -> Any:
+    if axis is None:
+        return leaf
+    leaf = jnp.moveaxis(leaf, axis, 0)
+    return jnp.moveaxis(leaf.at[row].set(leaf[(row + 1) % leaf.shape[0]]), 0, axis)
+
+
+def _assert_others_same(what, before, after, places, row, rtol) -> None:
+    pairs = zip(*map(jax.tree_util.tree_leaves_with_path, (before, after)), places)
+    for (path, old), (_, new), place in pairs:
+        if place is None or jax.dtypes.issubdtype(old.dtype, jax.dtypes.extended):
+            continue
+        old, new = (np.moveaxis(np.asarray(a, np.float64), place, 0) for a in (old, new))
+        change = np.abs(new - old).reshape(len(old), -1).max(axis=1, initial=0)
+        change[row] = 0
+        if not change.max() <= rtol * np.abs(old).max(initial=0):
+            worst = int(np.argmax(change))
+            raise AssertionError(
+                f"{what}{jax.tree_util.keystr(path)} changes in row {worst} by {change[worst]:.3g},"
+                f" where only row {row} of the arguments has changed"
+            )

@@ -28,7 +28,7 @@ def test_routes_by_shape():
     *_, one = wide_layer(128, None)
     *_, many = wide_layer(128, 6)
     *_, short = wide_layer(2, 6)
-    assert routes(one) == [("tangent",) * 2] * 2
+    assert routes(one) == [("tangent", "features"), ("tangent", "tangent")]
     assert routes(many) == [("features",) * 2, ("rows",) * 2]
     assert routes(short) == [("features",) * 2, ("tangent",) * 2]
     assert {type(use.route) for use in many.uses} == {Route}

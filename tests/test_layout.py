@@ -23,6 +23,7 @@ RANKS = {
     "_engine": 5,
     "_late": 5,
     "_explain": 6,
+    "_rowwise": 3,
     "_types": 1,
     "directions": 3,
     "testing": 1,

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
+from ghostjax.core.devices import is_single
+from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
 from ghostjax.core.meeting import Meeting, Route, masked, row_sums, wide_dtype
@@ -35,6 +37,8 @@ class RuleMeeting(Meeting):
     def _prepare(self, function, operands):
         del function
         eqn = self.eqn
+        if self.num_rows is None:
+            _check_every_output_has_rows(eqn, [value.is_data for value in operands])
         active = _active(eqn, [value.active or bool(value.tangents) for value in operands])
         self._moving = [k for k, value in enumerate(operands) if value.tangents]
         program = pullback(eqn, active, [bool(value.tangents) for value in operands])
@@ -48,7 +52,8 @@ class RuleMeeting(Meeting):
         self._dtypes = [jnp.result_type(operands[k].primal) for k in self._moving]
         inexact = [info for info, var in zip(self.rows, eqn.outvars) if is_real_or_complex(var)]
         self._split = None
-        if self.num_rows not in (None, 1) and all(isinstance(info, Rows) for info in inexact):
+        single = self.num_rows is None or is_single(self.num_rows)
+        if not single and all(isinstance(info, Rows) for info in inexact):
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
             paths = ", ".join(self.names[path] for path in self.moving)
@@ -170,6 +175,20 @@ def push_through_rule(eqn: Any, primals, moving, name: str):
     return push
 
 
+def _check_every_output_has_rows(eqn: Any, are_data: Sequence[bool]) -> None:
+    """Of an output that vectorization does not repeat, JAX counts the cotangent once for every row:
+    ``jax.grad`` of such a function is wrong in JAX 0.10, and an error later."""
+    ((jaxpr, _),) = inner_jaxprs(eqn)
+    found = reached(jaxpr, are_data)
+    alone = [k for k, var in enumerate(eqn.outvars) if is_real_or_complex(var) and not found[k]]
+    if alone:
+        raise NotImplementedError(
+            f"{_function(eqn)} has outputs that do not depend on the row ({alone}, counted from 0) "
+            "beside others that do, which JAX does not differentiate right under jax.vmap. With "
+            "per_example=True, compute them outside of the custom_vjp function."
+        )
+
+
 def _function(eqn: Any) -> str:
     """The call and the function; of the operations in a backward rule JAX keeps no source line."""
     ((jaxpr, _),) = inner_jaxprs(eqn)
@@ -243,7 +262,7 @@ def _check_backward(eqn, infos, actives, rows, num_rows) -> None:
     active = _active(eqn, actives)
     wanted = [is_active and isinstance(info, Rows) for is_active, info in zip(active, infos)]
     places = [info for info, var in zip(rows, eqn.outvars) if is_real_or_complex(var)]
-    if num_rows == 1 or not any(wanted) or not any(isinstance(info, Rows) for info in places):
+    if is_single(num_rows) or not any(wanted) or not any(isinstance(info, Rows) for info in places):
         return
     expected = [info for info, is_wanted in zip(infos, wanted) if is_wanted]
     moving = [isinstance(info, Rows) for info in places]
@@ -257,7 +276,7 @@ def _check_forward(eqn, infos, actives, rows, num_rows) -> None:
     wanted = [
         isinstance(info, Rows) and is_real_or_complex(var) for info, var in zip(rows, eqn.outvars)
     ]
-    if num_rows == 1 or not any(wanted) or not any(active):
+    if is_single(num_rows) or not any(wanted) or not any(active):
         return
     places = [info for info, is_active in zip(infos, active) if is_active]
     expected = [info for info, is_wanted in zip(rows, wanted) if is_wanted]

@@ -7,7 +7,7 @@ import jax
 from ghostjax._channel import all_but_one, channel
 from ghostjax.core.examples import Labels
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import typed_as
+from ghostjax.core.types import cotangent_as, varying_as
 from ghostjax.core.walk import Walk
 
 
@@ -23,6 +23,8 @@ class Directed(Walk):
     """
 
     follows = True
+    arrays_of_rows = ("taps",)
+    other_arrays = ("shared",)
 
     def __init__(
         self,
@@ -69,10 +71,17 @@ class Directed(Walk):
                 sums, found["operand"] = meeting.sums_and_gradient(*residuals, cotangents, stacked)
             parted = {path: meeting.parted(path, own) for path, own in sums.items()}
             for part, (name, expected) in enumerate(types.items()):
-                found[name] = {p: typed_as(parted[p][part], kind) for p, kind in expected.items()}
+                found[name] = {
+                    p: cotangent_as(parted[p][part], kind) for p, kind in expected.items()
+                }
             return found
 
-        residuals = meeting.keep(operands), self.slots[key]
+        vectors = {
+            path: [varying_as(vector, jax.typeof(primals[k])) for k, vector in zip(moving, own)]
+            for path, own in self.slots[key].items()
+            for moving in [meeting.moving[path]]
+        }
+        residuals = meeting.keep(operands), vectors
         return through_channel(meeting, backward, outputs, carried, residuals)
 
 

@@ -87,6 +87,8 @@ class Regrouped:
     Sums have one more entry than there are examples, the last: what belongs to nobody.
     """
 
+    keeps_row_gradients = False
+
     def __init__(self, meeting: Meeting, ids: Any, count: int):
         self.meeting, self._ids, self.count = meeting, ids, count
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ghostjax.core.devices import crosses
 from ghostjax.core.moves import Others, move, scattered
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
@@ -42,6 +43,8 @@ def moved(
         reasons = propagate(eqn, infos, count)
         if not any(isinstance(info, Mixed) for info in reasons):
             return [Track(info) for info in reasons]
+    if crosses(eqn, count):
+        return [Track(lost(eqn, "goes over the devices that rows are on"))] * len(eqn.outvars)
     shape = shape_of(eqn.invars[position])
     found = move(eqn, position, numbers(track, shape, count), operands, others)
     return [
@@ -250,7 +253,7 @@ def positions_after(
     """By output, all that tells positions apart in it."""
     own = [k for k, candidates in enumerate(tracks) if candidates]
     deciding = sorted(own, key=lambda k: not actives[k])
-    others = Others.EXAMPLES if len(deciding) > 1 else Others.CONSTANTS
+    others = _others(eqn, rows, actives, deciding)
     outputs: list[list[Track]] = [[] for _ in eqn.outvars]
     for k in deciding:
         for track in tracks[k]:

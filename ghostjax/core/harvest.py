@@ -1,9 +1,11 @@
 """The walk for directions that are known only after the backward pass.
 
 ``Harvest`` keeps every meeting's factors: what it needs of its operands, and the cotangents of its
-outputs. ``contract`` brings them together with what ``Push`` finds, when the direction is there.
+outputs; or in their place the gradients of all rows, where these are less. ``contract`` brings them
+together with what ``Push`` finds, when the direction is there.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from ghostjax._channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import zeros_of
+from ghostjax.core.types import on_this_mesh, typed_as, varying_as, zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -21,7 +23,7 @@ class Harvest(Walk):
 
     Args:
       marker: a scalar per row, for the jaxpr of one row under ``jax.vmap``.
-      slots: by meeting, zeros like the cotangents of its outputs, whose gradient these will be.
+      slots: by meeting, zeros like what the backward pass leaves, whose gradient this will be.
         None: a first walk, in shapes, which finds them; they are in ``specs`` afterwards.
 
     Attributes:
@@ -29,6 +31,7 @@ class Harvest(Walk):
     """
 
     follows = True
+    other_arrays = ("marker",)
 
     def __init__(self, names, num_rows, marker: Any = None, slots=None, labels=None):
         super().__init__(names, num_rows)
@@ -43,17 +46,34 @@ class Harvest(Walk):
         kept = meeting.keep(operands)
         if self.num_rows is None:
             outputs = one_per_row(outputs, self.marker)
+        backward = functools.partial(_left, meeting)
         if self.slots is None:
             self.emitted[key] = kept
-            self.specs[key] = [zeros_of(outputs[k]) for k in meeting.differentiable]
+            left = backward(kept, [outputs[k] for k in meeting.differentiable])
+            self.specs[key] = [zeros_of(like) for like in left]
             return outputs
-        self.emitted[key] = set_aside(kept, self.slots[key])
-        return through_channel(meeting, _pass_on, outputs, self.slots[key], ())
+        residuals = ()
+        if meeting.keeps_row_gradients:
+            kept, residuals = (), kept
+        slots = [
+            varying_as(slot, jax.typeof(outputs[k]))
+            for slot, k in zip(self.slots[key], meeting.differentiable)
+        ]
+        self.emitted[key] = set_aside(kept, slots)
+        kinds = [jax.typeof(slot) for slot in slots]
+
+        def typed(residuals, cotangents):
+            return [typed_as(*pair) for pair in zip(backward(residuals, cotangents), kinds)]
+
+        return through_channel(meeting, typed, outputs, slots, residuals)
 
 
-def _pass_on(residuals, cotangents):
-    del residuals
-    return cotangents
+def _left(meeting: Meeting, residuals: Any, cotangents: list[Any]) -> list[Any]:
+    """What the backward pass leaves in the slots of a meeting."""
+    if not meeting.keeps_row_gradients:
+        return cotangents
+    arrays = dict(zip(meeting.kept, residuals[0]))
+    return [meeting.row_gradients(arrays, *cotangents)]
 
 
 def contract(
@@ -69,12 +89,18 @@ def contract(
     """
     if not cotangents:  # a comparison, say: nothing flows back through its outputs
         return {}
-    route = meeting.route(directions, late=True)
+    route, stacked = meeting.route(directions, late=True), directions is not None
+    one = functools.partial(sums_of_left, meeting, route, stacked)
+    with meeting.context():
+        sums = summed(one, meeting, *on_this_mesh((kept, cotangents, vectors)))
+    return on_this_mesh(sums)
 
-    def one(kept, cotangents, vectors):
-        return meeting.sums(kept, vectors, cotangents, directions is not None, route)
 
-    return summed(one, meeting, kept, cotangents, vectors)
+def sums_of_left(meeting: Meeting, route, stacked: bool, kept, cotangents, vectors):
+    """The dots of a meeting by what its backward pass left."""
+    if meeting.keeps_row_gradients:
+        return meeting.sums_of_rows(*cotangents, vectors, stacked)
+    return meeting.sums(kept, vectors, cotangents, stacked, route)
 
 
 def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:

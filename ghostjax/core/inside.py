@@ -1,4 +1,4 @@
-"""What the jaxprs inside an equation are given: where the rows are, and which inputs are active."""
+"""What the jaxprs inside an equation are given: where rows are, how many, and what is active."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,21 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
+from ghostjax.core.devices import enter
 from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
 from ghostjax.core.places import propagate
+from ghostjax.core.promises import is_promise
 
-Inside = tuple[core.Jaxpr, list[RowInfo], list[bool]]
+Inside = tuple[core.Jaxpr, list[RowInfo], list[bool], int]
 
 
 def is_container(eqn: Any) -> bool:
-    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do."""
-    return bool(inner_jaxprs(eqn)) and eqn.primitive.name not in RULES
+    """Not what runs a jaxpr on numbers one by one, as scatters and reductions do.
+
+    Nor what is not looked into because its caller has promised something about it.
+    """
+    known = eqn.primitive.name in RULES or is_promise(eqn)
+    return bool(inner_jaxprs(eqn)) and not known
 
 
 def inside(
@@ -32,7 +38,9 @@ def inside(
         infos[start:end] = propagate(eqn, infos, num_rows)[:carries]
         infos[end:] = [slice_rows(info) for info in infos[end:]]
         actives[start:end] = _carried(body, actives, start, end)
-        return [(body, infos, actives)]
+        return [(body, infos, actives, num_rows)]
+    if eqn.primitive.name == "shard_map":
+        infos, num_rows = enter(eqn, infos, num_rows)
     if eqn.primitive.name == "while":
         body, tested = eqn.params["body_jaxpr"], eqn.params["cond_nconsts"]
         body, start = getattr(body, "jaxpr", body), eqn.params["body_nconsts"]
@@ -41,9 +49,9 @@ def inside(
             return []  # rows say how long it runs, and its outputs say so
         infos, actives = [*infos[tested : tested + start], *after], actives[tested:]
         actives[start:] = _carried(body, actives, start, len(actives))
-        return [(body, infos, actives)]
+        return [(body, infos, actives, num_rows)]
     return [
-        (jaxpr, infos[offset:], actives[offset:])
+        (jaxpr, infos[offset:], actives[offset:], num_rows)
         for jaxpr, offset in inner_jaxprs(eqn)
         if offset is not None
     ]
@@ -65,15 +73,15 @@ def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> lis
     """Which carries are active after any number of rounds."""
     carry = actives[start:end]
     while True:
-        after = _reached(body, [*actives[:start], *carry, *actives[end:]])
+        after = reached(body, [*actives[:start], *carry, *actives[end:]])
         joined = [a or b for a, b in zip(carry, after)]
         if joined == carry:
             return carry
         carry = joined
 
 
-def _reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
-    """Which outputs depend on active inputs."""
+def reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
+    """Which outputs depend on active inputs, as gradient flows."""
     found = {var for var, active in zip(jaxpr.invars, actives, strict=True) if active}
     for eqn in jaxpr.eqns:
         passes = eqn.primitive.name != "stop_gradient"

@@ -27,10 +27,10 @@ class NotLinearError(Exception):
 
 
 _SUMS = """
-    add add_any broadcast_in_dim complex concatenate conj convert_element_type copy cumsum
-    device_put fft imag layout_constraint name neg pad pvary real reduce_precision reduce_sum
-    reduce_window_sum reshape reshard rev sharding_constraint slice split squeeze stack sub tile
-    transpose unstack
+    add add_any all_gather all_gather_invariant all_to_all broadcast_in_dim complex concatenate conj
+    convert_element_type copy cumsum device_put fft imag layout_constraint name neg pad ppermute
+    psum psum_invariant pvary real reduce_precision reduce_scatter reduce_sum reduce_window_sum
+    reshape reshard rev sharding_constraint slice split squeeze stack sub tile transpose unstack
 """
 # Operand positions that are linear together; the others must not depend on the inputs in question.
 _TOGETHER = {

@@ -6,6 +6,7 @@ follow the dots of that meeting: < c_i , t_i > with t = J_W op(x, .) . G, for ev
 the same numbers that cost less for some shapes are in ``routes``.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -133,6 +134,10 @@ class Meeting:
         self.needs_data = any(operands[position].is_data for position in self.kept)
         self._consts = {moving: program.consts for moving, program in self._programs.items()}
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """In which its operation was traced: axes of the mesh may be explicit there or not."""
+        return contextlib.nullcontext() if self.eqn is None else self.eqn.ctx.manager
+
     def keep(self, operands: Sequence[Value]) -> Any:
         """The arrays that ``sums`` needs. Called once, where the meeting was made."""
         return [operands[position].primal for position in self.kept], self.take_consts()
@@ -194,6 +199,11 @@ class Meeting:
     def parted(self, path: int, sums: Any) -> tuple[Any, Any]:
         """Of a parameter's sums, those of examples and that of nobody, or None."""
         return (sums, None) if self.in_rows[path] else (None, sums)
+
+    @property
+    def keeps_row_gradients(self) -> bool:
+        """Whether late directions need no factors: ``row_gradients`` are less, and do."""
+        return False
 
     def takes_gradient(self, route: Route) -> int | None:
         """The operand whose gradient that route makes on its way, by ``sums_and_gradient``."""

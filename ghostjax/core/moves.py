@@ -4,7 +4,8 @@
 ``position`` with the numbers ``ids``, those of every output, or None where its examples end up
 mixed or lost. ``ids`` are an array of numpy where the numbers are known, and then the result is, if
 it can be. ``others`` tells what the other operands are that become parts of the result: parameters
-that are joined to examples along an axis that tells none apart belong to them.
+that are joined to examples along an axis that tells none apart belong to them; along one that does,
+nothing says to whom they belong.
 """
 
 import enum
@@ -155,6 +156,8 @@ def _concatenate(eqn, position, ids, operands, others):
     axis = eqn.params["dimension"]
     if len(eqn.invars) == 1 or (ids.shape[axis] == 1 and others is not Others.EXAMPLES):
         return [ids]
+    if others is Others.PARAMETERS:
+        return None
     sizes = [shape_of(var)[axis] for var in eqn.invars]
     before, after = sum(sizes[:position]), sum(sizes[position + 1 :])
     ids = _full(ids, shape_of(eqn.invars[position]), [axis])

@@ -218,7 +218,7 @@ class Parts:
     def at_once(self, kept, cotangents) -> tuple[dict[int, Any], dict[int, Any]]:
         """Of parameters that nothing else uses: dots with the validation rows, and the gradient."""
         if isinstance(self.whole, Repeated) and self.whole.few:
-            rows = self.whole.row_gradients(kept[0], *cotangents)
+            rows = self.whole.flat(self.whole.row_gradients(kept[0], *cotangents))
             train, val = rows[: self.num_train], jnp.sum(rows[self.num_train :], axis=0)
             ((path, (position,)),) = self.moving.items()
             gradient = self.whole.parameter_like(jnp.sum(train, axis=0))

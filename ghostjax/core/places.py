@@ -17,6 +17,7 @@ from ghostjax.core.place_rules import (
     elementwise,
     shape_of,
 )
+from ghostjax.core.promises import by_rule, is_promise, opaque, promised
 
 __all__ = ["CALLS", "Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
 
@@ -70,7 +71,7 @@ def infer(
 def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     """Row info of the outputs of one equation, control flow and calls included."""
     name, operands = eqn.primitive.name, list(operands)
-    container = _CONTAINERS.get(name) or (_call if name in CALLS else None)
+    container = CONTAINERS.get(name) or (_call if name in CALLS else None)
     stateful = any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
     if stateful and container is None:
         outputs = Mixed(f"{name} reads or writes a Ref, which is not followed")
@@ -87,7 +88,7 @@ def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     elif name in RULES:
         outputs = RULES[name](eqn, operands, num_rows)
     else:
-        outputs = Mixed(f"primitive {name} is not known to keep rows in place")
+        outputs = by_rule(eqn, operands, opaque(eqn, "is not known to keep rows in place"))
     if not isinstance(outputs, list):
         outputs = [outputs] * len(eqn.outvars)
     return [_fitting(eqn, v, o, num_rows) for v, o in zip(eqn.outvars, outputs, strict=True)]
@@ -104,7 +105,13 @@ def _fitting(eqn, var, info: RowInfo, num_rows: int) -> RowInfo:
 
 
 def _call(eqn, operands, num_rows):
+    if is_promise(eqn):
+        return promised(eqn, operands)
     return infer(eqn.params[CALLS[eqn.primitive.name]], operands, num_rows)
+
+
+def _custom_partitioning(eqn, operands, num_rows):
+    return infer(eqn.params["call"], operands, num_rows)
 
 
 def _fixed_point(body, carry: list[RowInfo]) -> tuple[list[RowInfo], list[RowInfo]]:
@@ -166,8 +173,9 @@ def _custom_linear_solve(eqn, operands, num_rows):
     return infer(eqn.params["jaxprs"].solve, inputs, num_rows)
 
 
-_CONTAINERS = {
+CONTAINERS = {
     "cond": _cond,
+    "custom_partitioning": _custom_partitioning,
     "custom_linear_solve": _custom_linear_solve,
     "scan": _scan,
     "while": _while,

@@ -9,6 +9,7 @@ from jax.extend import core
 
 from ghostjax._jaxprs import bind, is_var
 from ghostjax.core.places import CALLS
+from ghostjax.core.promises import is_promise
 
 Atom = Any  # the number of a value, or a literal
 
@@ -53,7 +54,7 @@ def program_of(closed: core.ClosedJaxpr, wanted: Sequence[bool]) -> Program:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            if eqn.primitive.name in CALLS:
+            if eqn.primitive.name in CALLS and not is_promise(eqn):
                 inner = eqn.params[CALLS[eqn.primitive.name]]
                 if isinstance(inner, core.ClosedJaxpr):
                     outputs = open_(inner.jaxpr, [*map(constant, inner.consts), *inputs])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ghostjax.core.lookups import promises
 from ghostjax.core.meeting import TangentProgram, is_inexact, tangents_of
+from ghostjax.core.types import zeros_of
 from ghostjax.core.values import paths_of
 from ghostjax.core.walk import Walk
 
@@ -56,7 +57,7 @@ class Push(Walk):
 
     def zero_tangent(self, primal, like):
         leading = like.shape[: like.ndim - primal.ndim]
-        return jnp.zeros((*leading, *primal.shape), primal.dtype)
+        return jnp.broadcast_to(zeros_of(primal), (*leading, *primal.shape))
 
     def meet(self, eqn, function, operands, outputs, places):
         self.emitted[self.next_key()] = {

@@ -19,14 +19,13 @@ from jax.sharding import AxisType
 from ghostjax.core.meeting import Meeting, Route, wide_dtype
 from ghostjax.core.places import Rows
 from ghostjax.core.row_loop import row_loop
-from ghostjax.core.types import zeros_of
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}
 OPERATIONS_ELSEWHERE = 400
 # The gradient of the rows route is equal to rounding only, so it has to win clearly.
 MARGIN = 1.5
-ELEMENTWISE = {"add": jax.lax.add, "mul": jax.lax.mul, "sub": jax.lax.sub}
+_ELEMENTWISE = frozenset({"add", "mul", "sub"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,56 +154,72 @@ class Repeated(Meeting):
     def _prepare(self, function, operands):
         super()._prepare(function, operands)
         (self.parameter,) = {k for moving in self.moving.values() for k in moving}
-        self._avals = [jax.typeof(value.primal) for value in operands]
-        self._function = ELEMENTWISE[self.eqn.primitive.name]
+        self._dtype = jnp.result_type(operands[self.parameter].primal)
         self._shape = jnp.shape(operands[self.parameter].primal)
+        (rows,) = self.rows
+        self._whole = all(
+            names is None
+            for value in operands
+            for axis, names in enumerate(jax.typeof(value.primal).sharding.spec)
+            if axis != rows.axis
+        )
 
     @property
     def few(self) -> bool:
-        """Whether the gradients of all rows are no more than the operation's output."""
-        return self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+        """Whether the gradients of all rows are no more than the operation's output.
+
+        Where the types say that devices have parts of them, they cannot be written one after
+        another.
+        """
+        return (
+            self._whole
+            and self.num_rows * math.prod(self._shape) <= math.prod(self.outputs[0].shape) // 2
+        )
+
+    @property
+    def keeps_row_gradients(self):
+        return self.few and all(self.in_rows.values())
 
     def route(self, directions, *, late):
-        del late
-        stacked = directions is not None
-        if stacked and self.few and all(self.in_rows.values()):
+        if (late or directions is not None) and self.keeps_row_gradients:
             return Route.FEATURES
         return Route.TANGENT
 
     def sums(self, kept, vectors, cotangents, stacked, route):
         if route is not Route.FEATURES:
             return super().sums(kept, vectors, cotangents, stacked, route)
-        rows = self.row_gradients(dict(zip(self.kept, kept[0])), *cotangents)
+        arrays = dict(zip(self.kept, kept[0]))
+        return self.sums_of_rows(self.row_gradients(arrays, *cotangents), vectors, stacked)
+
+    def sums_of_rows(self, rows, vectors, stacked):
+        """What ``sums`` gives, of ``row_gradients``."""
+        rows = self.flat(rows)
 
         def products(vectors):
             vectors = vectors.astype(rows.dtype).reshape(-1, rows.shape[1])
-            return jnp.einsum("bf,kf->kb", rows, vectors, precision="highest")
+            if not stacked:  # no product of matrices, which would stand in a kernel of its own
+                return jnp.sum(rows * vectors, axis=1)
+            return jnp.matmul(vectors, rows.T, precision="highest")
 
         return {path: products(vectors) for path, (vectors,) in vectors.items()}
 
     def row_gradients(self, arrays: dict[int, Any], cotangent: Any) -> jax.Array:
-        """[B, F]: the gradient of the parameter, flat, by every row."""
-        (rows,), wide = self.rows, wide_dtype(cotangent)
-        primals = [
-            arrays[k].astype(wide) if k in arrays else jnp.zeros(aval.shape, wide)
-            for k, aval in enumerate(self._avals)
-        ]
-
-        def of_entries(parameter):
-            operands = list(primals)
-            operands[self.parameter] = parameter
-            return self._function(*operands)
-
-        cotangent = cotangent.astype(wide)
-        # One for every entry, which on explicit axes of a mesh is sharded as the cotangent is.
-        parameter = primals[self.parameter] + zeros_of(cotangent)
-        (gradients,) = jax.vjp(of_entries, parameter)[1](cotangent)
+        """The gradient of the parameter by every row: the output's axes, but positions summed."""
+        (rows,), wide, name = self.rows, wide_dtype(cotangent), self.eqn.primitive.name
+        gradients = cotangent.astype(wide)
+        if name == "mul":
+            gradients = gradients * arrays[1 - self.parameter].astype(wide)
+        elif name == "sub" and self.parameter == 1:
+            gradients = -gradients
         others = [k for k, size in enumerate(self._shape) if size == 1 and k != rows.axis]
-        gradients = jnp.moveaxis(jnp.sum(gradients, axis=others, keepdims=True), rows.axis, 0)
-        return gradients.reshape(self.num_rows, -1)
+        return jnp.sum(gradients, axis=others, keepdims=True)
+
+    def flat(self, rows: jax.Array) -> jax.Array:
+        """``row_gradients`` as [B, F]."""
+        return jnp.moveaxis(rows, self.rows[0].axis, 0).reshape(self.num_rows, -1)
 
     def parameter_like(self, gradient: jax.Array) -> jax.Array:
-        return gradient.reshape(self._shape).astype(self._avals[self.parameter].dtype)
+        return gradient.reshape(self._shape).astype(self._dtype)
 
 
 def _loops_over_rows(eqn, operands) -> bool:
@@ -242,6 +257,6 @@ def _kind(eqn, operands, rows) -> type[Meeting]:
         return Product if _loops_over_rows(eqn, operands) else Meeting
     (place,) = rows
     is_repeated = jnp.shape(parameter.primal)[place.axis : place.axis + 1] == (1,)
-    if name in ELEMENTWISE and place.outer * place.inner == 1 and is_repeated:
+    if name in _ELEMENTWISE and place.outer * place.inner == 1 and is_repeated:
         return Repeated
     return Meeting

@@ -146,7 +146,7 @@ def _loses_rows(infos, moving, rows) -> bool:
 
 def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows: int) -> None:
     """An error where a sum over rows pairs the rows of a cotangent with other rows."""
-    for jaxpr, *given in inside(eqn, infos, moving, num_rows):
+    for jaxpr, *given, own_rows in inside(eqn, infos, moving, num_rows):
         known = dict(zip(jaxpr.invars, zip(*given)))
         for inner in jaxpr.eqns:
             pairs = [
@@ -154,17 +154,19 @@ def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows:
                 for atom in inner.invars
             ]
             inner_infos, inner_moving = [list(side) for side in zip(*pairs)] or [[], []]
-            rows = propagate(inner, inner_infos, num_rows)
+            rows = propagate(inner, inner_infos, own_rows)
             if _loses_rows(inner_infos, inner_moving, rows):
-                _check_aligned(inner, inner_infos, inner_moving, num_rows)
+                _check_aligned(inner, inner_infos, inner_moving, own_rows)
             known.update((var, (info, any(inner_moving))) for var, info in zip(inner.outvars, rows))
     if is_container(eqn):
         return
     others = [info for info, is_moving in zip(infos, moving) if not is_moving and info is not None]
     if others and not (eqn.primitive.name in _PAIRED and _PAIRED[eqn.primitive.name](eqn, infos)):
+        rows = propagate(eqn, infos, num_rows)
+        reasons = [info.reason for info in rows if isinstance(info, Mixed)]
         raise RowAxisError(
-            f"{describe_operation(eqn)} sums over rows and pairs them with other rows, so that no "
-            f"row has a gradient of its own. {WAY_OUT}"
+            f"{describe_operation(eqn)} sums over rows and pairs them with other rows "
+            f"({reasons[0]}), so that no row has a gradient of its own. {WAY_OUT}"
         )
 
 

@@ -50,6 +50,7 @@ class Split(Walk):
     """
 
     takes_shared = False
+    enters_shard_map = False  # a device may have training rows alone, or validation rows
 
     def __init__(self, loss, num_train, taps=None, slots=None, at_once=frozenset()):
         super().__init__(loss.names, loss.num_rows, loss.named_meetings)
@@ -57,12 +58,22 @@ class Split(Walk):
         self.checks_rows = slots is None
         self.keys_at_once = at_once
         self.found = Found()
+        self.mesh = jax.sharding.get_abstract_mesh()
 
     def make(self, eqn, function, operands, outputs, rows, num_rows):
         kind = (eqn is not None and self.named_meeting(eqn, operands)) or Parts
         return kind(eqn, function, operands, outputs, rows, num_rows, self.names, self.num_train)
 
     def attach(self, meeting: Parts, function, operands):
+        mesh = jax.sharding.get_abstract_mesh()
+        if not (mesh.empty or self.mesh.empty) and mesh.axis_types != self.mesh.axis_types:
+            raise NotImplementedError(
+                f"{self.describe(meeting.eqn)}: parameters ({self.named(operands)}) and data meet "
+                f"where axes of the mesh are {_kinds(mesh)} that are {_kinds(self.mesh)} around "
+                "it, as in a look-up by .at[].get(out_sharding=), which the engine cannot follow. "
+                "Take value_grad_and_dots, with the gradient of the validation loss as the "
+                "direction."
+            )
         key = self.next_key()
         self.found.meetings[key] = meeting
         moving = [value for value in operands if value.tangents]
@@ -96,3 +107,7 @@ class Split(Walk):
             return {"taps": dots, "operands": gradients}
 
         return through_channel(meeting, backward, outputs, carried, kept)
+
+
+def _kinds(mesh) -> str:
+    return ", ".join(dict.fromkeys(kind.name.lower() for kind in mesh.axis_types))

@@ -23,14 +23,16 @@ from ghostjax._jaxprs import (
     inner_jaxprs,
     is_var,
 )
+from ghostjax.core.devices import as_many, where_traced
 from ghostjax.core.examples import Labels, Regrouped, cells_of, labels_of, localized
 from ghostjax.core.follow import positions_after, rows_after
 from ghostjax.core.inside import inside, is_container, is_number
 from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
-from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single
+from ghostjax.core.tracks import SEVERAL, Known, Moved, Track, Where, is_single, numbers
 from ghostjax.core.values import Value, paths_of, unsupported
 
 WAY_OUT = (
@@ -52,6 +54,9 @@ class Walk:
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
       takes_shared: whether dots may belong to no row.
+      enters_shard_map: whether parameters and data may meet in a ``shard_map``.
+      arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
+        their last axis or without rows.
       around: the calls that are being walked, the innermost first, for messages.
       labels: of positions, where examples are not rows.
       conflicts: how often gradient flows through places of several examples at once; from loops
@@ -63,8 +68,11 @@ class Walk:
     follows = False
     labels: Labels | None = None
     takes_shared = True
+    enters_shard_map = True
     around: tuple[Any, ...] = ()
     stacked = False
+    arrays_of_rows: tuple[str, ...] = ()
+    other_arrays: tuple[str, ...] = ()
     slots: dict[str, Any] | None = None
 
     def __init__(
@@ -142,12 +150,17 @@ class Walk:
             return env[atom] if is_var(atom) else Value(atom.val)
 
         for eqn in jaxpr.eqns:
-            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            with eqn.ctx.manager:  # explicit axes of a mesh may be automatic around it
+                outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: list[Value]) -> list[Value]:
         has_data = any(value.is_data for value in operands)
+        if _gives_nothing(eqn):
+            if self.computes_data:  # once: by the walk that also computes what data depend on
+                bind(eqn, [value.primal for value in operands])
+            return []
         if not any(value.tangents for value in operands):
             return self.without_parameters(eqn, operands, has_data)
         name = eqn.primitive.name
@@ -265,6 +278,7 @@ class Walk:
             dataclasses.replace(value, where=localized(value.where, count)) for value in operands
         ]
         rows = [cells if k in found else None for k in range(len(outputs))]
+        count = as_many(count, self.num_rows)
         meeting = self.make(eqn, function, local, outputs, rows, count)
         first = next(iter(found.values()))
         for ids in found.values():
@@ -364,12 +378,40 @@ class Walk:
         sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
         if len(apart) > 1 and lost and not sums:
             raise RowAxisError(_several(describe_operation(eqn, self.around), lost[0]))
+        if any(actives) and not lost and eqn.primitive.name in CHECKS:
+            self._check_rule(eqn, tracks, actives)
         return found
+
+    def _check_rule(self, eqn, tracks: Sequence[Track], actives) -> None:
+        """What holds of rows in a derivative rule must hold along every axis that tells rows apart,
+        as if there were one row per place."""
+        axes = {
+            k: [
+                (axis, size)
+                for axis, size in enumerate(numbers(track, shape_of(var), self.num_rows).shape)
+                if size > 1
+            ]
+            for k, (track, var) in enumerate(zip(tracks, eqn.invars))
+            if track.is_apart
+        }
+        if len({tuple(size for _, size in own) for own in axes.values()}) > 1:
+            raise RowAxisError(
+                f"{describe_operation(eqn, self.around)} has a derivative rule of its own, and "
+                "operands in which rows are told apart along different axes. Bring them into one "
+                "order before."
+            )
+        for along in zip(*axes.values()):
+            infos: list[RowInfo] = [None] * len(tracks)
+            for k, (axis, _) in zip(axes, along):
+                infos[k] = Rows(axis)
+            count = as_many(along[0][1], self.num_rows)
+            rows = propagate(eqn, infos, count)
+            CHECKS[eqn.primitive.name](eqn, infos, actives, rows, count)
 
     def _followed_inside(self, eqn, operands) -> list[Where] | None:
         """Where rows and positions go inside of a call or a loop."""
-        handler = HANDLERS.get(eqn.primitive.name) or _OPENED.get(eqn.primitive.name)
-        if handler is None:
+        handler = HANDLERS.get(eqn.primitive.name)
+        if handler is None or eqn.primitive.name == "shard_map":
             return None
         walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
         walk.named_meetings = {}
@@ -389,14 +431,16 @@ class Walk:
 
 def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
     """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
+    if _gives_nothing(eqn):
+        return []
     has_rows = any(isinstance(info, Rows) for info in infos)
     if has_rows:
         for info, active in zip(infos, actives):
             if active and isinstance(info, Mixed):
                 raise RowAxisError(_combined(describe_operation(eqn, around), info))
     if any(actives):
-        for jaxpr, *given in inside(eqn, infos, actives, num_rows):
-            _check_inside(jaxpr, *given, num_rows, (eqn, *around))
+        for given in inside(eqn, infos, actives, num_rows):
+            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around)))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
@@ -455,6 +499,11 @@ def _lost(place, path, infos) -> str:
     )
 
 
+def _gives_nothing(eqn) -> bool:
+    """Whether it only shows what it is given, as ``jax.debug.print`` does."""
+    return not eqn.outvars and not any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
+
+
 def _is_layout(eqn) -> bool:
     """Whether an equation changes no more than layout and dtype."""
     sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*eqn.invars, *eqn.outvars)]
@@ -471,6 +520,8 @@ def _call(walk: Walk, eqn, operands):
         # Not as a call: its cotangents would be added up apart, and round otherwise.
         opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
         return walk.operation(eqn, operands, lambda primals: opened(*primals))
+    if walk.num_rows is not None and is_promise(eqn) and any(v.is_data for v in operands):
+        return _promised(walk, eqn, operands)
     ((jaxpr, _),) = inner_jaxprs(eqn)
     closed = next(
         (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None
@@ -512,7 +563,7 @@ def _support(eqn, operands: Sequence[Value]) -> Any:
 def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
     """Whether a call can be walked for what it multiplies with: without changing in which order
     cotangents are added up."""
-    if HANDLERS.get(eqn.primitive.name) is not _call:
+    if HANDLERS.get(eqn.primitive.name) is not _call or is_promise(eqn):
         return False
     if not any(value.active for value in operands) or all(value.active for value in operands):
         return False
@@ -521,13 +572,18 @@ def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
     return len(uses) == len(set(uses)) and not any(map(inner_jaxprs, jaxpr.eqns))
 
 
-def _opened(walk: Walk, eqn, operands):
-    closed = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-    return walk.run(closed, operands)
+def _promised(walk: Walk, eqn, operands):
+    """One meeting by its tangent: inside, rows are not known."""
+    if holds(eqn, "custom_vjp_call"):
+        raise NotImplementedError(
+            f"{walk.describe(eqn)} is promised to keep rows in place and uses parameters "
+            f"({walk.named(operands)}) beside a custom_vjp function, which has no tangent. Put "
+            "rowwise around what cannot be followed alone, and the parameters outside."
+        )
+    opened = core.jaxpr_as_fun(eqn.params["jaxpr"])
+    return walk.operation(eqn, operands, lambda primals: opened(*primals))
 
 
-# Walked inside for where rows go there, and nothing else.
-_OPENED = {"custom_jvp_call": _opened, "custom_vjp_call": _opened}
 HANDLERS = {
     "jit": _call,
     "pjit": _call,

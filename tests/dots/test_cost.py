@@ -115,3 +115,13 @@ def test_explained_cost(setup):
     extra = explanation.flops - explanation.plain_flops
     assert extra == pytest.approx(flops - plain_flops, rel=0.03)
     assert explanation.cost == pytest.approx(flops / plain_flops, rel=0.01)
+
+
+def test_late_directions_keep_no_cotangents_of_what_is_repeated(setup):
+    """A bias leaves a gradient per row, not the cotangents that the product before it keeps too."""
+    loss_fn, (params, train, _) = setup
+    explanation = explain(loss_fn)(params, train)
+    biases = [use for use in explanation.uses if use.parameter.endswith("['bias']")]
+    sizes = [leaf.size for path, leaf in jax.tree.leaves_with_path(params) if "bias" in str(path)]
+    assert len(biases) == len(sizes) > 0
+    assert sum(use.late_bytes for use in biases) == 4 * TRAIN_ROWS * sum(sizes)

@@ -267,3 +267,81 @@ def test_linear_rules_of_parameters_alone():
     result = jax.jit(fn)(PARAMS, activations(), direction=direction)
     testing.assert_dots_close(result.dots, one_by_one(losses, PARAMS, activations(), direction))
     assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+
+
+@jax.custom_vjp
+def and_doubled(x, w):
+    return x * w, 2 * w
+
+
+and_doubled.defvjp(
+    lambda x, w: (and_doubled(x, w), (x, w)),
+    lambda kept, g: (g[0] * kept[1], g[0] * kept[0] + 2 * g[1]),
+)
+
+
+def test_outputs_of_no_row_beside_outputs_of_rows():
+    """Which JAX 0.10 gives wrong gradients under ``jax.vmap``, and JAX 0.12 none."""
+
+    def loss_fn(params, x):
+        first, second = and_doubled(x, params["w"])
+        return jnp.sum(first * first) + jnp.sum(second * x)
+
+    params = {"w": jnp.ones(3)}
+    fn = value_grad_and_dots(loss_fn, per_example=True)
+    message = r"custom_vjp_call at .*and_doubled at .*do not depend on the row \(\[1\]"
+    with pytest.raises(NotImplementedError, match=message):
+        fn(params, jnp.ones((2, 3)), direction=params)
+
+
+@jax.custom_vjp
+def clipped_scale(x, w):
+    return x * w[None]
+
+
+clipped_scale.defvjp(
+    lambda x, w: (clipped_scale(x, w), (x, w)),
+    lambda kept, g: (g * kept[1][None], jnp.sum(clip(g) * kept[0], axis=0)),
+)
+
+
+@jax.custom_vjp
+def centred_gradient(x):
+    return 1.0 * x
+
+
+centred_gradient.defvjp(
+    lambda x: (centred_gradient(x), None), lambda _, g: (g - g.mean(0, keepdims=True),)
+)
+
+
+@pytest.mark.parametrize("order", ["reversed", "by_data", "micro_batches", "row_by_row"])
+def test_rules_of_moved_rows(order):
+    """A rule that is not linear, and one that mixes rows in its backward pass alone."""
+    params, x = {"w": draw(FEATURES, seed=4)}, draw(6, FEATURES, seed=1)
+
+    def losses(params, x):
+        return mean_squares(jnp.sin(clipped_scale(x, params["w"])))
+
+    def arranged(losses):
+        def loss_fn(params, x):
+            if order == "reversed":
+                return jnp.sum(losses(params, x[::-1]))
+            if order == "by_data":
+                return jnp.sum(losses(params, x[jnp.argsort(x[:, 0])]))
+            parts = x.reshape(3, 2, FEATURES) if order == "micro_batches" else x[:, None]
+            return jnp.sum(jax.lax.map(lambda part: losses(params, part), parts))
+
+        return value_grad_and_dots(loss_fn, loss_reduction="sum")
+
+    direction = direction_like(params)
+    result = jax.jit(lambda p, x, v: arranged(losses)(p, x, direction=v))(params, x, direction)
+    testing.assert_dots_close(result.dots, one_by_one(losses, params, x, direction))
+    if order == "row_by_row":
+        return
+
+    def mixed(params, x):
+        return losses(params, centred_gradient(x * params["w"][None]))
+
+    with pytest.raises(ValueError, match=r"in the backward rule of .*centred_gradient"):
+        arranged(mixed)(params, x, direction=params)

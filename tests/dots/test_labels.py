@@ -277,3 +277,17 @@ def test_uses_without_a_position():
         value_grad_and_dots(loss_fn)(P, X, direction=P, **labels)
     with pytest.raises(ValueError, match=r"labels .B, T. tell positions apart(.|\n)*per_example"):
         value_grad_and_dots(loss_fn, per_example=True)(P, X, direction=P, **labels)
+
+
+def test_parameters_among_positions():
+    """A token of parameters before the others: no label says whose it is."""
+
+    def loss_fn(p, x):
+        first = jnp.broadcast_to(p["b"][:1], (x.shape[0], 1, F))
+        return jnp.mean(jnp.square(jnp.concatenate([first, x], axis=1) @ p["w"]))
+
+    labels = {"labels": jnp.zeros((2, 6), int), "num_labels": 1}
+    with pytest.raises(
+        ValueError, match=r"\['b'\] meets data in concatenate .*no axis of positions"
+    ):
+        value_grad_and_dots(loss_fn)(P, X, direction=P, **labels)

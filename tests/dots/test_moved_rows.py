@@ -272,8 +272,12 @@ def test_rows_that_data_mix_have_no_dots(loss_fn):
             lambda p, x: jnp.mean(rows(p, jax.lax.associative_scan(jnp.add, x))),
             r"\['w'\] meets data .*joined with a value in which rows are mixed",
         ),
+        (
+            lambda p, x: jnp.mean(rows(p, jnp.concatenate([p["v"][None, :, :], x[:, :H]]))),
+            r"\['v'\] meets data in concatenate at .*joins along the row axis",
+        ),
     ],
-    ids=["outputs", "inputs", "running_sums"],
+    ids=["outputs", "inputs", "running_sums", "parameters_among_rows"],
 )
 def test_rows_that_are_known_to_mix_are_an_error(loss_fn, message):
     with pytest.raises(ValueError, match=message):
