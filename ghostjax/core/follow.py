@@ -302,13 +302,15 @@ def _convolved(eqn, ids, count) -> Track:
     dims = eqn.params["dimension_numbers"]
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     shape, index = [1] * len(after), [slice(None)] * len(before)
+    strides = eqn.params["window_strides"]
     for old, new in zip(dims.lhs_spec, dims.out_spec):
         if ids.shape[old] == 1:
             continue
         if old == dims.lhs_spec[1] or after[new] > before[old]:
             return Track(lost(eqn, "mixes positions"))
         index[old] = slice(before[old] - after[new], None)
-        if after[new] > 1 and eqn.params["window_strides"][list(dims.lhs_spec).index(old) - 2] > 1:
+        is_window = old in dims.lhs_spec[2:]
+        if is_window and after[new] > 1 and strides[dims.lhs_spec.index(old) - 2] > 1:
             return Track(lost(eqn, "skips positions"))
         shape[new] = after[new]
     order = [old for _, old in sorted(zip(dims.out_spec, dims.lhs_spec))]
