@@ -49,14 +49,14 @@ def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any], others: Oth
 def in_place(eqn: Any, position: int, ids: Any) -> list[Any]:
     """Numbers along axes that stay in place, as rows do."""
     shape = shape_of(eqn.invars[position])
-    axes = [axis for axis, size in enumerate(ids.shape) if size > 1]
+    axes = [axis for axis, size in enumerate(ids.shape) if size != 1]  # there may be no places
     outputs: list[list[RowInfo]] = [[] for _ in eqn.outvars]
     for axis in axes:
         infos: list[RowInfo] = [None] * len(eqn.invars)
         infos[position] = Rows(axis)
         for found, info in zip(outputs, propagate(eqn, infos, shape[axis])):
             found.append(info)
-    ids = ids.reshape([size for size in ids.shape if size > 1])
+    ids = ids.reshape([size for size in ids.shape if size != 1])
     return [
         _along(ids, places, shape_of(var)) for places, var in zip(outputs, eqn.outvars, strict=True)
     ]

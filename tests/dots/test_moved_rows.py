@@ -135,6 +135,10 @@ def recurrent(p, x):
     return jnp.mean(jax.lax.scan(cell, jnp.zeros((len(x), H)), x.swapaxes(0, 1))[1], axis=0)
 
 
+def summed_so_far(p, x):
+    return rows(p, jax.lax.associative_scan(jnp.add, x @ p["w"] @ p["v"], axis=1))
+
+
 def with_a_token_of_parameters(p, x):
     def body(row):
         tokens = jnp.concatenate([p["v"][:1], row]).at[1].set(p["v"][1])
@@ -216,6 +220,10 @@ CASES = {
     "reversed_and_rematerialised": (reversed_and_rematerialised, rows),
     "rolled_in_a_carry": (rolled_in_a_carry, rolled_rows),
     "recurrent": (lambda p, x: jnp.mean(recurrent(p, x[jnp.argsort(x[:, 0, 0])])), recurrent),
+    "summed_so_far": (  # of slices, one of which is empty
+        lambda p, x: jnp.mean(summed_so_far(p, x[jnp.argsort(x[:, 0, 0])])),
+        summed_so_far,
+    ),
     "weighted_sum": (lambda p, x: jnp.dot(jnp.full(B, 1 / B), rows(p, x[::-1])), rows),
     "time_first_cut_across": (
         lambda p, x: jnp.mean(rows(p, x.swapaxes(0, 1).reshape(3, 8, F).reshape(T, B, F))),

@@ -10,10 +10,10 @@ import time
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_ENABLE_X64"] = "1"
 
-import jax  # noqa: E402
+import jax
 
-from tests.fuzz.programs import program  # noqa: E402
-from tests.fuzz.reduce import outcome_or_crash, reduced  # noqa: E402
+from tests.fuzz.programs import program
+from tests.fuzz.reduce import outcome_or_crash, reduced
 
 
 def replay(seed: int, *, jaxpr: bool, reduce: bool) -> None:

@@ -1,4 +1,4 @@
-"""A program's dots, early, late, of stacked directions and by position, against per-row autodiff."""
+"""A program's dots, early or late, of rows or of positions, against per-row autodiff."""
 
 import dataclasses
 from typing import Any
@@ -85,7 +85,7 @@ def _found(program, params, batch, flag, directions, late: bool):
 
 
 def _expected(program, params, batch, flag, directions):
-    """The value, the gradient (if it is known from rows) and by parameter dots [..., B or B * T]."""
+    """The value, the gradient (if rows tell it) and by parameter dots [..., B or B * T]."""
     scale = program.sizes.b if program.reduction == "mean" else 1
     if program.family == "rows":
         of_rows = jax.vmap(jax.value_and_grad(program.row_loss), in_axes=(None, 0, None))

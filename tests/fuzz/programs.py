@@ -12,14 +12,8 @@ from jax import lax
 from tests.fuzz import layouts, places, rows
 from tests.fuzz.state import Reading, Sizes, Step, Values, run_steps
 
-FAMILIES = ("rows", "positions", "mixed")
-SIZES = [
-    Sizes(4, 4, 4),
-    Sizes(4, 3, 2),
-    Sizes(2, 4, 3),
-    Sizes(3, 3, 2),
-    Sizes(4, 2, 2),
-]  # T = B: no axis is told by its size
+# With B = T = F no axis is told by its size.
+SIZES = [Sizes(4, 4, 4), Sizes(4, 3, 2), Sizes(2, 4, 3), Sizes(3, 3, 2), Sizes(4, 2, 2)]
 # How the losses of places [*lead] become one number.
 ENDS = ["all", "rows", "weighted", "masked", "in a loop", "dot", "log-sum-exp"]
 
@@ -93,7 +87,7 @@ class Program:
         if self.end == "log-sum-exp":
             return jnp.sum(jax.nn.logsumexp(losses, axis=kind.index("t"))) / count
         if self.end == "weighted":
-            weights = 1 + jnp.square(values.c[..., 0])  # which _of_places has divided by
+            weights = 1 + jnp.square(values.c[..., 0])  # that follow the rows, and cancel
             return jnp.sum(losses / weights * weights) / whole
         if self.end == "masked":
             wide = jnp.pad(losses, [(0, 1), *((0, 0),) * (losses.ndim - 1)])

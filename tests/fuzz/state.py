@@ -76,11 +76,13 @@ class Reading:
         """``function(params, h, c, axis)``, which acts on every row, with its positions at axis."""
         if self.steps is None:
             return function(self.params, values.h, values.c, kind.index("t"))
-        rows = kind.index("b")
 
         def one(steps, h, c):
             return function(self._moved(steps), h, c, 0)
 
+        if kind == "t":
+            return one(self._steps_at(values.ids[0]), values.h, values.c)
+        rows = kind.index("b")
         steps = self._steps_at(jnp.moveaxis(values.ids, rows, 0)[:, 0])
         return jax.vmap(one, in_axes=(0, rows, rows), out_axes=rows)(steps, values.h, values.c)
 
