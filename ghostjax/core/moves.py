@@ -40,6 +40,12 @@ def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any], others: Oth
 
     What belongs to one example as a whole does so after any operation that has no rule here.
     """
+    if others is not Others.EXAMPLES and position == _PARTS.get(eqn.primitive.name):
+        # Rows that stay in place have along other axes what is added to them there, too.
+        found = in_place(eqn, position, ids)
+        is_kept = math.prod(ids.shape) > 1 and not any(each is None for each in found)
+        if is_kept or others is Others.PARAMETERS:
+            return found
     if eqn.primitive.name in MOVES:
         found = MOVES[eqn.primitive.name](eqn, position, ids, operands, others)
         return [None] * len(eqn.outvars) if found is None else found
@@ -191,8 +197,6 @@ def _pad(eqn, position, ids, operands, others):
     del operands
     if position:
         return None
-    if others is Others.PARAMETERS:
-        return in_place(eqn, position, ids)
     config = eqn.params["padding_config"]
     ids = _full(
         ids, shape_of(eqn.invars[0]), [axis for axis, widths in enumerate(config) if any(widths)]
@@ -243,8 +247,6 @@ def _dynamic_update_slice(eqn, position, ids, operands, others):
         return None
     if position == 0 and others is not Others.EXAMPLES:
         return [ids]
-    if position == 1 and others is Others.PARAMETERS:
-        return in_place(eqn, position, ids)
     whole, part = (shape_of(var) for var in eqn.invars[:2])
     axes = [axis for axis in range(len(whole)) if whole[axis] != part[axis]]
     starts = [s if axis in axes else 0 for axis, s in enumerate(operands[2:])]
@@ -307,8 +309,6 @@ def _scatter(eqn, position, ids, operands, others):
         return None
     if position == 0 and others is not Others.EXAMPLES:
         return [ids]
-    if position == 2 and others is Others.PARAMETERS:
-        return in_place(eqn, position, ids)
     nobody = [np.full([1] * len(shape_of(eqn.invars[k])), NOBODY, np.int32) for k in (0, 2)]
     pair = (ids, nobody[1]) if position == 0 else (nobody[0], ids)
     if eqn.primitive.name == "scatter":
@@ -370,6 +370,9 @@ def _broadcast_in_dim(eqn, position, ids, operands, others):
     return [ids.reshape(shape)]
 
 
+_SCATTERS = ["scatter", *(f"scatter-{kind}" for kind in ("add", "sub", "mul", "min", "max"))]
+# By primitive, the operand that becomes a part of the result.
+_PARTS = {"pad": 0, "dynamic_update_slice": 1, **dict.fromkeys(_SCATTERS, 2)}
 MOVES: dict[str, Move] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
@@ -388,8 +391,5 @@ MOVES: dict[str, Move] = {
     "unstack": _unstack,
     "top_k": _top_k,
     "transpose": _transpose,
-    **dict.fromkeys(
-        ["scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"],
-        _scatter,
-    ),
+    **dict.fromkeys(_SCATTERS, _scatter),
 }

@@ -135,6 +135,21 @@ def recurrent(p, x):
     return jnp.mean(jax.lax.scan(cell, jnp.zeros((len(x), H)), x.swapaxes(0, 1))[1], axis=0)
 
 
+def joined_by_zeros(p, x):
+    """Which belong to the rows that have them."""
+    h = hidden(p, x)
+    wide = jnp.zeros((len(x), T + 3, H))
+    wholes = [
+        jnp.pad(h, ((0, 0), (1, 2), (0, 0))),
+        jax.lax.dynamic_update_slice(wide, h, (0, 1, 0)),
+        wide.at[:, 2 : T + 2].set(h),
+        wide.at[:, 1].add(h[:, 0]),
+        jnp.concatenate([h, wide[:, :3]], axis=1),
+    ]
+    losses = [jnp.square(jnp.tanh(h @ p["v"] + p["v"][:1][None])) for h in wholes]
+    return jnp.mean(sum(losses), axis=(1, 2))
+
+
 def summed_so_far(p, x):
     return rows(p, jax.lax.associative_scan(jnp.add, x @ p["w"] @ p["v"], axis=1))
 
@@ -220,6 +235,10 @@ CASES = {
     "reversed_and_rematerialised": (reversed_and_rematerialised, rows),
     "rolled_in_a_carry": (rolled_in_a_carry, rolled_rows),
     "recurrent": (lambda p, x: jnp.mean(recurrent(p, x[jnp.argsort(x[:, 0, 0])])), recurrent),
+    "joined_by_zeros": (
+        lambda p, x: jnp.mean(joined_by_zeros(p, x[jnp.argsort(x[:, 0, 0])])),
+        joined_by_zeros,
+    ),
     "summed_so_far": (  # of slices, one of which is empty
         lambda p, x: jnp.mean(summed_so_far(p, x[jnp.argsort(x[:, 0, 0])])),
         summed_so_far,
