@@ -203,7 +203,7 @@ PLAIN = {
     "float32 and back": lambda h: h + 0 * h.astype(jnp.float32).astype(h.dtype),
     "top_k": lambda h: jnp.concatenate([lax.top_k(h, 1)[0], h[..., 1:]], axis=-1),
     "reversed features": lambda h: h[..., ::-1],
-    "complex": lambda h: jnp.abs(jnp.exp(1j * h) + 2.0),
+    "complex": lambda h: jnp.abs(lax.complex(jnp.cos(h), jnp.sin(h)) + 2.0),
 }
 
 
