@@ -100,7 +100,7 @@ def _conservation_error(grads: Any, direction: Any, dots: Any, shared: Any, scal
     leaves, treedef = jax.tree.flatten(grads)
     others = (treedef.flatten_up_to(tree) for tree in (direction, dots, shared))
     differences, sizes = zip(*map(parts, leaves, *others))
-    floor = jnp.maximum(1e-3 * jnp.max(jnp.stack(sizes)), jnp.finfo(jnp.float32).tiny)
+    floor = jnp.maximum(1e-3 * jnp.max(jnp.stack(sizes)), float(jnp.finfo(jnp.float32).tiny))
     errors = [difference / jnp.maximum(size, floor) for difference, size in zip(differences, sizes)]
     return jax.tree.unflatten(treedef, errors)
 

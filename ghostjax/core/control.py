@@ -11,7 +11,7 @@ from ghostjax._jaxprs import scan_counts
 from ghostjax.core import loops
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.tracking import HANDLERS
-from ghostjax.core.tracks import Where
+from ghostjax.core.tracks import NOWHERE, Where
 from ghostjax.core.types import zeros_of
 from ghostjax.core.values import Value
 from ghostjax.core.walk import Walk
@@ -42,7 +42,8 @@ def _coerce(walk: Walk, eqn: Any, value: Value, like: Value) -> Value:
     """``value`` in the class of ``like``, so that a carry or a branch has one class."""
     if like.is_data:
         if not value.is_data:
-            value = walk.promote(value, like.where, eqn)
+            # The numbers of ``like`` mean nothing; a constant belongs to nobody.
+            value = walk.promote(value, like.where if value.tangents else NOWHERE, eqn)
         where = loops.like(
             value.where, like.where, getattr(value.primal, "shape", ()), walk.num_rows
         )

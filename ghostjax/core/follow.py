@@ -1,5 +1,6 @@
 """Where examples are after an operation, by its operands: rows strictly, positions leniently."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -198,6 +199,8 @@ def _chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | Non
     ]
     if any(ids.shape[axis] > 1 for axis in free[own]):
         return None
+    if math.prod(shape_of(eqn.invars[other])[axis] for axis in free[other]) == 1:
+        return None  # a weighted sum over examples, as of their losses, chooses none
     mask = (weights != 0).transpose(*batch[other], *contracted[other], *free[other])
     order = [*batch[own], *contracted[own]]
     ids = ids.transpose(*order, *free[own]).reshape(
@@ -299,13 +302,15 @@ def _convolved(eqn, ids, count) -> Track:
     dims = eqn.params["dimension_numbers"]
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     shape, index = [1] * len(after), [slice(None)] * len(before)
+    strides = eqn.params["window_strides"]
     for old, new in zip(dims.lhs_spec, dims.out_spec):
         if ids.shape[old] == 1:
             continue
         if old == dims.lhs_spec[1] or after[new] > before[old]:
             return Track(lost(eqn, "mixes positions"))
         index[old] = slice(before[old] - after[new], None)
-        if after[new] > 1 and eqn.params["window_strides"][list(dims.lhs_spec).index(old) - 2] > 1:
+        is_window = old in dims.lhs_spec[2:]
+        if is_window and after[new] > 1 and strides[dims.lhs_spec.index(old) - 2] > 1:
             return Track(lost(eqn, "skips positions"))
         shape[new] = after[new]
     order = [old for _, old in sorted(zip(dims.out_spec, dims.lhs_spec))]

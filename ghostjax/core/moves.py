@@ -40,6 +40,12 @@ def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any], others: Oth
 
     What belongs to one example as a whole does so after any operation that has no rule here.
     """
+    if others is not Others.EXAMPLES and position == _PARTS.get(eqn.primitive.name):
+        # Rows that stay in place have along other axes what is added to them there, too.
+        found = in_place(eqn, position, ids)
+        is_kept = math.prod(ids.shape) > 1 and not any(each is None for each in found)
+        if is_kept or others is Others.PARAMETERS:
+            return found
     if eqn.primitive.name in MOVES:
         found = MOVES[eqn.primitive.name](eqn, position, ids, operands, others)
         return [None] * len(eqn.outvars) if found is None else found
@@ -49,14 +55,14 @@ def move(eqn: Any, position: int, ids: Any, operands: Sequence[Any], others: Oth
 def in_place(eqn: Any, position: int, ids: Any) -> list[Any]:
     """Numbers along axes that stay in place, as rows do."""
     shape = shape_of(eqn.invars[position])
-    axes = [axis for axis, size in enumerate(ids.shape) if size > 1]
+    axes = [axis for axis, size in enumerate(ids.shape) if size != 1]  # there may be no places
     outputs: list[list[RowInfo]] = [[] for _ in eqn.outvars]
     for axis in axes:
         infos: list[RowInfo] = [None] * len(eqn.invars)
         infos[position] = Rows(axis)
         for found, info in zip(outputs, propagate(eqn, infos, shape[axis])):
             found.append(info)
-    ids = ids.reshape([size for size in ids.shape if size > 1])
+    ids = ids.reshape([size for size in ids.shape if size != 1])
     return [
         _along(ids, places, shape_of(var)) for places, var in zip(outputs, eqn.outvars, strict=True)
     ]
@@ -191,8 +197,6 @@ def _pad(eqn, position, ids, operands, others):
     del operands
     if position:
         return None
-    if others is Others.PARAMETERS:
-        return in_place(eqn, position, ids)
     config = eqn.params["padding_config"]
     ids = _full(
         ids, shape_of(eqn.invars[0]), [axis for axis, widths in enumerate(config) if any(widths)]
@@ -228,7 +232,13 @@ def _dynamic_slice(eqn, position, ids, operands, others):
     if isinstance(ids, np.ndarray) and all(isinstance(s, (int, np.generic)) for s in starts):
         starts = [min(max(int(s), 0), n - k) for s, n, k in zip(starts, ids.shape, sizes)]
         return [ids[tuple(slice(s, s + k) for s, k in zip(starts, sizes))]]
-    return [lax.dynamic_slice(jnp.asarray(ids), starts, sizes)]
+    return [lax.dynamic_slice(jnp.asarray(ids), _alike(starts), sizes)]
+
+
+def _alike(starts):
+    """Starts must have one dtype, which zeros do not know of."""
+    dtype = jnp.result_type(*starts)
+    return [jnp.asarray(start, dtype) for start in starts]
 
 
 def _dynamic_update_slice(eqn, position, ids, operands, others):
@@ -237,8 +247,6 @@ def _dynamic_update_slice(eqn, position, ids, operands, others):
         return None
     if position == 0 and others is not Others.EXAMPLES:
         return [ids]
-    if position == 1 and others is Others.PARAMETERS:
-        return in_place(eqn, position, ids)
     whole, part = (shape_of(var) for var in eqn.invars[:2])
     axes = [axis for axis in range(len(whole)) if whole[axis] != part[axis]]
     starts = [s if axis in axes else 0 for axis, s in enumerate(operands[2:])]
@@ -252,7 +260,7 @@ def _dynamic_update_slice(eqn, position, ids, operands, others):
         ids = ids.astype(np.int32)
     if not axes:
         return [update]
-    return [lax.dynamic_update_slice(jnp.asarray(ids), jnp.asarray(update), starts)]
+    return [lax.dynamic_update_slice(jnp.asarray(ids), jnp.asarray(update), _alike(starts))]
 
 
 def _gather(eqn, position, ids, operands, others):
@@ -301,8 +309,6 @@ def _scatter(eqn, position, ids, operands, others):
         return None
     if position == 0 and others is not Others.EXAMPLES:
         return [ids]
-    if position == 2 and others is Others.PARAMETERS:
-        return in_place(eqn, position, ids)
     nobody = [np.full([1] * len(shape_of(eqn.invars[k])), NOBODY, np.int32) for k in (0, 2)]
     pair = (ids, nobody[1]) if position == 0 else (nobody[0], ids)
     if eqn.primitive.name == "scatter":
@@ -364,6 +370,9 @@ def _broadcast_in_dim(eqn, position, ids, operands, others):
     return [ids.reshape(shape)]
 
 
+_SCATTERS = ["scatter", *(f"scatter-{kind}" for kind in ("add", "sub", "mul", "min", "max"))]
+# By primitive, the operand that becomes a part of the result.
+_PARTS = {"pad": 0, "dynamic_update_slice": 1, **dict.fromkeys(_SCATTERS, 2)}
 MOVES: dict[str, Move] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
@@ -382,8 +391,5 @@ MOVES: dict[str, Move] = {
     "unstack": _unstack,
     "top_k": _top_k,
     "transpose": _transpose,
-    **dict.fromkeys(
-        ["scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"],
-        _scatter,
-    ),
+    **dict.fromkeys(_SCATTERS, _scatter),
 }

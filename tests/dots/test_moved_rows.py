@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ghostjax import value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import check_loss, draw
+from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
+from tests.dots.checks import check_loss, draw, expected_dots
 
 B, T, F, H = 6, 4, 5, 3
 PARAMS = {"w": draw(F, H), "b": draw(H), "v": draw(H, F, seed=4)}
@@ -125,6 +125,35 @@ def rolled_rows(p, x):
     return jnp.mean(jnp.square(x), axis=(1, 2))
 
 
+def recurrent(p, x):
+    """Carries start as constants."""
+
+    def cell(state, each):
+        state = jnp.tanh(state @ p["v"] @ p["w"] + each @ p["w"])
+        return state, jnp.mean(jnp.square(state @ p["v"]), axis=-1)
+
+    return jnp.mean(jax.lax.scan(cell, jnp.zeros((len(x), H)), x.swapaxes(0, 1))[1], axis=0)
+
+
+def joined_by_zeros(p, x):
+    """Which belong to the rows that have them."""
+    h = hidden(p, x)
+    wide = jnp.zeros((len(x), T + 3, H))
+    wholes = [
+        jnp.pad(h, ((0, 0), (1, 2), (0, 0))),
+        jax.lax.dynamic_update_slice(wide, h, (0, 1, 0)),
+        wide.at[:, 2 : T + 2].set(h),
+        wide.at[:, 1].add(h[:, 0]),
+        jnp.concatenate([h, wide[:, :3]], axis=1),
+    ]
+    losses = [jnp.square(jnp.tanh(h @ p["v"] + p["v"][:1][None])) for h in wholes]
+    return jnp.mean(sum(losses), axis=(1, 2))
+
+
+def summed_so_far(p, x):
+    return rows(p, jax.lax.associative_scan(jnp.add, x @ p["w"] @ p["v"], axis=1))
+
+
 def with_a_token_of_parameters(p, x):
     def body(row):
         tokens = jnp.concatenate([p["v"][:1], row]).at[1].set(p["v"][1])
@@ -205,6 +234,16 @@ CASES = {
     "padded": (padded, rows),
     "reversed_and_rematerialised": (reversed_and_rematerialised, rows),
     "rolled_in_a_carry": (rolled_in_a_carry, rolled_rows),
+    "recurrent": (lambda p, x: jnp.mean(recurrent(p, x[jnp.argsort(x[:, 0, 0])])), recurrent),
+    "joined_by_zeros": (
+        lambda p, x: jnp.mean(joined_by_zeros(p, x[jnp.argsort(x[:, 0, 0])])),
+        joined_by_zeros,
+    ),
+    "summed_so_far": (  # of slices, one of which is empty
+        lambda p, x: jnp.mean(summed_so_far(p, x[jnp.argsort(x[:, 0, 0])])),
+        summed_so_far,
+    ),
+    "weighted_sum": (lambda p, x: jnp.dot(jnp.full(B, 1 / B), rows(p, x[::-1])), rows),
     "time_first_cut_across": (
         lambda p, x: jnp.mean(rows(p, x.swapaxes(0, 1).reshape(3, 8, F).reshape(T, B, F))),
         rows,
@@ -282,3 +321,24 @@ def test_rows_that_data_mix_have_no_dots(loss_fn):
 def test_rows_that_are_known_to_mix_are_an_error(loss_fn, message):
     with pytest.raises(ValueError, match=message):
         value_grad_and_dots(loss_fn)(PARAMS, X, direction=PARAMS)
+
+
+def test_places_that_nothing_is_written_to_belong_to_nobody():
+    """Of a carry that starts as a constant."""
+
+    def loss_fn(p, x):
+        def body(h, each):
+            k, row = each
+            return h.at[k].set(hidden(p, row)), None
+
+        h = jax.lax.scan(body, jnp.zeros((B + 2, T, H)), (jnp.arange(B) + 1, x))[0]
+        return jnp.sum(jnp.tanh(h @ p["v"] + p["v"][:1][None]))
+
+    def row_losses(p, x):
+        return jnp.sum(jnp.tanh(hidden(p, x) @ p["v"] + p["v"][:1][None]), axis=(1, 2))
+
+    result = value_grad_and_dots(loss_fn, loss_reduction="sum")(PARAMS, X, direction=PARAMS)
+    testing.assert_dots_close(result.dots, expected_dots(row_losses, PARAMS, X, PARAMS))
+    nobody = 2 * T * jnp.sum((1 - jnp.tanh(PARAMS["v"][0]) ** 2) * PARAMS["v"][0])
+    testing.assert_dots_close(result.shared["v"], nobody)
+    assert int(result.conflicts) == 0

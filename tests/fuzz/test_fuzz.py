@@ -1,0 +1,42 @@
+"""Random programs against per-row autodiff. ``python -m tests.fuzz SEED`` shows one of them."""
+
+import jax
+import pytest
+
+from tests.fuzz.compare import outcome
+from tests.fuzz.programs import program
+from tests.fuzz.refused import MOST, REFUSED
+
+COUNT, AT_ONCE = 500, 10
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("first", range(0, COUNT, AT_ONCE))
+def test_programs(first):
+    """Dots are exact, or refused where they were before; of rows that are mixed they may be NaN."""
+    wrong = []
+    for seed in range(first, first + AT_ONCE):
+        found = outcome(program(seed))
+        if found.kind == "exact" or (
+            found.kind in ("refused", "NaN") and program(seed).family == "mixed"
+        ):
+            continue
+        if found.kind == "wrong" or seed not in REFUSED.get(found.reason, ()):
+            wrong.append(f"{program(seed).text()}\n{found.kind} {found.reason}: {found.message}")
+    # Each executable is used once, and they would fill the memory.
+    jax.clear_caches()
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_that_refusals_are_few():
+    """Of 400 programs that keep rows apart; these counts can only shrink."""
+    counts = {reason: len(seeds) for reason, seeds in REFUSED.items()}
+    assert all(count <= MOST.get(reason, 0) for reason, count in counts.items())
+    seeds = [seed for own in REFUSED.values() for seed in own]
+    assert len(seeds) == len(set(seeds))
+    assert all(0 <= seed < COUNT and program(seed).family != "mixed" for seed in seeds)
