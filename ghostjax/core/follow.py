@@ -81,6 +81,8 @@ def rows_after(
     if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
         return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
     others = _others(eqn, tracks, actives, deciding)
+    if _joins_alike(eqn, [tracks[k] for k in deciding]):
+        deciding, others = deciding[:1], Others.CONSTANTS
     parts = [moved(eqn, k, tracks[k], operands, count, others) for k in deciding]
     if eqn.primitive.name == "dot_general":
         for k, part in zip(deciding, parts):
@@ -132,6 +134,17 @@ def combined(eqn, tracks: list[Track], shape, count, is_active: bool, conflicts:
     if isinstance(result.place, Known):
         return Track(_MIXED)
     return track_of(jnp.where(result.ids == NOBODY, SEVERAL, result.ids), shape, count)
+
+
+def _joins_alike(eqn, tracks: list[Track]) -> bool:
+    """Whether parts that belong to the same examples are joined along another axis."""
+    first = tracks[0].place
+    if eqn.primitive.name not in ("concatenate", "stack") or not isinstance(first, (Known, Moved)):
+        return False
+    if any(track.place != first or track.ids is not tracks[0].ids for track in tracks):
+        return False
+    axis = eqn.params.get("dimension")
+    return axis is None or first.shape[axis] == 1
 
 
 def _others(eqn, tracks: Sequence[Track], actives, deciding) -> Others:

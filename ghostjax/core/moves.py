@@ -134,8 +134,13 @@ def _slice(eqn, position, ids, operands, others):
     del position, operands, others
     params = eqn.params
     strides = params["strides"] or [1] * ids.ndim
-    bounds = zip(ids.shape, params["start_indices"], params["limit_indices"], strides)
-    return [ids[tuple(slice(a, b, s) if size > 1 else slice(None) for size, a, b, s in bounds)]]
+    bounds = zip(params["start_indices"], params["limit_indices"], strides)
+    index = [
+        (0, 1, 1) if size == 1 else bound for size, bound in zip(ids.shape, bounds, strict=True)
+    ]
+    if index == [(0, size, 1) for size in ids.shape]:
+        return [ids]
+    return [ids[tuple(slice(*bound) for bound in index)]]
 
 
 def _split(eqn, position, ids, operands, others):
@@ -154,7 +159,7 @@ def _rev(eqn, position, ids, operands, others):
     del position, operands, others
     axes = [axis for axis in eqn.params["dimensions"] if ids.shape[axis] > 1]
     xp = np if isinstance(ids, np.ndarray) else jnp
-    return [xp.flip(ids, axes)]
+    return [xp.flip(ids, axes) if axes else ids]
 
 
 def _concatenate(eqn, position, ids, operands, others):

@@ -90,6 +90,18 @@ def looked_up_rows(p, x):
     return -jax.nn.log_sigmoid((h @ p["v"])[:, 0] * x[:, 1, 1])
 
 
+def turned_within_rows(p, x):
+    """Numbers stay short where parts of the same rows are joined along another axis."""
+    h = hidden(p, x[jnp.argsort(x[:, 0, 0])])
+    h = jnp.concatenate([h[:, 1:], h[:, :1]], axis=1) @ p["v"]
+    return jnp.mean(jnp.square(jnp.sum(h[:, :2], axis=1) @ p["w"]))
+
+
+def turned_rows(p, x):
+    h = jnp.roll(hidden(p, x), -1, axis=1) @ p["v"]
+    return jnp.mean(jnp.square(jnp.sum(h[:, :2], axis=1) @ p["w"]), axis=1)
+
+
 def written(p, x):
     h = hidden(p, x)
     h = h.at[jnp.arange(B), places(x)].set(0.5 * h[:, 0])
@@ -225,6 +237,7 @@ CASES = {
         lambda p, x: jnp.mean(jnp.square((hidden(p, x) @ p["v"] + x) @ p["w"]), axis=(1, 2)),
     ),
     "looked_up": (looked_up, looked_up_rows),
+    "turned_within_rows": (turned_within_rows, turned_rows),
     "written": (written, written_rows),
     "rolled": (lambda p, x: jnp.mean(rows(p, jnp.roll(x, 2, axis=0))), rows),
     "reversed_with_itself": (

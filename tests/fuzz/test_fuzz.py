@@ -7,7 +7,11 @@ from tests.fuzz.compare import outcome
 from tests.fuzz.programs import program
 from tests.fuzz.refused import MOST, REFUSED
 
-COUNT, AT_ONCE = 500, 10
+COUNT, AT_ONCE, QUICK = 500, 10, 40
+GROUPS = [
+    pytest.param(first, marks=[pytest.mark.slow] if first >= QUICK else [])
+    for first in range(0, COUNT, AT_ONCE)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +20,7 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("first", range(0, COUNT, AT_ONCE))
+@pytest.mark.parametrize("first", GROUPS)
 def test_programs(first):
     """Dots are exact, or refused where they were before; of rows that are mixed they may be NaN."""
     wrong = []
