@@ -179,7 +179,7 @@ def _check_every_output_has_rows(eqn: Any, are_data: Sequence[bool]) -> None:
     """Of an output that vectorization does not repeat, JAX counts the cotangent once for every row:
     ``jax.grad`` of such a function is wrong in JAX 0.10, and an error later."""
     ((jaxpr, _),) = inner_jaxprs(eqn)
-    found = reached(jaxpr, are_data)
+    found = reached(jaxpr, are_data, by_gradient=False)
     alone = [k for k, var in enumerate(eqn.outvars) if is_real_or_complex(var) and not found[k]]
     if alone:
         raise NotImplementedError(

@@ -80,11 +80,11 @@ def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> lis
         carry = joined
 
 
-def reached(jaxpr: core.Jaxpr, actives: list[bool]) -> list[bool]:
-    """Which outputs depend on active inputs, as gradient flows."""
+def reached(jaxpr: core.Jaxpr, actives: list[bool], *, by_gradient: bool = True) -> list[bool]:
+    """Which outputs depend on active inputs: so that gradient flows, or at all."""
     found = {var for var, active in zip(jaxpr.invars, actives, strict=True) if active}
     for eqn in jaxpr.eqns:
-        passes = eqn.primitive.name != "stop_gradient"
+        passes = not by_gradient or eqn.primitive.name != "stop_gradient"
         if passes and any(is_var(atom) and atom in found for atom in eqn.invars):
-            found.update(var for var in eqn.outvars if is_number(var))
+            found.update(var for var in eqn.outvars if not by_gradient or is_number(var))
     return [is_var(atom) and atom in found for atom in jaxpr.outvars]

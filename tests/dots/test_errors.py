@@ -254,12 +254,14 @@ def test_a_while_loop():
 
 
 def test_what_cannot_be_walked_is_refused():
-    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec()
-
     def loss_fn(params, x):
-        run = jax.shard_map(dense, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
-        return jnp.mean(run(params, x))
+        scale = params["b"][None]
+        solved = jax.lax.custom_linear_solve(
+            lambda y: y * scale, x[:, :4], lambda _, b: b / scale, symmetric=True
+        )
+        return jnp.mean(solved)
 
-    with pytest.raises(NotImplementedError, match=r"shard_map.*\['b'\].*cannot be walked"):
+    with pytest.raises(
+        NotImplementedError, match=r"custom_linear_solve.*\['b'\].*cannot be walked"
+    ):
         value_grad_and_dots(loss_fn)(DENSE, X, direction=DENSE)

@@ -175,8 +175,8 @@ def test_weights_that_do_not_tell_which_are_zero_are_refused():
 def test_weights_that_send_two_rows_to_one_place_have_no_dots():
     def loss_fn(params, x):
         h = jnp.tanh(x.reshape(-1, F) @ params["in"])
-        half = (jnp.abs(h[:, 0]) > jnp.median(jnp.abs(h[:, 0]))).astype(jnp.float32)
-        return jnp.mean(jnp.square(jnp.einsum("t,td->d", half, h)[None] @ params["in"]))
+        halves = jax.nn.one_hot((h[:, 0] > 0).astype(jnp.int32), 2)
+        return jnp.mean(jnp.square(jnp.einsum("te,td->ed", halves, h) @ params["in"]))
 
     run = jax.jit(lambda p, x: value_grad_and_dots(loss_fn)(p, x, direction=p))
     result = run(PARAMS, X)
