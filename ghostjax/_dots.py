@@ -255,9 +255,9 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
         parameters = [*inspect.signature(loss_fn).parameters.values()]
     except (TypeError, ValueError):  # some callables have none
         parameters = [kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)]
-    own = ("direction", "labels", "num_labels")
+    own = {"direction": kind.empty, "labels": None, "num_labels": None}
     parameters = [found for found in parameters if found.name not in own]
-    parameters += [kind(name, kind.KEYWORD_ONLY) for name in own]
+    parameters += [kind(name, kind.KEYWORD_ONLY, default=value) for name, value in own.items()]
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 
