@@ -23,7 +23,7 @@ def test_gemma():
     model = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32, tokens="batch.tokens")
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 17, (3, 6)), jnp.int32)
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:, None]}
-    params = redrawn(model.init(jax.random.key(0), batch["tokens"])["params"])
+    params = redrawn(jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"])
     loss = kd.losses.SoftmaxCrossEntropyWithIntLabels(logits="logits", labels="labels")
 
     def loss_fn(params, batch):
