@@ -84,7 +84,12 @@ def apart(batch, labels):
         yield kept
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+REFUSED = pytest.mark.xfail(
+    raises=NotImplementedError, strict=True, reason="experts are in a shard_map, not walked inside"
+)
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("sparse", marks=REFUSED)])
 def test_maxtext(kind):
     package("maxtext")
     package("pathwaysutils")
