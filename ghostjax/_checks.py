@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._errors import BatchError, ParameterError
+from ghostjax._modules import two_lines
 
 
 def check_val_batch_size(val_batch_size: Any, num_rows: int | None = None) -> int:
@@ -74,14 +75,18 @@ def check_parameters(params: Any) -> None:
     """Every leaf must be a real floating-point array."""
     faults = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:  # a function, or a name
+            dtype = type(leaf).__name__
+        if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
             faults.append(f"  {jax.tree_util.keystr(path) or 'params'}: {dtype}")
     if faults:
         raise ParameterError(
             "parameters must be real floating-point arrays. Found\n"
             + "\n".join(faults)
             + "\nPass other state to the loss function as a further argument, or close over it."
+            + two_lines(params)
         )
 
 

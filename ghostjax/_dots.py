@@ -126,7 +126,9 @@ def value_grad_and_dots(
       loss_fn: ``loss_fn(params, batch, ...) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
         With ``per_example``, the loss of one row: the batch arguments come without their leading
         axis, and the returned value is the mean (or sum) over rows, aux stacked over rows.
-      argnums: which positional arguments are the parameters: trees of floating-point arrays.
+      argnums: which positional arguments are the parameters: trees of floating-point arrays. Or an
+        Equinox or NNX module, of which the parameters are, and the gradient is, what they are for
+        ``eqx.filter_grad`` and ``nnx.grad``; state that the loss changes is an error there.
       batch_argnums: which are the batch: trees of arrays that share their leading size B.
       loss_reduction: "mean": the loss is a mean over rows and dots[i] refers to row i's own loss,
         B times its share; "sum": dots[i] is row i's share of <grads, direction>. A row's share is
@@ -253,9 +255,9 @@ def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
         parameters = [*inspect.signature(loss_fn).parameters.values()]
     except (TypeError, ValueError):  # some callables have none
         parameters = [kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)]
-    own = ("direction", "labels", "num_labels")
+    own = {"direction": kind.empty, "labels": None, "num_labels": None}
     parameters = [found for found in parameters if found.name not in own]
-    parameters += [kind(name, kind.KEYWORD_ONLY) for name in own]
+    parameters += [kind(name, kind.KEYWORD_ONLY, default=value) for name, value in own.items()]
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
 
 

@@ -11,6 +11,7 @@ from jax.extend import core
 
 from ghostjax._checks import batch_rows, check_argnums, check_parameters
 from ghostjax._jaxprs import live_equations
+from ghostjax._modules import opened
 from ghostjax.core import Push, Rows, Track, Value, Walk, Where
 
 
@@ -136,7 +137,8 @@ def trace_loss(
 ) -> tuple[Loss, Arrays]:
     """Traces ``loss_fn`` once, with every array among its arguments an input."""
     numbers, batch_numbers = check_argnums(argnums, batch_argnums, len(args))
-    params = tuple(args[number] for number in numbers)
+    split = [opened(args[number]) for number in numbers]
+    params = tuple(found for found, _ in split)
     batch = tuple(args[number] for number in batch_numbers)
     named = params[0] if isinstance(argnums, int) else params
     check_parameters(named)
@@ -156,8 +158,12 @@ def trace_loss(
         remaining = iter(arrays)
         filled = [next(remaining) if _is_array(leaf) else leaf for leaf in leaves]
         full, kwargs = jax.tree.unflatten(treedef, filled)
-        full = full | dict(zip(numbers, params)) | dict(zip(batch_numbers, batch))
+        closed = [close(found) for (_, close), found in zip(split, params)]
+        full |= {number: whole for number, (whole, _) in zip(numbers, closed)}
+        full |= dict(zip(batch_numbers, batch))
         output = loss_fn(*(full[number] for number in range(len(args))), **kwargs)
+        for _, check_state in closed:
+            check_state()
         if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
             raise TypeError(
                 "with has_aux, loss_fn must return a pair (loss, aux). Found "

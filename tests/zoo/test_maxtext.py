@@ -1,0 +1,127 @@
+"""MaxText: its own loss function with its config; layers scanned, rows packed."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.zoo.checks import MARKS, check, package, redrawn
+
+pytestmark = MARKS
+LENGTHS = [[5, 4], [3, 7], [6, 2, 4]]  # of documents; what is left of a row is padding
+B, T, VOCABULARY = len(LENGTHS), 12, 32
+DOCUMENTS = sum(map(len, LENGTHS))
+DENSE = {
+    "base_emb_dim": 16,
+    "base_num_query_heads": 2,
+    "base_num_kv_heads": 1,
+    "base_mlp_dim": 24,
+    "base_num_decoder_layers": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_target_length": T,
+    "per_device_batch_size": B,
+}
+SPARSE = {
+    "decoder_block": "mixtral",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "base_moe_mlp_dim": 24,
+    "sparse_matmul": True,
+    "megablox": False,  # ragged_dot: megablox is for TPUs
+    "load_balance_loss_weight": 0.0,  # that loss couples rows: no row has a gradient of its own
+}
+EXACT = {
+    "dtype": "float32",
+    "weight_dtype": "float32",
+    "matmul_precision": "highest",
+    "attention": "dot_product",
+    "scan_layers": True,
+    "remat_policy": "full",
+    "enable_dropout": False,
+    "packing": True,
+}
+QUIET = {
+    "run_name": "zoo",
+    "enable_checkpointing": False,
+    "dataset_type": "synthetic",
+    "skip_jax_distributed_system": True,
+    "log_config": False,
+    "hardware": "cpu",
+}
+
+
+def packed():
+    """(batch, labels): segments are numbered from 1 in every row, labels through all rows."""
+    rng = np.random.default_rng(0)
+    segments, positions, labels = (np.zeros((B, T), np.int32) for _ in range(3))
+    labels -= 1
+    count = 0
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for number, length in enumerate(lengths):
+            own = row, slice(start, start + length)
+            segments[own], positions[own], labels[own] = number + 1, np.arange(length), count
+            start, count = start + length, count + 1
+    batch = {
+        name: rng.integers(0, VOCABULARY, (B, T)).astype(np.int32) for name in ("inputs", "targets")
+    }
+    for name in ("inputs", "targets"):
+        batch |= {f"{name}_position": positions, f"{name}_segmentation": segments}
+    return jax.tree.map(jnp.asarray, batch), labels
+
+
+def apart(batch, labels):
+    """Batches of one document: what belongs to others is padding."""
+    for number in range(DOCUMENTS):
+        own = labels == number
+        row = np.flatnonzero(own.any(1))
+        kept = {name: leaf[row] for name, leaf in batch.items()}
+        for name in ("inputs", "targets"):
+            kept[f"{name}_segmentation"] = jnp.asarray(own[row].astype(np.int32))
+        yield kept
+
+
+REFUSED = pytest.mark.xfail(
+    raises=NotImplementedError, strict=True, reason="experts are in a shard_map, not walked inside"
+)
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("sparse", marks=REFUSED)])
+def test_maxtext(kind):
+    package("maxtext")
+    package("pathwaysutils")
+    if len(jax.devices()) > 1:
+        pytest.skip("MaxText takes every device there is; for one device, set XLA_FLAGS")
+    from flax import nnx
+    from maxtext.configs import pyconfig
+    from maxtext.trainers.pre_train import train
+    from maxtext.utils import maxtext_utils, model_creation_utils
+
+    base = os.path.join(os.path.dirname(pyconfig.__file__), "base.yml")
+    options = DENSE | EXACT | QUIET | (SPARSE if kind == "sparse" else {})
+    config = pyconfig.initialize(["", base], **options)
+    mesh = maxtext_utils.get_mesh_from_config(config)
+    model = model_creation_utils.from_config(config, mesh=mesh, rngs=nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    assert any("moe" in name.lower() for name in names) == (kind == "sparse"), names
+
+    def loss_fn(params, batch):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        loss, _ = train.loss_fn(model, config, batch, None, None, is_train=True)
+        return loss
+
+    batch, labels = packed()
+    with jax.set_mesh(mesh):
+        check(
+            loss_fn,
+            redrawn(params),
+            batch,
+            list(apart(batch, labels)),
+            [length for lengths in LENGTHS for length in lengths],
+            labels=jnp.asarray(labels),
+            num_labels=DOCUMENTS,
+        )
