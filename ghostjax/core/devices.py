@@ -16,6 +16,7 @@ import jax
 from ghostjax._jaxprs import inner_jaxprs
 from ghostjax.core.place_rules import RULES, RowInfo, Rows, agree, lost, shape_of
 from ghostjax.core.places import CONTAINERS, infer
+from ghostjax.core.tracks import Track
 
 
 class LocalRows(int):
@@ -91,6 +92,24 @@ def _enter(eqn, info: Rows, spec, num_rows: int) -> tuple[RowInfo, tuple[str, ..
         if _size(eqn, before) == info.outer and num_rows % _size(eqn, axes) == 0:
             return dataclasses.replace(info, outer=1), axes
     return lost(eqn, f"cuts the row axis over the mesh axes {names}, and rows apart"), ()
+
+
+def enter_positions(eqn, tracks: Sequence[Track], spec, labels: Any) -> tuple[Track, ...]:
+    """Those that no device has parts of."""
+    found = [
+        _enter(eqn, track.place, spec, labels.positions)
+        for track in tracks
+        if isinstance(track.place, Rows)
+    ]
+    return tuple(Track(info) for info, axes in found if isinstance(info, Rows) and not axes)
+
+
+def leave_positions(eqn, tracks: Sequence[Track], spec) -> tuple[Track, ...]:
+    return tuple(
+        Track(_leave(eqn, track.place, spec, ()))
+        for track in tracks
+        if isinstance(track.place, Rows)
+    )
 
 
 def leave(

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ghostjax._jaxprs import describe_operation
-from ghostjax.core.devices import enter, leave, split_axes
+from ghostjax.core.devices import (
+    enter,
+    enter_positions,
+    leave,
+    leave_positions,
+    split_axes,
+)
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.harvest import summed, sums_of_left
 from ghostjax.core.place_rules import Mixed
@@ -34,28 +40,28 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
             "engine cannot bring them together. Take value_grad_and_dots, with the gradient of the "
             "validation loss as the direction."
         )
-    if walk.labels is not None:
-        raise NotImplementedError(
-            f"{walk.describe(eqn)}: labels [B, T] are not followed into shard_map. Call "
-            "value_grad_and_dots inside of it, or give one label per row."
-        )
     places = [_in_place(value.rows, "before") for value in operands]
     if not walk.follows:
         walk.places_after(eqn, operands)
     infos, local = enter(eqn, places, walk.num_rows)
     key, devices, classes = walk.next_key(), _Devices(eqn), []
 
-    def body(primals, tangents, of_rows, others, slots):
+    entered = [
+        enter_positions(eqn, value.where.positions, spec, walk.labels)
+        for value, spec in zip(operands, params["in_specs"], strict=True)
+    ]
+
+    def body(primals, tangents, of_rows, others, labels, slots):
         inner = walk.inside(key, jax.tree.map(devices.own, slots))
-        inner.num_rows = local
+        inner.num_rows, inner.labels = local, labels
         for names, arrays in ((walk.arrays_of_rows, of_rows), (walk.other_arrays, others)):
             for name, array in zip(names, arrays):
                 setattr(inner, name, array)
         values = [
             dataclasses.replace(
-                value, primal=primal, tangents=own, where=Where(Track(info)), direct=False
+                value, primal=primal, tangents=own, where=Where(Track(info), where), direct=False
             )
-            for value, primal, own, info in zip(operands, primals, tangents, infos)
+            for value, primal, own, info, where in zip(operands, primals, tangents, infos, entered)
         ]
         outputs = inner.open(params["jaxpr"], [], values)
         classes[:] = [
@@ -64,16 +70,21 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
                 primal=None,
                 tangents={},
                 support=None,
-                where=Where(Track(_in_place(value.rows, "inside of"))),
+                where=Where(
+                    Track(_in_place(value.rows, "inside of")),
+                    leave_positions(eqn, value.where.positions, spec),
+                ),
             )
-            for value in outputs
+            for value, spec in zip(outputs, params["out_specs"], strict=True)
         ]
         results = [value.primal for value in outputs], [value.tangents for value in outputs]
         return *results, inner.results()
 
     before = (None,) if walk.stacked else ()
     split = split_axes(local)[len(split_axes(walk.num_rows)) :]
-    of_rows = PartitionSpec() if local is None else PartitionSpec(*before, split or None)
+    of_rows = PartitionSpec()
+    if local is not None and walk.labels is None:
+        of_rows = PartitionSpec(*before, split or None)
 
     def with_tangents(specs):
         return list(specs), [PartitionSpec(*before, *spec) for spec in specs]
@@ -86,11 +97,13 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
             [value.tangents for value in operands],
             [getattr(walk, name) for name in walk.arrays_of_rows],
             [getattr(walk, name) for name in walk.other_arrays],
+            walk.labels,
             slots,
             in_specs=(
                 *with_tangents(params["in_specs"]),
                 of_rows,
                 PartitionSpec(),
+                PartitionSpec(split or None),
                 jax.tree.map(devices.spec_of, slots),
             ),
             out_specs=with_tangents(params["out_specs"]),
@@ -102,7 +115,9 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     walk.receive(found)
     places = leave(eqn, [value.rows for value in classes], walk.num_rows, local)
     return [
-        dataclasses.replace(value, primal=primal, tangents=own, where=Where(Track(info)))
+        dataclasses.replace(
+            value, primal=primal, tangents=own, where=Where(Track(info), value.where.positions)
+        )
         for value, primal, own, info in zip(classes, primals, tangents, places)
     ]
 

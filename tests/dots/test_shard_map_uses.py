@@ -380,6 +380,36 @@ def test_rows_that_move_on_a_device(order):
         value_and_dots_fn(loss_fn)(params, x)
 
 
+def test_positions_on_a_device():
+    """Labels [B, T] go in with the rows."""
+    params = {"w": draw(5, 4), "v": draw(4, 5, seed=2)}
+    x, labels = draw(8, 4, 5, seed=1), jnp.arange(32).reshape(8, 4) % 7 - 1
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+
+    def outputs(params, x):
+        h = jnp.tanh(x.reshape(-1, 5) @ params["w"])[::-1].reshape(*x.shape[:2], 4)
+        return (h[::-1, ::-1] @ params["v"]) + x
+
+    def loss_fn(params, x):
+        run = jax.shard_map(
+            outputs, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False
+        )
+        return jnp.sum(jnp.square(run(params, x) @ params["w"]))
+
+    def places(params, x):
+        return jnp.sum(jnp.square(outputs(params, x[:, None]) @ params["w"]), axis=(1, 2))
+
+    direction = direction_like(params)
+    fn = value_grad_and_dots(loss_fn, loss_reduction="sum")
+    given = {"labels": labels, "num_labels": 6}
+    result = jax.jit(lambda p, x, v: fn(p, x, direction=v, **given))(params, x, direction)
+    single = expected_dots(places, params, x.reshape(32, 5), direction)
+    expected = jax.tree.map(
+        lambda leaf: np.stack([leaf[labels.ravel() == s].sum() for s in range(6)]), single
+    )
+    testing.assert_dots_close(result.dots, expected)
+
+
 def test_rows_that_move_on_a_device_and_cross_to_others():
     mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
 
