@@ -91,6 +91,12 @@ def rows_after(
                 ids = _chosen(eqn, k, numbers(tracks[k], shape, count), supports[1 - k])
                 if ids is not None:
                     part[0] = _agreed(*ids, shape_of(eqn.outvars[0]), is_active, conflicts)
+    if eqn.primitive.name == "dot_general" and len(deciding) == 2:
+        for k in (0, 1):
+            aligned = _aligned(eqn, k, tracks, count)
+            if isinstance(parts[k][0].place, Mixed) and aligned is not None:
+                conflicts.append(jnp.sum(aligned, dtype=jnp.int32))
+                parts[k] = parts[1 - k]
     if any(isinstance(track.place, Mixed) for track in _values(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
@@ -227,6 +233,25 @@ def _chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | Non
     kept, last = most.shape[:first], most.shape[first:]
     shape = [*kept, *ones, *last] if own == 0 else [*kept, *last, *ones]
     return most.reshape(shape), least.reshape(shape)
+
+
+def _aligned(eqn, position: int, tracks: Sequence[Track], count: int) -> Any:
+    """Where an operand's numbers are not those of the other, which has its rows in place along axes
+    that the product keeps; None if it has not. Then what is summed belongs to one row."""
+    own, other = position, 1 - position
+    if not _is_everywhere(tracks[other]):
+        return None
+    _, batch = eqn.params["dimension_numbers"]
+    shapes = [shape_of(var) for var in eqn.invars]
+    ids, theirs = (numbers(tracks[side], shapes[side], count) for side in (own, other))
+    if not {axis for axis, size in enumerate(theirs.shape) if size > 1} <= set(batch[other]):
+        return None
+    rest = [axis for axis in range(len(shapes[own])) if axis not in batch[own]]
+    ids = ids.transpose(*batch[own], *rest)
+    theirs = theirs.transpose(
+        *batch[other], *(axis for axis in range(len(shapes[other])) if axis not in batch[other])
+    )
+    return merged(ids, theirs.reshape([*theirs.shape[: len(batch[other])], *[1] * len(rest)]))[1]
 
 
 def _agreed(most, least, shape, is_active: bool, conflicts: list[Any]) -> Track:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation, is_var
@@ -17,6 +18,11 @@ WAY_OUT = (
 
 # By primitive: ``check(eqn, infos, actives, rows, num_rows)`` of what only derivatives do.
 CHECKS: dict[str, Callable[..., None]] = {}
+# By primitive: ``follow(walk, eqn, operands)`` gives where rows are in the outputs of a function
+# with a derivative rule, None where they are lost.
+FOLLOWED: dict[str, Callable[..., Any]] = {}
+# The same, but the outputs as the function alone makes them.
+FORWARDS: dict[str, Callable[..., Any]] = {}
 
 
 def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:

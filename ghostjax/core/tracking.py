@@ -10,7 +10,7 @@ from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Labels
 from ghostjax.core.follow import positions_after, rows_after
 from ghostjax.core.inside import is_container
-from ghostjax.core.mixing import CHECKS, check_rows, combined, several
+from ghostjax.core.mixing import CHECKS, FOLLOWED, FORWARDS, check_rows, combined, several
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 from ghostjax.core.support import weights
@@ -58,7 +58,11 @@ class Tracking:
         if self.labels is None:
             return [Where(track) for track in rows]
         if is_container(eqn) and any(value.where.positions for value in operands):
-            inside = self._followed_inside(eqn, operands)
+            if eqn.primitive.name in FORWARDS:
+                values = self._apart(eqn, operands, FORWARDS[eqn.primitive.name])
+                inside = [value.where for value in values]
+            else:
+                inside = self._followed_inside(eqn, operands)
             if inside is not None:
                 return [Where(track, where.positions) for track, where in zip(rows, inside)]
         positions = positions_after(
@@ -121,6 +125,10 @@ class Tracking:
         self.count_conflicts(conflicts)
         apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
         lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
+        if lost and eqn.primitive.name in FOLLOWED:
+            moved = self._apart(eqn, operands, FOLLOWED[eqn.primitive.name])
+            if moved is not None:
+                return moved
         sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
         if len(apart) > 1 and lost and not sums:
             raise RowAxisError(several(describe_operation(eqn, self.around), lost[0]))
@@ -159,6 +167,10 @@ class Tracking:
         handler = HANDLERS.get(eqn.primitive.name)
         if handler is None or eqn.primitive.name == "shard_map":
             return None
+        return [value.where for value in self._apart(eqn, operands, handler)]
+
+    def _apart(self, eqn, operands, function) -> Any:
+        """``function`` of a walk of its own, whose conflicts count here."""
         walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
         walk.named_meetings = {}
         walk.around = (eqn, *self.around)
@@ -166,11 +178,11 @@ class Tracking:
             dataclasses.replace(value, tangents={}, active=value.active or bool(value.tangents))
             for value in operands
         ]
-        outputs = handler(
-            walk, eqn, values if eqn.primitive.name in OPENED else unsupported(values)
-        )
+        if eqn.primitive.name not in OPENED:
+            values = unsupported(values)
+        found = function(walk, eqn, values)
         self.conflicts.update(walk.conflicts)
-        return [value.where for value in outputs]
+        return found
 
     def count_conflicts(self, counts: list[Any]) -> None:
         for count in counts:

@@ -345,3 +345,55 @@ def test_rules_of_moved_rows(order):
 
     with pytest.raises(ValueError, match=r"in the backward rule of .*centred_gradient"):
         arranged(mixed)(params, x, direction=params)
+
+
+@jax.custom_vjp
+def sorted_by(x, order):
+    return x[order]
+
+
+sorted_by.defvjp(lambda x, order: (x[order], order), lambda order, g: (g[jnp.argsort(order)], None))
+
+
+@jax.custom_vjp
+def sorted_and_left(x, order):
+    return x[order]
+
+
+sorted_and_left.defvjp(lambda x, order: (x[order], order), lambda order, g: (g, None))
+
+
+@jax.custom_vjp
+def sorted_and_centred(x, order):
+    return x[order]
+
+
+sorted_and_centred.defvjp(
+    lambda x, order: (x[order], order),
+    lambda order, g: ((g - g.mean(0, keepdims=True))[jnp.argsort(order)], None),
+)
+
+
+def test_rules_that_move_rows_bring_them_back():
+    params, x = {"w": draw(FEATURES, 4), "v": draw(4, 3)}, draw(6, FEATURES, seed=1)
+
+    def loss_with(move):
+        def loss_fn(params, x):
+            order = jnp.argsort(x[:, 0])
+            h = move(jnp.tanh(x @ params["w"]), order) @ params["v"]
+            return jnp.sum(jnp.square(h))
+
+        return jax.jit(value_grad_and_dots(loss_fn, loss_reduction="sum"))
+
+    def losses(params, x):
+        return jnp.sum(jnp.square(jnp.tanh(x @ params["w"]) @ params["v"]), axis=1)
+
+    direction = direction_like(params)
+    result = loss_with(sorted_by)(params, x, direction=direction)
+    testing.assert_dots_close(result.dots, one_by_one(losses, params, x, direction))
+    assert int(result.conflicts) == 0
+    left = loss_with(sorted_and_left)(params, x, direction=direction)
+    assert int(left.conflicts) > 0
+    assert jnp.isnan(left.dots["w"]).all()
+    with pytest.raises(ValueError, match=r"sub.*combines rows with a value in which rows are"):
+        loss_with(sorted_and_centred)(params, x, direction=direction)

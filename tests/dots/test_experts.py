@@ -107,6 +107,17 @@ def unsorted_top_two(use, x):
     return jnp.mean(jnp.square(out)) + jnp.mean(h)
 
 
+def combined_by_einsum(use, x):
+    """The same, where the sum over the copies is a product with their gates."""
+    h = jnp.tanh(use.dense(x.reshape(-1, F), "in", ROWS))
+    gates, kinds = jax.lax.top_k(jax.nn.softmax(use.dense(h, "router", ROWS)), 2)
+    order = jnp.argsort(kinds.ravel())
+    rows = jnp.repeat(ROWS, 2)[order]
+    found = use.sorted(jnp.repeat(h, 2, axis=0)[order], "up", kinds.ravel()[order], rows)
+    found = found[jnp.argsort(order)].reshape(-1, 2, H)
+    return jnp.mean(jnp.square(jnp.einsum("bkh,bk->bh", found, gates)))
+
+
 def experts_choose(use, x):
     """Every expert takes the tokens that it likes best."""
     h = jnp.tanh(use.dense(x.reshape(-1, F), "in", ROWS))
@@ -126,6 +137,7 @@ CASES = {
     )[0],
     "sorted_top_two": sorted_top_two,
     "unsorted_top_two": unsorted_top_two,
+    "combined_by_einsum": combined_by_einsum,
     "experts_choose": experts_choose,
 }
 

@@ -1,0 +1,79 @@
+"""Functions with derivative rules of their own that move rows: the rule must move them back.
+
+As those that sort tokens by expert: their backward rule brings cotangents home by another look-up.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from ghostjax._errors import RowAxisError
+from ghostjax._jaxprs import describe_operation, inner_jaxprs
+from ghostjax.core.linear import is_real_or_complex
+from ghostjax.core.mixing import FOLLOWED, FORWARDS, WAY_OUT
+from ghostjax.core.place_rules import shape_of
+from ghostjax.core.program import is_literal, run
+from ghostjax.core.rules import pullback, pushforward
+from ghostjax.core.tracks import Track, Where, merged, numbers
+from ghostjax.core.values import Value
+
+
+def _forwards(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+    ((jaxpr, _),) = inner_jaxprs(eqn)
+    consts = next((v.consts for v in eqn.params.values() if hasattr(v, "consts")), [])
+    return walk.open(jaxpr, [Value(const) for const in consts], operands)
+
+
+def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | None:
+    """Where rows are in the outputs; None where they are lost on the way."""
+    outputs = _forwards(walk, eqn, operands)
+    numbered = [is_real_or_complex(var) for var in eqn.outvars]
+    found = [value.where.rows for value in outputs]
+    if not all(track.is_apart for track, is_number in zip(found, numbered) if is_number):
+        return None
+    active = [value.active and is_real_or_complex(var) for value, var in zip(operands, eqn.invars)]
+    if not any(active):
+        return found
+    of_operands = [(value.where.rows, var) for value, var in zip(operands, eqn.invars)]
+    of_outputs = list(zip(found, eqn.outvars))
+    if eqn.primitive.name == "custom_vjp_call":
+        program = pullback(eqn, active, active)
+        given = [pair for pair, is_number in zip(of_outputs, numbered) if is_number]
+        wanted = [pair for pair, is_active in zip(of_operands, active) if is_active]
+    else:
+        program = pushforward(eqn, active, numbered)
+        given = [pair for pair, is_active in zip(of_operands, active) if is_active]
+        wanted = [pair for pair, is_number in zip(of_outputs, numbered) if is_number]
+    # Gradient flows through what the rule is given alone: the operands are factors there.
+    values = [Value(value.primal, {}, value.is_data, False, value.where) for value in operands] + [
+        Value(jnp.zeros(shape_of(var), var.aval.dtype), {}, True, True, Where(track))
+        for track, var in given
+    ]
+    env = dict(zip(program.inputs, values, strict=True))
+    env.update((number, Value(const)) for number, const in program.consts.items())
+
+    def evaluate(inner, atoms):
+        own = [atom if isinstance(atom, Value) else Value(atom) for atom in atoms]
+        return walk.equation(inner, own)
+
+    run(program.steps, env, evaluate)
+    for atom, (track, var) in zip(program.outputs, wanted, strict=True):
+        value = None if is_literal(atom) else env[atom]
+        if value is None or not value.active or not track.is_apart:
+            continue  # no gradient, or none that rows have
+        back = value.where.rows
+        if not back.is_apart:
+            reason = getattr(back.place, "reason", "it depends on no row")
+            raise RowAxisError(
+                f"in the derivative rule of {describe_operation(eqn, walk.around)}: rows are not "
+                f"brought back to where they were ({reason}). {WAY_OUT}"
+            )
+        pair = [numbers(each, shape_of(var), walk.num_rows) for each in (back, track)]
+        differ = jnp.asarray(merged(*pair)[1])
+        walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])
+    return found
+
+
+FOLLOWED.update(dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _followed))
+FORWARDS.update(dict.fromkeys(FOLLOWED, _forwards))
