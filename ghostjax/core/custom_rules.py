@@ -37,11 +37,11 @@ class RuleMeeting(Meeting):
     def _prepare(self, function, operands):
         del function
         eqn = self.eqn
-        if self.num_rows is None:
-            _check_every_output_has_rows(eqn, [value.is_data for value in operands])
         active = _active(eqn, [value.active or bool(value.tangents) for value in operands])
         self._moving = [k for k, value in enumerate(operands) if value.tangents]
         program = pullback(eqn, active, [bool(value.tangents) for value in operands])
+        if self.num_rows is None:
+            _check_shared_outputs(eqn, program, [value.is_data for value in operands])
         used = {atom for step in program.steps for atom in step.inputs if _is_number(atom)}
         used.update(atom for atom in program.outputs if _is_number(atom))
         self.kept = [k for k in range(len(operands)) if program.inputs[k] in used]
@@ -175,17 +175,26 @@ def push_through_rule(eqn: Any, primals, moving, name: str):
     return push
 
 
-def _check_every_output_has_rows(eqn: Any, are_data: Sequence[bool]) -> None:
-    """Of an output that vectorization does not repeat, JAX counts the cotangent once for every row:
-    ``jax.grad`` of such a function is wrong in JAX 0.10, and an error later."""
+def _check_shared_outputs(eqn: Any, program: Program, are_data: Sequence[bool]) -> None:
+    """Of an output that vectorization does not repeat, JAX counts the cotangent once for every row
+    where the rule brings it together with rows: ``jax.grad`` of such a function is wrong in JAX
+    0.10, and an error later."""
     ((jaxpr, _),) = inner_jaxprs(eqn)
     found = reached(jaxpr, are_data, by_gradient=False)
-    alone = [k for k, var in enumerate(eqn.outvars) if is_real_or_complex(var) and not found[k]]
-    if alone:
+    has_rows = [found[k] for k, var in enumerate(eqn.outvars) if is_real_or_complex(var)]
+    operands, cotangents = program.inputs[: len(are_data)], program.inputs[len(are_data) :]
+    shared = {number for number, own in zip(cotangents, has_rows) if not own}
+    of_rows = {number for number, own in zip(cotangents, has_rows) if own}
+    of_rows.update(number for number, is_data in zip(operands, are_data) if is_data)
+    for step in program.steps:
+        for group in (shared, of_rows):
+            if any(_is_number(atom) and atom in group for atom in step.inputs):
+                group.update(step.outputs)
+    if any(_is_number(atom) and atom in shared & of_rows for atom in program.outputs):
         raise NotImplementedError(
-            f"{_function(eqn)} has outputs that do not depend on the row ({alone}, counted from 0) "
-            "beside others that do, which JAX does not differentiate right under jax.vmap. With "
-            "per_example=True, compute them outside of the custom_vjp function."
+            f"{_function(eqn)} has an output that does not depend on the row, whose cotangent its "
+            "backward rule brings together with rows. JAX does not differentiate that right under "
+            "jax.vmap. With per_example=True, compute that output outside of the function."
         )
 
 

@@ -289,7 +289,7 @@ def test_outputs_of_no_row_beside_outputs_of_rows():
 
     params = {"w": jnp.ones(3)}
     fn = value_grad_and_dots(loss_fn, per_example=True)
-    message = r"custom_vjp_call at .*and_doubled at .*do not depend on the row \(\[1\]"
+    message = r"custom_vjp_call at .*and_doubled at .*an output that does not depend on the row"
     with pytest.raises(NotImplementedError, match=message):
         fn(params, jnp.ones((2, 3)), direction=params)
 
