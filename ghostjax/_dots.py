@@ -195,7 +195,8 @@ def value_grad_and_dots(
         directions = check_direction(params, direction, stacked=True)
         return directed(loss, arrays, direction, directions, check_labels(loss, labels, num_labels))
 
-    fn.__signature__ = _with_direction(loss_fn)  # jax.jit looks for donated names there
+    own = {"direction": inspect.Parameter.empty, **LABELS}
+    fn.__signature__ = with_keywords(loss_fn, own)  # jax.jit looks for donated names there
     return fn
 
 
@@ -248,14 +249,16 @@ def finished(loss, value, aux, grads, dots, shared, labels, conflicts) -> GradDo
     return GradDots(value, aux, *trees, conflicts, loss.loss_reduction, loss.num_rows)
 
 
-def _with_direction(loss_fn: Callable[..., Any]) -> inspect.Signature:
-    """The signature of ``fn``."""
+LABELS = {"labels": None, "num_labels": None}
+
+
+def with_keywords(loss_fn: Callable[..., Any], own: dict[str, Any]) -> inspect.Signature:
+    """The signature of ``loss_fn``, and keywords with their defaults."""
     kind = inspect.Parameter
     try:
         parameters = [*inspect.signature(loss_fn).parameters.values()]
     except (TypeError, ValueError):  # some callables have none
         parameters = [kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)]
-    own = {"direction": kind.empty, "labels": None, "num_labels": None}
     parameters = [found for found in parameters if found.name not in own]
     parameters += [kind(name, kind.KEYWORD_ONLY, default=value) for name, value in own.items()]
     return inspect.Signature(sorted(parameters, key=lambda found: found.kind))

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_direction
-from ghostjax._dots import GradDots, directed, finished, like_rows, wide_zeros
+from ghostjax._dots import (
+    LABELS,
+    GradDots,
+    directed,
+    finished,
+    like_rows,
+    wide_zeros,
+    with_keywords,
+)
 from ghostjax._labels import check_labels, counted, positions_of
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax.core import Harvest, Labels, Meeting, added_up, contract, varying_as, zeros_of
@@ -165,6 +173,7 @@ def value_and_dots_fn(
         dots = (_without_factors if remat else _with_factors)(loss, arrays, found)
         return (dots.value, dots.aux) if has_aux else dots.value, dots.grads, dots
 
+    fn.__signature__ = with_keywords(loss_fn, LABELS)
     return fn
 
 

@@ -101,3 +101,21 @@ def test_every_test_that_the_table_names_is_there():
     named = {word.strip("`") for word in table.split() if word.startswith("`tests/")}
     assert len(named) >= 5
     assert all((README.parent / name).exists() for name in named)
+
+
+def test_labels_under_filter_jit():
+    """Which binds arguments by the signature."""
+
+    def loss_fn(model, x):
+        return mean_squares(jax.vmap(model)(x))
+
+    labels = jnp.arange(len(X)) % 2
+    grads = eqx.filter_grad(loss_fn)(equinox_net(), X)
+    fn = eqx.filter_jit(value_and_dots_fn(loss_fn))
+    _, _, dots = fn(equinox_net(), X, labels=labels, num_labels=2)
+    both = dots(grads)
+    _, _, dots = fn(equinox_net(), X)
+    expected = jax.tree.map(
+        lambda leaf: jnp.stack([leaf[0::2].sum(), leaf[1::2].sum()]), dots(grads)
+    )
+    testing.assert_dots_close(both, expected)
