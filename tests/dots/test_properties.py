@@ -97,7 +97,8 @@ def test_float64_throughout():
             lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), (PARAMS, BATCH, DIRECTION)
         )
         result = jax.jit(FN)(params, batch, direction=direction)
-        assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.float64)}
+        numbers = result.value, result.grads, result.dots, result.shared
+        assert {leaf.dtype for leaf in jax.tree.leaves(numbers)} == {jnp.dtype(jnp.float64)}
         rows = testing.per_example_grads(row_losses, params, batch)
         expected = jax.tree.map(lambda g, v: np.tensordot(g, v, axes=v.ndim), rows, direction)
         testing.assert_dots_close(result.dots, expected, rtol=1e-12)
