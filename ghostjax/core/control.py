@@ -142,6 +142,20 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
             break
         carry = [_coerce(walk, eqn, *pair) for pair in zip(carry, classes)]
 
+    starts = operands[num_consts:start]
+    if params["length"] and any(map(loops.is_unowned, starts, carry)):
+        # What starts as a constant belongs to those who use it in the first round.
+        last = -1 if params["reverse"] else 0
+        first = jax.tree.map(lambda array: array[last], sliced)
+        after, _ = body(walk.inside(f"{key}start"), carry, first)
+        after = [_coerce(walk, eqn, *pair) for pair in zip(after, classes)]
+        carry = [
+            dataclasses.replace(value, where=used.where)
+            if loops.is_unowned(begun, value)
+            else value
+            for begun, value, used in zip(starts, carry, after)
+        ]
+
     def step(carry, each):
         sliced, slots = each
         inner = walk.inside(key, slots)

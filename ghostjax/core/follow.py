@@ -16,6 +16,7 @@ from ghostjax.core.tracks import (
     NO_TRACK,
     NOBODY,
     SEVERAL,
+    STRANGER,
     Known,
     Moved,
     Track,
@@ -97,7 +98,9 @@ def rows_after(
             if isinstance(parts[k][0].place, Mixed) and aligned is not None:
                 conflicts.append(jnp.sum(aligned, dtype=jnp.int32))
                 parts[k] = parts[1 - k]
-    if any(isinstance(track.place, Mixed) for track in _values(eqn, tracks)):
+    # A product with zeros is zero, whatever they are multiplied with.
+    is_product = eqn.primitive.name == "mul"
+    if not is_product and any(isinstance(t.place, Mixed) for t in _values(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
         _check_additions(eqn, tracks[2], operands, count, conflicts)
@@ -228,7 +231,10 @@ def _chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | Non
     first = len(batch[own])
     axes = tuple(range(first, first + len(contracted[own])))
     most = jnp.max(jnp.where(mask, ids, NOBODY), axis=axes)
+    strange = jnp.any(mask & (ids == STRANGER), axis=axes)
+    most = jnp.where(strange & (most < 0), STRANGER, most)
     least = jnp.min(jnp.where(mask & (ids >= 0), ids, np.iinfo(np.int32).max), axis=axes)
+    least = jnp.where(strange, STRANGER, least)
     ones = [1] * len(free[own])
     kept, last = most.shape[:first], most.shape[first:]
     shape = [*kept, *ones, *last] if own == 0 else [*kept, *last, *ones]

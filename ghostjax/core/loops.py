@@ -159,6 +159,11 @@ def accumulators(body: core.Jaxpr, start: int, count: int) -> set[int]:
 _ADDITIVE = frozenset(["add", "add_any", "convert_element_type", "pvary", "copy"])
 
 
+def is_unowned(start: Any, value: Any) -> bool:
+    """Whether a carry starts as a constant whose rows are told by numbers."""
+    return isinstance(value.rows, Moved) and not (start.is_data or start.tangents)
+
+
 def as_sum(where: Where) -> Where:
     """Of a carry to which every round adds its own rows."""
     if isinstance(where.rows.place, Moved):

@@ -17,8 +17,9 @@ import numpy as np
 
 from ghostjax.core.place_rules import Mixed, Rows
 
-NOBODY = -1  # such as padding
+NOBODY = -1  # such as padding, through which no gradient flows
 SEVERAL = -2  # what gradient does not flow through may be made of several examples
+STRANGER = -3  # where parameters have met what belongs to nobody
 
 
 class Known:
@@ -123,8 +124,19 @@ def track_of(ids: Any, shape: tuple[int, ...], count: int) -> Track:
 def merged(first: Any, second: Any) -> tuple[Any, Any]:
     """The numbers of what is made of both, and where they differ."""
     xp = np if isinstance(first, np.ndarray) and isinstance(second, np.ndarray) else jnp
-    differ = (first >= 0) & (second >= 0) & (first != second)
-    return xp.where(first >= 0, first, second), differ
+    one, two = (xp.where(ids == STRANGER, 1, xp.sign(ids)) >= 0 for ids in (first, second))
+    least = xp.minimum(first, second)
+    found = xp.where(first >= 0, first, xp.where(second >= 0, second, least))
+    return found, one & two & (first != second)
+
+
+def settled(track: Track) -> Track:
+    """Where parameters have met what a value belongs to: gradient flows through all of it now."""
+    if isinstance(track.place, Known) and (track.place.ids == NOBODY).any():
+        return Track(Known(np.where(track.place.ids == NOBODY, STRANGER, track.place.ids)))
+    if isinstance(track.place, Moved):
+        return Track(track.place, jnp.where(track.ids == NOBODY, STRANGER, track.ids))
+    return track
 
 
 def varying(place: Known | Moved) -> list[int]:

@@ -33,7 +33,7 @@ from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
-from ghostjax.core.tracks import SEVERAL, Track, Where
+from ghostjax.core.tracks import SEVERAL, Track, Where, settled
 from ghostjax.core.values import Value, paths_of, unsupported
 
 
@@ -236,6 +236,8 @@ class Walk(Tracking):
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
         flows = [k in inexact for k in range(len(outputs))]
+        if in_rows and self.num_rows is not None:
+            places = [Where(settled(where.rows), where.positions) for where in places]
         return [self.data(*triple) for triple in zip(outputs, flows, places)]
 
     def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:

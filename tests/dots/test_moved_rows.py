@@ -144,7 +144,8 @@ def recurrent(p, x):
         state = jnp.tanh(state @ p["v"] @ p["w"] + each @ p["w"])
         return state, jnp.mean(jnp.square(state @ p["v"]), axis=-1)
 
-    return jnp.mean(jax.lax.scan(cell, jnp.zeros((len(x), H)), x.swapaxes(0, 1))[1], axis=0)
+    start = jnp.full((len(x), H), 0.3)
+    return jnp.mean(jax.lax.scan(cell, start, x.swapaxes(0, 1))[1], axis=0)
 
 
 def joined_by_zeros(p, x):
@@ -296,8 +297,21 @@ def inputs_mixed_by_data(p, x):
     return jnp.mean(rows(p, x[jnp.argsort(x[:, 0, 0])] * x))
 
 
+def padding_that_is_added_to_rows(p, x):
+    """What parameters make of padding is no row's, until it is added to one."""
+    h = hidden(p, jnp.pad(x[jnp.argsort(x[:, 0, 0])], ((0, B), (0, 0), (0, 0))))
+    return jnp.mean(jnp.square((h[:B] + h[B:]) @ p["v"]))
+
+
 @pytest.mark.parametrize(
-    "loss_fn", [mixed_by_data, added_up_by_data, mixed_in_a_loop, inputs_mixed_by_data]
+    "loss_fn",
+    [
+        padding_that_is_added_to_rows,
+        mixed_by_data,
+        added_up_by_data,
+        mixed_in_a_loop,
+        inputs_mixed_by_data,
+    ],
 )
 def test_rows_that_data_mix_have_no_dots(loss_fn):
     """Which only shows when it runs: NaN, and a count."""
