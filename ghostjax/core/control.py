@@ -184,6 +184,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
     def branch(number, operands, slots, classes=None):
         inner = walk.inside(keys[number], slots)
+        inner.in_branch = True
         outputs = inner.run(branches[number], operands)
         if classes is not None:
             outputs = [_coerce(inner, eqn, *pair) for pair in zip(outputs, classes)]

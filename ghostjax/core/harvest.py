@@ -42,6 +42,7 @@ class Harvest(Walk):
     def attach(self, meeting: Meeting, function, operands):
         key = self.next_key()
         self.meetings[key] = meeting
+        meeting.in_branch = self.in_branch
         outputs = function([value.primal for value in operands])
         kept = meeting.keep(operands)
         if self.num_rows is None:
@@ -100,7 +101,12 @@ def sums_of_left(meeting: Meeting, route, stacked: bool, kept, cotangents, vecto
     """The dots of a meeting by what its backward pass left."""
     if meeting.keeps_row_gradients:
         return meeting.sums_of_rows(*cotangents, vectors, stacked)
-    return meeting.sums(kept, vectors, cotangents, stacked, route)
+    sums = meeting.sums(kept, vectors, cotangents, stacked, route)
+    if not meeting.in_branch:
+        return sums
+    # Where the branch is not taken, operands are zeros too, by which there may be a division.
+    is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
+    return jax.tree.map(lambda leaf: jnp.where(is_taken, leaf, jnp.zeros_like(leaf)), sums)
 
 
 def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:

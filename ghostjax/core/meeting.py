@@ -196,6 +196,8 @@ class Meeting:
         """Whether there may be dots that belong to no example."""
         return not self.in_rows[path]
 
+    in_branch = False
+
     def parted(self, path: int, sums: Any) -> tuple[Any, Any]:
         """Of a parameter's sums, those of examples and that of nobody, or None."""
         return (sums, None) if self.in_rows[path] else (None, sums)

@@ -47,6 +47,7 @@ class Walk(Tracking):
       stacked: whether tangents have a leading axis of directions.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
+      in_branch: whether this is inside of a branch, which may not be taken.
       takes_shared: whether dots may belong to no row.
       enters_shard_map: whether parameters and data may meet in a ``shard_map``.
       arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
@@ -54,6 +55,7 @@ class Walk(Tracking):
     """
 
     computes_data = True
+    in_branch = False
     takes_shared = True
     enters_shard_map = True
     stacked = False

@@ -14,6 +14,7 @@ from tests.dots.checks import (
     FEATURES,
     ROWS,
     X,
+    check_late,
     dense,
     direction_like,
     directions_like,
@@ -259,3 +260,16 @@ def test_a_batch_of_keys(form):
     run = jax.jit(FORMS[form](lambda params, keys: jnp.mean(losses(params, keys))))
     found = run(DENSE, keys, DIRECTION).dots
     testing.assert_dots_close(found, expected_dots(losses, DENSE, keys, DIRECTION))
+
+
+def test_branches_that_are_not_taken_and_divide():
+    """Their factors are zeros."""
+
+    def losses(params, x):
+        x = jax.lax.cond(
+            params["b"].sum() > 99, lambda x: x / params["b"][None], lambda x: jnp.sin(x), x
+        )
+        return mean_squares(x @ params["w"])
+
+    params = {"w": draw(4, 3), "b": draw(4, seed=2)}
+    check_late(losses, params, draw(6, 4, seed=1))
