@@ -84,12 +84,13 @@ def apart(batch, labels):
         yield kept
 
 
-REFUSED = pytest.mark.xfail(
-    raises=NotImplementedError, strict=True, reason="experts are in a shard_map, not walked inside"
+NOT_YET = pytest.mark.xfail(
+    raises=AssertionError,
+    reason="places that pad sorted tokens to a tile are counted as conflicts, so that dots are NaN",
 )
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("sparse", marks=REFUSED)])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("sparse", marks=NOT_YET)])
 def test_maxtext(kind):
     package("maxtext")
     package("pathwaysutils")
