@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghostjax._errors import RowAxisError
-from ghostjax.core.follow import best
 from ghostjax.core.meeting import Cells, Meeting
 from ghostjax.core.place_rules import Rows
+from ghostjax.core.positions import best
 from ghostjax.core.tracks import NOBODY, SEVERAL, Moved, Track, Where, numbers, varying
 
 

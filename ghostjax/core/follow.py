@@ -1,4 +1,4 @@
-"""Where examples are after an operation, by its operands: rows strictly, positions leniently."""
+"""Where rows are after an operation, by where its operands have them."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,6 @@ from ghostjax.core.tracks import (
     merged,
     numbers,
     track_of,
-    varying,
 )
 
 _WRITES = frozenset(["scatter", "dynamic_update_slice"])
@@ -81,7 +80,7 @@ def rows_after(
     is_active = any(actives[k] for k in own)
     if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
         return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
-    others = _others(eqn, tracks, actives, deciding)
+    others = others_of(eqn, tracks, actives, deciding)
     if _joins_alike(eqn, [tracks[k] for k in deciding]):
         deciding, others = deciding[:1], Others.CONSTANTS
     parts = [moved(eqn, k, tracks[k], operands, count, others) for k in deciding]
@@ -89,7 +88,7 @@ def rows_after(
         for k, part in zip(deciding, parts):
             if isinstance(part[0].place, Mixed) and supports[1 - k] is not None:
                 shape = shape_of(eqn.invars[k])
-                ids = _chosen(eqn, k, numbers(tracks[k], shape, count), supports[1 - k])
+                ids = chosen(eqn, k, numbers(tracks[k], shape, count), supports[1 - k])
                 if ids is not None:
                     part[0] = _agreed(*ids, shape_of(eqn.outvars[0]), is_active, conflicts)
     if eqn.primitive.name == "dot_general" and len(deciding) == 2:
@@ -100,7 +99,7 @@ def rows_after(
                 parts[k] = parts[1 - k]
     # A product with zeros is zero, whatever they are multiplied with.
     is_product = eqn.primitive.name == "mul"
-    if not is_product and any(isinstance(t.place, Mixed) for t in _values(eqn, tracks)):
+    if not is_product and any(isinstance(t.place, Mixed) for t in value_operands(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
         _check_additions(eqn, tracks[2], operands, count, conflicts)
@@ -156,16 +155,16 @@ def _joins_alike(eqn, tracks: list[Track]) -> bool:
     return axis is None or first.shape[axis] == 1
 
 
-def _others(eqn, tracks: Sequence[Track], actives, deciding) -> Others:
-    if len(deciding) > 1 or any(isinstance(t.place, Mixed) for t in _values(eqn, tracks)):
+def others_of(eqn, tracks: Sequence[Track], actives, deciding) -> Others:
+    if len(deciding) > 1 or any(isinstance(t.place, Mixed) for t in value_operands(eqn, tracks)):
         return Others.EXAMPLES
-    pairs = zip(_values(eqn, tracks), _values(eqn, actives))
+    pairs = zip(value_operands(eqn, tracks), value_operands(eqn, actives))
     if any(active and track.place is None for track, active in pairs):
         return Others.PARAMETERS
     return Others.CONSTANTS
 
 
-def _values(eqn, operands: Sequence[Any]) -> Sequence[Any]:
+def value_operands(eqn, operands: Sequence[Any]) -> Sequence[Any]:
     """The operands that become parts of the result, without indices and what else decides."""
     return operands[_VALUES.get(eqn.primitive.name, slice(None))]
 
@@ -206,7 +205,7 @@ def _selected(eqn, tracks: dict[int, Track], operands, count) -> Track:
     return track_of(lax.select_n(operands[0], *cases), shape, count)
 
 
-def _chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | None:
+def chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | None:
     """The largest and the least number of what has a weight in the sums of a product.
 
     Sums over examples are look-ups where weights are zero for all but one, as those that send
@@ -283,103 +282,3 @@ def _check_additions(eqn, track: Track, operands, count, conflicts) -> None:
     )
     most = scattered(eqn, np.full(whole, NOBODY, np.int32), ids, operands, lax.scatter_max)
     conflicts.append(jnp.sum((most >= 0) & (least != most), dtype=jnp.int32))
-
-
-def positions_after(
-    eqn: Any,
-    rows: Sequence[Track],
-    tracks: Sequence[Sequence[Track]],
-    actives: Sequence[bool],
-    operands: Sequence[Any],
-    supports: Sequence[Any],
-    count: int,
-) -> tuple[Track, ...]:
-    """By output, all that tells positions apart in it."""
-    own = [k for k, candidates in enumerate(tracks) if candidates]
-    deciding = sorted(own, key=lambda k: not actives[k])
-    others = _others(eqn, rows, actives, deciding)
-    outputs: list[list[Track]] = [[] for _ in eqn.outvars]
-    for k in deciding:
-        for track in tracks[k]:
-            places = _moved_leniently(eqn, k, track, operands, count, others)
-            if _sums_rows(eqn, k, rows[k]) and supports[1 - k] is not None:
-                places = _looked_up(eqn, k, track, supports[1 - k], count, places)
-            for found, var, candidates in zip(places, eqn.outvars, outputs):
-                if found.is_apart:
-                    _add(candidates, found, shape_of(var), count)
-    return [tuple(candidates) for candidates in outputs]
-
-
-def _moved_leniently(eqn, position, track, operands, count, others):
-    shape = shape_of(eqn.invars[position])
-    ids = numbers(track, shape, count)
-    name = eqn.primitive.name
-    if name in _RUNNING:
-        return [track]
-    if name == "conv_general_dilated" and position == 0:
-        return [_convolved(eqn, ids, count)]
-    return moved(eqn, position, track, operands, count, others)
-
-
-def _sums_rows(eqn, position: int, rows: Track) -> bool:
-    """Whether a product sums over the rows of one side."""
-    if eqn.primitive.name != "dot_general" or not rows.is_apart:
-        return False
-    axes = [rows.place.axis] if isinstance(rows.place, Rows) else varying(rows.place)
-    return not set(axes).isdisjoint(eqn.params["dimension_numbers"][0][position])
-
-
-def _looked_up(eqn, position, track, weights, count, places):
-    """Positions that weights choose; what else is summed over positions has none."""
-    if not isinstance(places[0].place, Mixed):
-        return places
-    ids = _chosen(eqn, position, numbers(track, shape_of(eqn.invars[position]), count), weights)
-    return places if ids is None else [Track(Moved(ids[0].shape), ids[0])]
-
-
-_RUNNING = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
-
-
-def _convolved(eqn, ids, count) -> Track:
-    """A convolution that keeps its length keeps positions; a shorter one ends where its inputs do,
-    as one over inputs padded at their beginning does."""
-    dims = eqn.params["dimension_numbers"]
-    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    shape, index = [1] * len(after), [slice(None)] * len(before)
-    strides = eqn.params["window_strides"]
-    for old, new in zip(dims.lhs_spec, dims.out_spec):
-        if ids.shape[old] == 1:
-            continue
-        if old == dims.lhs_spec[1] or after[new] > before[old]:
-            return Track(lost(eqn, "mixes positions"))
-        index[old] = slice(before[old] - after[new], None)
-        is_window = old in dims.lhs_spec[2:]
-        if is_window and after[new] > 1 and strides[dims.lhs_spec.index(old) - 2] > 1:
-            return Track(lost(eqn, "skips positions"))
-        shape[new] = after[new]
-    order = [old for _, old in sorted(zip(dims.out_spec, dims.lhs_spec))]
-    return track_of(ids[tuple(index)].transpose(order).reshape(shape), after, count)
-
-
-def _add(candidates: list[Track], track: Track, shape, count) -> None:
-    """Candidates along the same axes are one: of several positions the last, where they meet."""
-    ids = numbers(track, shape, count)
-    for number, other in enumerate(candidates):
-        if other.place == track.place and other.ids is track.ids:
-            return
-        theirs = numbers(other, shape, count)
-        if theirs.shape == ids.shape:
-            xp = np if isinstance(ids, np.ndarray) and isinstance(theirs, np.ndarray) else jnp
-            candidates[number] = track_of(xp.maximum(ids, theirs), shape, count)
-            return
-    candidates.append(track)
-
-
-def best(candidates: Sequence[Track]) -> Track | None:
-    """The candidate that is taken: one that is in place before one that has been moved."""
-    kinds = (Rows, Known, Moved)
-    return min(
-        candidates,
-        key=lambda track: [isinstance(track.place, kind) for kind in kinds].index(True),
-        default=None,
-    )

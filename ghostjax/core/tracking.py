@@ -8,11 +8,12 @@ from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Labels
-from ghostjax.core.follow import positions_after, rows_after
+from ghostjax.core.follow import rows_after
 from ghostjax.core.inside import is_container
 from ghostjax.core.mixing import CHECKS, FOLLOWED, FORWARDS, check_rows, combined, several
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
+from ghostjax.core.positions import positions_after
 from ghostjax.core.support import weights
 from ghostjax.core.tracks import Known, Moved, Track, Where, is_single, numbers
 from ghostjax.core.values import Value, unsupported

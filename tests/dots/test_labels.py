@@ -161,9 +161,20 @@ def backwards(use, x, places):
     return jnp.sum(jnp.square(use(jnp.swapaxes(h, 0, 1) + x, "b", places)), axis=-1)
 
 
+def ordered_by_one_position(use, x, places):
+    """What rows are sorted by, and scaled with, is at a position of its own."""
+    order = jnp.argsort(x[:, 0, 0])
+    xs = (jnp.flip(jnp.swapaxes(x, 0, 1), 0), jnp.flip(places.T, 0))
+    h = jax.lax.scan(lambda _, each: (None, jnp.tanh(use(each[0], "w", each[1]))), None, xs)[1]
+    h = jnp.swapaxes(jnp.flip(h, 0), 0, 1)[order]
+    h = use(h * x[order][:, :1], "u", places[order])
+    return jnp.sum(jnp.square(h), axis=-1)[jnp.argsort(order)]
+
+
 @pytest.mark.parametrize(
     "losses",
     [
+        ordered_by_one_position,
         recurrent,
         convolved,
         shifted,
