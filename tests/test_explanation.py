@@ -12,13 +12,13 @@ from tests.dots.checks import draw
 
 TINY = """\
 parameter  meets data in                          times  row axis  dots  route       FLOP  late route  late FLOP  late bytes
-['b']      add at test_explanation.py:##              1  0         rows  features    320   features         320      1.00 Ki
+['b']      add at test_explanation.py:##              1  0         rows  features    320   features         320          64
 ['w']      dot_general at test_explanation.py:##      1  0         rows  tangent   7.18 k  tangent        7.18 k     2.50 Ki
 
 4 rows, 2 directions, on cpu
 plain step           7.69 k FLOP
 value_grad_and_dots  15.2 k FLOP, 1.98 of the plain step
-value_and_dots_fn    15.2 k FLOP, 1.98 of the plain step; keeps 3.50 KiB of factors
+value_and_dots_fn    15.2 k FLOP, 1.98 of the plain step; keeps 2.56 KiB of factors
 unused: ['unused']"""  # noqa: E501
 
 

@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ghostjax._jaxprs import bind
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.values import Value
 
+_LARGEST = 2**20  # of constants that are looked at
 # Operations that change layout and dtype, if sizes stay the same.
 LAYOUTS = frozenset(
     ["broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"]
@@ -24,8 +27,14 @@ def weights(value: Value) -> Any:
 
 
 def is_mask(value: Value) -> bool:
-    """Whether a value is made of integers and booleans alone: what else is zero is so by chance."""
-    return value.mask or not jnp.issubdtype(jnp.result_type(value.primal), jnp.inexact)
+    """Whether a value is made of integers and booleans alone, or known to be zeros and ones: what
+    else is zero is so by chance."""
+    if value.mask or not jnp.issubdtype(jnp.result_type(value.primal), jnp.inexact):
+        return True
+    if value.is_data or isinstance(value.primal, jax.core.Tracer):
+        return False
+    known = np.asarray(value.primal)
+    return known.ndim > 0 and known.size <= _LARGEST and bool(np.isin(known, (0, 1)).all())
 
 
 def marked(values: list[Value], operands: Sequence[Value]) -> list[Value]:
