@@ -225,7 +225,7 @@ class Walk(Tracking):
         inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
         infos = [places[k].rows.place for k in inexact]
         in_rows = self.num_rows is None or all(places[k].rows.is_apart for k in inexact)
-        if in_rows and (self.labels or not all(isinstance(info, Rows) for info in infos)):
+        if infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
             meeting = self.make_regrouped(eqn, function, operands, outputs, places)
         else:
             rows = [where.rows.place for where in places]

@@ -302,3 +302,18 @@ def test_parameters_among_positions():
         ValueError, match=r"\['b'\] meets data in concatenate .*no axis of positions"
     ):
         value_grad_and_dots(loss_fn)(P, X, direction=P, **labels)
+
+
+def test_parameters_that_are_compared_with_positions():
+    """Nothing flows back, but the parameter's other uses have their labels."""
+
+    def loss_fn(p, x):
+        return jnp.sum(jnp.where(x > p["b"][None, :1], x @ p["w"], 0.0))
+
+    fn = value_grad_and_dots(loss_fn, loss_reduction="sum")
+    run = jax.jit(lambda p, x: fn(p, x, direction=p, labels=jnp.zeros((2, 6), int), num_labels=1))
+    rows = jax.jit(lambda p, x: fn(p, x, direction=p))(P, X)
+    result = run(P, X)
+    testing.assert_dots_close(
+        result.dots, jax.tree.map(lambda leaf: leaf.sum(keepdims=True), rows.dots)
+    )
