@@ -95,26 +95,23 @@ def sorted_top_two(use, x):
     return jnp.mean(jnp.square(use.dense(out.reshape(B, T, F), "in", ROWS.reshape(B, T))))
 
 
-def unsorted_top_two(use, x):
-    """The same, brought home by the inverse order and a sum over the copies."""
+def copies_of_top_two(use, x):
+    """The same, brought home by the inverse order: (copies [N, 2, H], their gates, inputs)."""
     h = jnp.tanh(use.dense(x.reshape(-1, F), "in", ROWS))
     gates, kinds = jax.lax.top_k(jax.nn.softmax(use.dense(h, "router", ROWS)), 2)
     order = jnp.argsort(kinds.ravel())
     rows = jnp.repeat(ROWS, 2)[order]
     found = use.sorted(jnp.repeat(h, 2, axis=0)[order], "up", kinds.ravel()[order], rows)
-    found = found[jnp.argsort(order)].reshape(-1, 2, H)
-    out = jnp.sum(found * gates[..., None], axis=1)
-    return jnp.mean(jnp.square(out)) + jnp.mean(h)
+    return found[jnp.argsort(order)].reshape(-1, 2, H), gates, h
+
+
+def unsorted_top_two(use, x):
+    found, gates, h = copies_of_top_two(use, x)
+    return jnp.mean(jnp.square(jnp.sum(found * gates[..., None], axis=1))) + jnp.mean(h)
 
 
 def combined_by_einsum(use, x):
-    """The same, where the sum over the copies is a product with their gates."""
-    h = jnp.tanh(use.dense(x.reshape(-1, F), "in", ROWS))
-    gates, kinds = jax.lax.top_k(jax.nn.softmax(use.dense(h, "router", ROWS)), 2)
-    order = jnp.argsort(kinds.ravel())
-    rows = jnp.repeat(ROWS, 2)[order]
-    found = use.sorted(jnp.repeat(h, 2, axis=0)[order], "up", kinds.ravel()[order], rows)
-    found = found[jnp.argsort(order)].reshape(-1, 2, H)
+    found, gates, _ = copies_of_top_two(use, x)
     return jnp.mean(jnp.square(jnp.einsum("bkh,bk->bh", found, gates)))
 
 
