@@ -40,7 +40,8 @@ def check_labels(loss: Loss, labels: Any, num_labels: int | None) -> Labels | No
         raise ValueError(
             f"labels must be less than num_labels = {num_labels}. Found {np.asarray(labels).max()}."
         )
-    return Labels(jnp.asarray(labels), operator.index(num_labels))
+    # All negative numbers say the same; among those of places, they tell more.
+    return Labels(jnp.maximum(jnp.asarray(labels), -1), operator.index(num_labels))
 
 
 def positions_of(labels: Labels | None) -> Labels | None:

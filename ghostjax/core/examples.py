@@ -70,13 +70,13 @@ def cells_of(ids: Any) -> tuple[Rows | Cells, int]:
     return Cells(tuple(axes)), math.prod(ids.shape)
 
 
-def localized(where: Where, cells: int) -> Where:
+def localized(where: Where, shape: tuple[int, ...], cells: int) -> Where:
     """An operand's rows, as those of a meeting with so many cells."""
     place = where.rows.place
-    if isinstance(place, Rows) or not where.rows.is_apart:
+    if not where.rows.is_apart:
         return where
-    axes = varying(place)
-    if len(axes) == 1 and place.shape[axes[0]] == cells:
+    axes = [place.axis] if isinstance(place, Rows) else varying(place)
+    if len(axes) == 1 and shape[axes[0]] == cells:
         return Where(Track(Rows(axes[0])))
     return Where()
 

@@ -264,7 +264,8 @@ class Walk(Tracking):
                 "[B * T, features]."
             )
         local = [
-            dataclasses.replace(value, where=localized(value.where, count)) for value in operands
+            dataclasses.replace(value, where=localized(value.where, jnp.shape(value.primal), count))
+            for value in operands
         ]
         rows = [cells if k in found else None for k in range(len(outputs))]
         count = as_many(count, self.num_rows)

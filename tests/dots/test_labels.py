@@ -317,3 +317,45 @@ def test_parameters_that_are_compared_with_positions():
     testing.assert_dots_close(
         result.dots, jax.tree.map(lambda leaf: leaf.sum(keepdims=True), rows.dots)
     )
+
+
+@jax.custom_vjp
+def clipped(x, scale):
+    return x * scale[None]
+
+
+clipped.defvjp(
+    lambda x, scale: (clipped(x, scale), (x, scale)),
+    lambda kept, g: (g * kept[1][None], jnp.sum(jnp.clip(g, -0.1, 0.1) * kept[0], axis=0)),
+)
+
+
+def test_rules_that_are_not_linear_on_flattened_positions():
+    """A rule sees every position; padding is any negative number."""
+    params = {"scale": draw(F, seed=5)}
+    labels = jnp.array([[0, 1, 1, -1, 2, -2], [3, 3, 0, -3, 2, 1]])
+
+    def losses(params, x):
+        return jnp.sum(jnp.square(jnp.sin(clipped(x, params["scale"]))), axis=1)
+
+    fn = value_grad_and_dots(
+        lambda p, x: jnp.sum(losses(p, x.reshape(-1, F))), loss_reduction="sum"
+    )
+    direction = direction_like(params)
+    run = jax.jit(lambda p, x, v: fn(p, x, direction=v, labels=labels, num_labels=4))
+    result = run(params, X, direction)
+    single = expected_dots(losses, params, X.reshape(-1, F), direction)
+    of_label = [labels.ravel() == label for label in range(4)]
+    expected = jax.tree.map(lambda leaf: np.stack([leaf[own].sum() for own in of_label]), single)
+    testing.assert_dots_close(result.dots, expected)
+    assert int(result.conflicts) == 0
+    assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+
+
+def test_negative_labels_of_positions_are_all_the_same():
+    fn = value_grad_and_dots(lambda p, x: jnp.mean(row_losses(p, x)))
+    run = jax.jit(lambda p, x, ids: fn(p, x, direction=p, labels=ids, num_labels=2))
+    ids = jnp.array([[0, 1, 1, 0, -1, -1], [1, 1, 0, -1, -1, -1]])
+    one, other = run(P, X, ids), run(P, X, jnp.where(ids < 0, -2, ids))
+    testing.assert_dots_close(one.dots, other.dots)
+    assert int(other.conflicts) == 0
