@@ -97,9 +97,7 @@ def rows_after(
             if isinstance(parts[k][0].place, Mixed) and aligned is not None:
                 conflicts.append(jnp.sum(aligned, dtype=jnp.int32))
                 parts[k] = parts[1 - k]
-    # A product with zeros is zero, whatever they are multiplied with.
-    is_product = eqn.primitive.name == "mul"
-    if not is_product and any(isinstance(t.place, Mixed) for t in value_operands(eqn, tracks)):
+    if any(isinstance(track.place, Mixed) for track in value_operands(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
         _check_additions(eqn, tracks[2], operands, count, conflicts)
