@@ -147,7 +147,9 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         # What starts as a constant belongs to those who use it in the first round.
         last = -1 if params["reverse"] else 0
         first = jax.tree.map(lambda array: array[last], sliced)
-        after, _ = body(walk.inside(f"{key}start"), carry, first)
+        trial = walk.inside(f"{key}start")
+        trial.meetings = {}  # nothing of this round is kept
+        after, _ = body(trial, carry, first)
         after = [_coerce(walk, eqn, *pair) for pair in zip(after, classes)]
         carry = [
             dataclasses.replace(value, where=used.where)

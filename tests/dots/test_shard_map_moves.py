@@ -10,7 +10,7 @@ from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_
 from tests.dots.checks import direction_like, draw, expected_dots
 
 
-@pytest.mark.parametrize("order", ["sorted", "row_by_row"])
+@pytest.mark.parametrize("order", ["sorted", "row_by_row", "recurrent"])
 def test_rows_that_move_on_a_device(order):
     """Tokens sorted by expert on every device, and a loop over a device's rows."""
     params = {"w": draw(2, 5, 4), "v": draw(4, 5, seed=2)}
@@ -25,6 +25,17 @@ def test_rows_that_move_on_a_device(order):
         return jnp.mean(jnp.square(jnp.tanh(h) @ params["v"] + x), axis=(1, 2))
 
     def local(params, x):
+        if order == "recurrent":
+            xs = x[jnp.argsort(x[:, 0, 0])].swapaxes(0, 1)
+            h = jax.lax.scan(
+                lambda h, x: (
+                    jnp.tanh(h @ params["v"] @ params["w"][0] + x @ params["w"][1]),
+                    None,
+                ),
+                jnp.zeros((len(x), 4)),
+                xs,
+            )[0]
+            return jax.lax.pmean(jnp.mean(jnp.square(h)), "data")
         if order == "row_by_row":
             loss = jnp.mean(jax.lax.map(lambda row: row_losses(params, row[None])[0], x))
             return jax.lax.pmean(loss, "data")
@@ -41,10 +52,17 @@ def test_rows_that_move_on_a_device(order):
             local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False
         )(params, x)
 
+    def recurrent(params, x):
+        h = jnp.zeros((len(x), 4))
+        for k in range(4):
+            h = jnp.tanh(h @ params["v"] @ params["w"][0] + x[:, k] @ params["w"][1])
+        return jnp.mean(jnp.square(h), axis=1)
+
     direction = direction_like(params)
     fn = value_grad_and_dots(loss_fn)
     result = jax.jit(lambda p, x, v: fn(p, x, direction=v))(params, x, direction)
-    testing.assert_dots_close(result.dots, expected_dots(row_losses, params, x, direction))
+    of_rows = recurrent if order == "recurrent" else row_losses
+    testing.assert_dots_close(result.dots, expected_dots(of_rows, params, x, direction))
     assert int(result.conflicts) == 0
     assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
     with pytest.raises(
