@@ -193,7 +193,7 @@ class OnDevices:
       cotangents: arrays as they are outside.
     """
 
-    keeps_row_gradients = False
+    keeps_row_gradients = in_branch = False  # seen to on every device
 
     def __init__(self, meeting: Any, devices: _Devices, split: tuple[str, ...], cotangents):
         if isinstance(meeting, Regrouped):

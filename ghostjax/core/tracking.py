@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation
 from ghostjax.core.devices import as_many
@@ -171,12 +173,20 @@ class Tracking:
         return [value.where for value in self._apart(eqn, operands, handler)]
 
     def _apart(self, eqn, operands, function) -> Any:
-        """``function`` of a walk of its own, whose conflicts count here."""
+        """``function`` of a walk of its own, whose conflicts count here.
+
+        It is asked where rows go, not differentiated: what is inside need have no derivative.
+        """
         walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
         walk.named_meetings = {}
         walk.around = (eqn, *self.around)
         values = [
-            dataclasses.replace(value, tangents={}, active=value.active or bool(value.tangents))
+            dataclasses.replace(
+                value,
+                primal=jax.lax.stop_gradient(value.primal),
+                tangents={},
+                active=value.active or bool(value.tangents),
+            )
             for value in operands
         ]
         if eqn.primitive.name not in OPENED:
