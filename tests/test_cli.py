@@ -13,6 +13,7 @@ from ghostjax.runs.analysis.values import sum_visits
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.store.run import read_run
 from ghostjax.runs.store.schema import LOG_TABLES
+from tests.runs.checks import fails
 from tests.runs.conftest import micro_config, micro_run, write_data
 
 __all__ = ["micro_config", "micro_run", "write_data"]  # fixtures
@@ -34,17 +35,6 @@ def command(config: TrainConfig, **changes) -> list[str]:
         elif value is not None:
             argv += [option, str(value)]
     return argv
-
-
-def fails(argv, capsys) -> str:
-    """Runs a command that is to be refused; returns its one line."""
-    assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert err.startswith("ghostjax: error: ")
-    return err
 
 
 BAD_OPTIONS = {

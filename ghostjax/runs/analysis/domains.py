@@ -1,14 +1,13 @@
 """What the examples of each domain come to."""
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from ghostjax.runs.analysis.values import By, Valued
 
 
-@dataclasses.dataclass(frozen=True)
-class Domain:
+class Domain(NamedTuple):
     """The examples of one domain.
 
     Attributes:
@@ -16,6 +15,7 @@ class Domain:
       examples, visits: how many it has.
       total: the sum of the values.
       measured: the values, or the values per visit, of those that were visited, in falling order.
+      mean, median, helped: of what was measured, and the part that helped; NaN without a visit.
     """
 
     name: str
@@ -23,20 +23,9 @@ class Domain:
     visits: int
     total: float
     measured: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        """Of what was measured; NaN, as the next two, without a visit."""
-        return float(self.measured.mean()) if len(self.measured) else np.nan
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.measured)) if len(self.measured) else np.nan
-
-    @property
-    def helped(self) -> float:
-        """The part of the visited examples that helped."""
-        return float((self.measured > 0).mean()) if len(self.measured) else np.nan
+    mean: float
+    median: float
+    helped: float
 
 
 def by_domain(valued: Valued, by: By = "value") -> list[Domain]:
@@ -52,5 +41,8 @@ def by_domain(valued: Valued, by: By = "value") -> list[Domain]:
         own = valued.select(group)
         measured = own.ranked(by).measured(by)[0]
         total, visits = float(own.values.sum()), int(own.visits.sum())
-        found.append(Domain(name, len(own), visits, total, measured))
+        figures = [np.nan] * 3
+        if len(measured):
+            figures = map(float, (measured.mean(), np.median(measured), (measured > 0).mean()))
+        found.append(Domain(name, len(own), visits, total, measured, *figures))
     return sorted(found, key=lambda one: (not len(one.measured), -np.nan_to_num(one.mean)))

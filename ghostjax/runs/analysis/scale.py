@@ -69,6 +69,14 @@ class Scale(NamedTuple):
         """What an axis shows, with the unit."""
         return f"{what} ({self.words})" if self.exponent else what
 
+    def within(self, what: str) -> str:
+        """What a table holds, with the unit."""
+        return f"{what}, in {self.words}" if self.exponent else what
+
+    def number(self, value: float) -> str:
+        """A value in this unit, as ``number``."""
+        return number(float(self(value)))
+
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """The values in this unit."""
         return np.asarray(values, float) / 10.0**self.exponent

@@ -62,14 +62,8 @@ def measure_fidelity(run: Run, name: str, valued: Valued) -> fidelity.Fidelity:
 def values_by_domain(valued: Valued) -> dict[str, dict[str, Any]]:
     """Per domain: examples, visits, value (their sum) and mean (per visited example, or None)."""
     return {
-        one.name: _finite(
-            {
-                "examples": one.examples,
-                "visits": one.visits,
-                "value": one.total,
-                "mean": one.mean,
-            }
-        )
+        one.name: {"examples": one.examples, "visits": one.visits}
+        | _finite({"value": one.total, "mean": one.mean})
         for one in by_domain(valued)
     }
 

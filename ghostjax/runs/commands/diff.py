@@ -23,24 +23,6 @@ from ghostjax.runs.store.run import Run, read_run
 
 DEFAULT_COUNT = 10
 
-COLUMNS = (
-    "set",
-    "id",
-    "domain",
-    "visits_a",
-    "visits_b",
-    "value_a",
-    "error_a",
-    "value_b",
-    "error_b",
-    "change",
-    "change_error",
-    "beyond_errors",
-    "sign_changed",
-    "rank_a",
-    "rank_b",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class DiffConfig:
@@ -101,7 +83,7 @@ def run(config: DiffConfig) -> None:
     compared = _compare(a, b, config)
     if config.csv:
         rows = (row for name, found in compared.items() for row in _rows(name, found, config))
-        output.print_csv(COLUMNS, rows)
+        output.print_csv(rows)
     elif config.json:
         output.print_json(
             {
@@ -120,7 +102,7 @@ def run(config: DiffConfig) -> None:
         console = output.make_console(sys.stdout)
         if not config.quiet:
             for line in _notes(a, b):
-                console.print(output.encodable(output.plain(line), console), markup=False)
+                output.print_text(console, line)
         for name, found in compared.items():
             _print_set(name, found, config, console)
 
@@ -162,42 +144,45 @@ def _notes(a: Run, b: Run) -> Iterator[str]:
 
 
 def _rows(name: str, found: Comparison, config: DiffConfig) -> Iterator[dict[str, Any]]:
+    columns = {
+        "id": found.a.ids,
+        "domain": found.a.domains,
+        "visits_a": found.a.visits,
+        "visits_b": found.b.visits,
+        "value_a": found.value_a,
+        "error_a": found.error_a,
+        "value_b": found.value_b,
+        "error_b": found.error_b,
+        "change": found.change,
+        "change_error": found.error,
+        "beyond_errors": found.beyond,
+        "sign_changed": found.sign_changed,
+        "rank_a": found.rank_a,
+        "rank_b": found.rank_b,
+    }
     for n in found.largest()[: config.count]:
-        yield {
-            "set": name,
-            "id": found.a.ids[n],
-            "domain": found.a.domains[n],
-            "visits_a": found.a.visits[n],
-            "visits_b": found.b.visits[n],
-            "value_a": found.value_a[n],
-            "error_a": found.error_a[n],
-            "value_b": found.value_b[n],
-            "error_b": found.error_b[n],
-            "change": found.change[n],
-            "change_error": found.error[n],
-            "beyond_errors": bool(found.beyond[n]),
-            "sign_changed": bool(found.sign_changed[n]),
-            "rank_a": found.rank_a[n],
-            "rank_b": found.rank_b[n],
-        }
+        yield {"set": name, **{column: values[n] for column, values in columns.items()}}
     if config.count is not None:
         return
     for letter, alone in (("a", found.only_a), ("b", found.only_b)):
         measured, errors = alone.measured(config.by)
         for n in range(len(alone)):
-            yield {
-                "set": name,
-                "id": alone.ids[n],
-                "domain": alone.domains[n],
-                f"visits_{letter}": alone.visits[n],
-                f"value_{letter}": measured[n],
-                f"error_{letter}": errors[n],
-            }
+            yield (
+                {"set": name}
+                | dict.fromkeys(columns)
+                | {
+                    "id": alone.ids[n],
+                    "domain": alone.domains[n],
+                    f"visits_{letter}": alone.visits[n],
+                    f"value_{letter}": measured[n],
+                    f"error_{letter}": errors[n],
+                }
+            )
 
 
 def _print_set(name: str, found: Comparison, config: DiffConfig, console: Console) -> None:
     figures = found.summary()
-    console.print(f"Validation set {name}", style="bold", markup=False)
+    output.print_text(console, f"Validation set {name}", "bold")
     if not figures["compared"]:
         console.print("No example was visited in both runs.\n")
         return
@@ -214,7 +199,7 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
         )
     lines[-1] += f"; median change of rank {figures['median_rank_change']:g}"
     for line in lines:
-        console.print(f"  {output.encodable(output.plain(line), console)}", markup=False)
+        output.print_text(console, f"  {line}")
     largest = found.largest()
     significant = largest[found.beyond[largest]]
     if len(significant):
@@ -224,15 +209,12 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
     else:
         console.print("  No value changed by more than twice its standard error.")
     if not config.quiet:
-        console.print(
-            output.encodable(
-                f"Value{'' if config.by == 'value' else ' per visit'}: decrease of the validation "
-                "loss by the example, in A and in B, followed by its standard error; rank 1 is the "
-                "most helpful of the compared.\n",
-                console,
-            ),
-            style="dim",
+        meaning = (
+            f"Value{'' if config.by == 'value' else ' per visit'}: decrease of the validation loss "
+            "by the example, in A and in B, followed by its standard error; rank 1 is the most "
+            "helpful of the compared.\n"
         )
+        output.print_text(console, meaning, "dim")
 
 
 def _alone(found: Comparison) -> str:

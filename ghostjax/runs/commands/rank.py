@@ -23,19 +23,6 @@ from ghostjax.runs.store.run import read_run
 
 DEFAULT_COUNT = 10
 
-COLUMNS = (
-    "set",
-    "rank",
-    "id",
-    "domain",
-    "visits",
-    "value",
-    "error",
-    "mean",
-    "mean_error",
-    "excerpt",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class RankConfig:
@@ -106,7 +93,7 @@ def run(config: RankConfig) -> None:
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
 
     if config.csv:
-        output.print_csv(COLUMNS, _rows(values, config))
+        output.print_csv(_rows(values, config))
     elif config.json:
         output.print_json(list(_rows(values, config)))
     else:
@@ -123,7 +110,7 @@ def run(config: RankConfig) -> None:
             )
         if not config.quiet:
             if not source.is_finished:
-                console.print(output.progress_note(source), markup=False)
+                output.print_text(console, output.progress_note(source))
             print_meaning(console, source)
 
 

@@ -30,8 +30,6 @@ from ghostjax.runs.training.trainer import Trainer
 NAME = "tokens.html"
 DEFAULT_COUNT = 3
 
-COLUMNS = ("set", "id", "start", "position", "token", "text", "score", "error")
-
 
 @dataclasses.dataclass(frozen=True)
 class TokensConfig:
@@ -121,7 +119,7 @@ def run(config: TokensConfig) -> None:
     found = _score(source, config, train_config, task, step, groups)
 
     if config.csv:
-        output.print_csv(COLUMNS, _rows(source, task, found, groups))
+        output.print_csv(_rows(source, task, found, groups))
     elif config.json:
         output.print_json(list(_rows(source, task, found, groups)))
     else:

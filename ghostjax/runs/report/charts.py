@@ -73,9 +73,7 @@ def by_domain(place: str, valued: Valued, scale: Scale) -> str:
     if len(named) > MAX_DOMAINS:
         half = MAX_DOMAINS // 2
         chosen = named[:half] + named[-half:]
-    best, worst = (
-        f"{one.name} ({number(float(scale(one.mean)))})" for one in (named[0], named[-1])
-    )
+    best, worst = (f"{one.name} ({scale.number(one.mean)})" for one in (named[0], named[-1]))
     caption = (
         f"The domain with the highest mean is {best}"
         + (f", that with the lowest {worst}" if len(named) > 1 else "")
@@ -95,7 +93,7 @@ def by_domain(place: str, valued: Valued, scale: Scale) -> str:
         scale.label("value"),
     )
     columns = ("domain", "examples", "visits", "sum", "mean", "median", "helped")
-    what = f"Values by domain{', in ' + scale.words if scale.exponent else ''}"
+    what = scale.within("Values by domain")
     if len(found) > MAX_ROWS:
         half = MAX_ROWS // 2
         found = found[:half] + found[-half:]
@@ -106,7 +104,7 @@ def by_domain(place: str, valued: Valued, scale: Scale) -> str:
             f"{one.examples}",
             f"{one.visits}",
             *(
-                number(float(scale(figure))) if len(one.measured) else "-"
+                scale.number(figure) if len(one.measured) else "-"
                 for figure in (one.total, one.mean, one.median)
             ),
             f"{one.helped:.0%}" if len(one.measured) else "-",
@@ -135,8 +133,8 @@ def over_time(place: str, source: Run, which: str) -> str:
     first, last = (np.nanmean(scores[(steps >= a) & (steps < b)]) for a, b in (bins[:2], bins[-2:]))
     caption = (
         "How much one visit of an example helped, on average over the visits of a stretch of "
-        f"steps. Over all examples it was {number(float(scale(first)))} in the first stretch and "
-        f"{number(float(scale(last)))} in the last."
+        f"steps. Over all examples it was {scale.number(first)} in the first stretch and "
+        f"{scale.number(last)} in the last."
     )
     chart = pictures.lines(
         f"{place}-time",
@@ -147,10 +145,10 @@ def over_time(place: str, source: Run, which: str) -> str:
         scale.label("mean score of a visit"),
     )
     rows = [
-        (_stretch(a, b), *(number(float(scale(means[n]))) for means in lines.values()))
+        (_stretch(a, b), *(scale.number(means[n]) for means in lines.values()))
         for n, (a, b) in enumerate(pairwise(bins))
     ]
-    what = f"Mean score of a visit{', in ' + scale.words if scale.exponent else ''}"
+    what = scale.within("Mean score of a visit")
     return figure(chart, caption, table(what, ("steps", *lines), rows))
 
 
@@ -182,8 +180,8 @@ def predicted_and_actual(place: str, source: Run, which: str) -> str:
         "step",
         scale.label("decrease up to the step"),
     )
-    rows = [(f"{n}", *(number(float(scale(values[n]))) for values in sums.values())) for n in at]
-    what = f"Decrease up to the step{', in ' + scale.words if scale.exponent else ''}"
+    rows = [(f"{n}", *(scale.number(values[n]) for values in sums.values())) for n in at]
+    what = scale.within("Decrease up to the step")
     return figure(chart, caption, table(what, ("step", *sums), rows))
 
 
@@ -210,10 +208,10 @@ def single_steps(place: str, source: Run, which: str) -> str:
         scale.label("actual decrease"),
     )
     rows = [
-        (f"{n}", number(float(scale(predicted[n]))), number(float(scale(actual[n]))))
+        (f"{n}", scale.number(predicted[n]), scale.number(actual[n]))
         for n in at[:: max(1, -(-len(at) // MAX_POINTS))]
     ]
-    what = f"Decrease of single steps{', in ' + scale.words if scale.exponent else ''}"
+    what = scale.within("Decrease of single steps")
     return figure(chart, caption, table(what, ("step", "predicted", "actual"), rows))
 
 
@@ -245,7 +243,7 @@ def by_kind(place: str, source: Run, which: str) -> str:
         {kind: (float(scale(sums[kind])), shares[kind]) for kind in order},
         scale.label("summed score"),
     )
-    cells = [(kind, number(float(scale(sums[kind]))), shares[kind]) for kind in order]
+    cells = [(kind, scale.number(sums[kind]), shares[kind]) for kind in order]
     columns = ("kind of layer", scale.label("summed score"), "share")
     return figure(chart, caption, table("Scores by kind of layer", columns, cells))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from ghostjax.runs.analysis.scale import Scale
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.report import output
-from ghostjax.runs.report.html import LIGHT, document, escape, paragraph, section, table
+from ghostjax.runs.report.html import LIGHT, contents, document, escape, paragraph, section, table
 from ghostjax.runs.store.run import Run
 from ghostjax.runs.training.positions import Windows
 
@@ -162,25 +161,17 @@ def visible(text: str) -> str:
 
 def make_page(sections: Sequence[Section], about: About) -> str:
     """The page."""
+    places = {f"v{n}": f"Validation set {each.set}" for n, each in enumerate(sections, 1)}
     main = "".join(
-        f'<section id="v{n}">\n<h2>{escape(f"Validation set {each.set}")}</h2>\n{_set(each)}\n'
-        "</section>\n"
-        for n, each in enumerate(sections, 1)
-    )
-    links = "".join(
-        f'<li><a href="#v{n}">{escape(f"Validation set {each.set}")}</a></li>'
-        for n, each in enumerate(sections, 1)
+        f'<section id="{place}">\n<h2>{escape(title)}</h2>\n{_set(each)}\n</section>\n'
+        for (place, title), each in zip(places.items(), sections)
     )
     notes = "\n".join(map(paragraph, about.notes))
     return document(
         title=f"{about.run}: tokens of training documents",
-        header=f"<h1>{escape(about.run)}: which tokens helped</h1>\n{notes}\n"
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav>',
+        header=f"<h1>{escape(about.run)}: which tokens helped</h1>\n{notes}\n{contents(places)}",
         main=main,
-        footer=paragraph(
-            f"Written by ghostjax {metadata.version('ghostjax')} from the run directory "
-            f"{about.run}."
-        ),
+        run=about.run,
         style=_style(),
     )
 
@@ -218,8 +209,8 @@ def _set(each: Section) -> str:
         f'<span class="{_css(level)}">{escape(scale.signed(colours.top * level / LEVELS))}</span>'
         for level in range(-LEVELS, LEVELS + 1)
     )
-    of = f", in {scale.words}" if scale.exponent else ""
-    words = f"Score of a token{of}. The last colours hold beyond, too; underlined tokens hurt."
+    words = scale.within("Score of a token")
+    words += ". The last colours hold beyond, too; underlined tokens hurt."
     legend = f'{paragraph(words, "soft")}\n<p class="heat legend">{steps}</p>'
     lists = [
         section(title, "\n".join(_window(window, colours, scale) for window in windows))
@@ -282,23 +273,23 @@ def print_texts(console: Console, sections: Sequence[Section], about: About) -> 
     """Prints the texts: coloured where the terminal has colours, with the largest scores listed."""
     for each in sections:
         colours = Colours.of(each.sizes())
-        _line(console, f"Validation set {each.set}", "bold")
+        output.print_text(console, f"Validation set {each.set}", "bold")
         legend = Text("score of a token: ")
         for level in (-LEVELS, -LEVELS // 2, 0, LEVELS // 2, LEVELS):
             legend.append(f" {colours.top * level / LEVELS:+.1e} ", _terminal_style(level))
         console.print(legend)
         for title, windows in each.lists:
-            _line(console, f"\n{title}", "bold")
+            output.print_text(console, f"\n{title}", "bold")
             for window in windows:
                 _print_window(console, window, colours)
         console.print()
     for note in about.notes:
-        _line(console, note, "dim")
+        output.print_text(console, note, "dim")
 
 
 def _print_window(console: Console, window: Window, colours: Colours) -> None:
     total = output.with_error(window.total, window.error, console)
-    _line(console, f"\n{window.example.id}  {total}  {_where(window)}", "bold")
+    output.print_text(console, f"\n{window.example.id}  {total}  {_where(window)}", "bold")
     text = Text()
     for part in window.parts:
         shown = output.encodable(visible(part.text), console)
@@ -307,12 +298,7 @@ def _print_window(console: Console, window: Window, colours: Colours) -> None:
         text.append(output.encodable(visible(window.rest), console), "dim")
     console.print(text)
     listed = ", ".join(f"{part.text!r} {part.score:+.1e}" for part in strongest(window))
-    _line(console, f"largest: {listed}", "dim")
-
-
-def _line(console: Console, text: str, style: str) -> None:
-    lines = (output.encodable(output.plain(line), console) for line in text.split("\n"))
-    console.print(Text("\n".join(lines)), style=style)
+    output.print_text(console, f"largest: {listed}", "dim")
 
 
 def _terminal_style(level: int) -> Style:

@@ -1,69 +1,33 @@
 """HTML of one page: its style, its tables and figures. Nothing is loaded and nothing is run."""
 
+import collections
 import html
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 
 from ghostjax.runs.report.output import plain
 
-
-class Theme(NamedTuple):
-    """Colours of the page, by the use they are made of; ``_CSS`` has no other ones."""
-
-    page: str
-    panel: str
-    ink: str
-    soft: str
-    line: str
-    helps: str
-    hurts: str
-    s1: str
-    s2: str
-    s3: str
-    s4: str
-    s5: str
-    s6: str
-    good: str
-    fair: str
-    poor: str
-
-
-LIGHT = Theme(
-    page="#ffffff",
-    panel="#f5f6f8",
-    ink="#1b1f24",
-    soft="#525a65",
-    line="#d3d8df",
-    helps="#1f5fbf",
-    hurts="#b3471b",
-    s1="#1f5fbf",
-    s2="#b3471b",
-    s3="#1b7a50",
-    s4="#7a3fa8",
-    s5="#806200",
-    s6="#5a6472",
-    good="#1b7040",
-    fair="#7d5600",
-    poor="#b3261e",
-)
-DARK = Theme(
-    page="#14171c",
-    panel="#1d2229",
-    ink="#e6e9ed",
-    soft="#a7b0bb",
-    line="#3a434f",
-    helps="#7fb0ff",
-    hurts="#ff9a6b",
-    s1="#7fb0ff",
-    s2="#ff9a6b",
-    s3="#5fd39a",
-    s4="#cf9fff",
-    s5="#e3c04f",
-    s6="#aab4c0",
-    good="#6fdc9a",
-    fair="#f0c45a",
-    poor="#ff9b91",
-)
+# On a light and on a dark page, by use; ``_CSS`` has no other colours.
+_COLOURS = {
+    "page": ("#ffffff", "#14171c"),
+    "panel": ("#f5f6f8", "#1d2229"),
+    "ink": ("#1b1f24", "#e6e9ed"),
+    "soft": ("#525a65", "#a7b0bb"),
+    "line": ("#d3d8df", "#3a434f"),
+    "helps": ("#1f5fbf", "#7fb0ff"),
+    "hurts": ("#b3471b", "#ff9a6b"),
+    "s1": ("#1f5fbf", "#7fb0ff"),
+    "s2": ("#b3471b", "#ff9a6b"),
+    "s3": ("#1b7a50", "#5fd39a"),
+    "s4": ("#7a3fa8", "#cf9fff"),
+    "s5": ("#806200", "#e3c04f"),
+    "s6": ("#5a6472", "#aab4c0"),
+    "good": ("#1b7040", "#6fdc9a"),
+    "fair": ("#7d5600", "#f0c45a"),
+    "poor": ("#b3261e", "#ff9b91"),
+}
+Theme = collections.namedtuple("Theme", _COLOURS)
+LIGHT, DARK = (Theme(*colours) for colours in zip(*_COLOURS.values()))
 
 SERIES = 6  # colours and dashes for lines
 
@@ -157,11 +121,13 @@ def escape(text: str) -> str:
     return html.escape(plain(text), quote=True)
 
 
-def document(title: str, header: str, main: str, footer: str, style: str = "") -> str:
-    """A whole page. ``title`` is text, ``style`` CSS beyond that of every page, the others HTML.
+def document(title: str, header: str, main: str, run: str, style: str = "") -> str:
+    """A whole page on a run. ``header`` and ``main`` are HTML, ``style`` is CSS beyond that of all
+    pages, the others are text.
 
     Its policy forbids to load or run anything, so that an escape that was forgotten does no harm.
     """
+    written = f"Written by ghostjax {version('ghostjax')} from the run directory {run}."
     style = (
         f":root {{ color-scheme: light dark; {_variables(LIGHT)}}}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)}}} }}{_CSS}{style}"
@@ -185,11 +151,17 @@ def document(title: str, header: str, main: str, footer: str, style: str = "") -
 {main}
 </main>
 <footer>
-{footer}
+{paragraph(written)}
 </footer>
 </body>
 </html>
 """
+
+
+def contents(places: Mapping[str, str]) -> str:
+    """Links to parts of the page, whose ids have titles."""
+    links = "".join(f'<li><a href="#{place}">{escape(to)}</a></li>' for place, to in places.items())
+    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -58,6 +58,12 @@ def encodable(text: str, console: Console) -> str:
     return text.encode(console.encoding, "replace").decode(console.encoding)
 
 
+def print_text(console: Console, text: str, style: str = "") -> None:
+    """Prints lines that are neither markup nor beyond what the stream can encode."""
+    lines = (encodable(plain(line), console) for line in text.split("\n"))
+    console.print(Text("\n".join(lines)), style=style)
+
+
 def plain_cell(text: str, console: Console) -> Text:
     """A cell of a table that is neither markup nor beyond what the stream can encode."""
     return Text(encodable(plain(text), console))
@@ -89,15 +95,17 @@ def progress_note(run: Run) -> str:
     return f"The run is not over: these are the values after {run.end}{of} steps."
 
 
-def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Prints rows as UTF-8 CSV with a header. Floats have all their digits; None and NaN are empty.
+def print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Prints rows, which have the same columns, as UTF-8 CSV with a header.
 
-    Texts go through ``plain``, so that a line of the output is a row.
+    Floats have all their digits; None and NaN are empty. Texts go through ``plain``, so that a line
+    of the output is a row.
     """
+    rows = list(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_csv_cell(row.get(name)) for name in columns] for row in rows)
+    writer.writerow(rows[0])
+    writer.writerows(map(_csv_cell, row.values()) for row in rows)
     _write(text.getvalue())
 
 

@@ -1,6 +1,5 @@
 """A run as one HTML page that needs neither network nor script."""
 
-from importlib import metadata
 from typing import Any
 
 from ghostjax.fidelity import Fidelity
@@ -22,7 +21,7 @@ from ghostjax.runs.report.charts import (
     predicted_and_actual,
     single_steps,
 )
-from ghostjax.runs.report.html import bullets, document, escape, paragraph, section, table
+from ghostjax.runs.report.html import bullets, contents, document, escape, paragraph, section, table
 from ghostjax.runs.report.output import progress_note
 from ghostjax.runs.store.run import Run
 
@@ -48,9 +47,7 @@ def make_report(source: Run, count: int = 10) -> str:
         title=f"{name}: values of training examples",
         header=_header(source, name, values),
         main="\n".join(main),
-        footer=paragraph(
-            f"Written by ghostjax {metadata.version('ghostjax')} from the run directory {name}."
-        ),
+        run=name,
     )
 
 
@@ -72,13 +69,10 @@ def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
     for which in source.sets:
         loss = source.steps[f"val_loss_{which}"][-1].as_py()
         facts[f"last loss on {which}"] = number(loss)
-    places = [("trust", "Can the values be trusted?")]
-    places += [
-        (f"v{n}", f"Validation set {which}" if len(source.sets) > 1 else "The values")
-        for n, which in enumerate(source.sets, 1)
-    ]
-    places.append(("about", "The run"))
-    links = "".join(f'<li><a href="#{place}">{escape(text)}</a></li>' for place, text in places)
+    places = {"trust": "Can the values be trusted?"}
+    for n, which in enumerate(source.sets, 1):
+        places[f"v{n}"] = f"Validation set {which}" if len(source.sets) > 1 else "The values"
+    places["about"] = "The run"
     notice = "" if source.is_finished else paragraph(progress_note(source))
     cells = "".join(
         f"<div><dt>{escape(what)}</dt><dd>{escape(figure)}</dd></div>"
@@ -86,7 +80,7 @@ def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
     )
     return (
         f"<h1>{escape(name)}</h1>\n{paragraph(lead)}\n{notice}\n"
-        f'<dl class="facts">{cells}</dl>\n<nav aria-label="Contents"><ul>{links}</ul></nav>'
+        f'<dl class="facts">{cells}</dl>\n{contents(places)}'
     )
 
 
@@ -162,7 +156,7 @@ def _examples(ranked: Valued, indices: Any, scale: Scale) -> str:
             f"{visits} {'visit' if visits == 1 else 'visits'}, rank {n + 1}</span></div>"
             f'<p class="excerpt" dir="auto">{escape(ranked.excerpts[n])}</p></li>'
         )
-    note = f"Value ± its standard error{', in ' + scale.words if scale.exponent else ''}."
+    note = f"{scale.within('Value ± its standard error')}."
     return f'{paragraph(note, "soft")}\n<ol class="examples">\n{chr(10).join(cards)}\n</ol>'
 
 

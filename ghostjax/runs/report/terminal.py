@@ -50,11 +50,11 @@ def print_values(
 def print_meaning(console: Console, run: Run) -> None:
     """Prints what a value is."""
     text = (
-        f"Value: decrease of the validation loss, in {output.plain(run.unit)}, by the example's "
+        f"Value: decrease of the validation loss, in {run.unit}, by the example's "
         "share of the updates, summed over its visits; positive helps. Followed by its standard "
         "error."
     )
-    console.print(output.encodable(text, console), style="dim", markup=False)
+    output.print_text(console, text, "dim")
 
 
 def print_summary(console: Console, run: Run) -> None:
@@ -65,11 +65,11 @@ def print_summary(console: Console, run: Run) -> None:
     print_meaning(console, run)
     for name, auc in (summary["auc"] or {}).items():
         line = f"AUC of {name} above all else, by value for validation set {name}: {auc:.3f}"
-        console.print(output.encodable(line, console), markup=False)
+        output.print_text(console, line)
     for warning in summary["warnings"]:
-        console.print(f"Warning: {warning}", style="bold", markup=False)
+        output.print_text(console, f"Warning: {warning}", "bold")
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in summary["val_loss"].items())
-    console.print(f"loss {summary['loss']:.3f}  validation loss {losses}", markup=False)
+    output.print_text(console, f"loss {summary['loss']:.3f}  validation loss {losses}")
 
 
 def _ranking(title: str, ranked: Valued, indices: np.ndarray, by: By, console: Console) -> Table:

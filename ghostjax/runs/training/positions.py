@@ -14,7 +14,14 @@ from ghostjax._dots import value_grad_and_dots
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import StoppedError
-from ghostjax.runs.training.step import PARTS, TrainState, gradient_in_parts, in_parts, validate
+from ghostjax.runs.training.step import (
+    PARTS,
+    TrainState,
+    gradient_in_parts,
+    in_parts,
+    mean_and_losses,
+    validate,
+)
 from ghostjax.runs.training.trainer import AUDIT_TOLERANCE, batches
 
 
@@ -105,16 +112,13 @@ def make_directions(
     stacked, [K * PARTS] on every leaf.
     """
 
-    def mean_loss(params, rows):
-        return jnp.mean(row_losses(params, rows))
-
     @jax.jit
     def find(state: TrainState, train_rows: Any, val_rows: Any):
         params, opt_state = state.params, state.opt_state
         _, grads = gradient_in_parts(row_losses, params, in_parts(train_rows, microbatches))
         updates, _ = optimizer.update(grads, opt_state, params)
         flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        _, _, val_grads = validate(mean_loss, params, updates, flat_rows, order)
+        _, _, val_grads = validate(row_losses, params, updates, flat_rows, order)
         return directions.through_optimizer(optimizer, opt_state, params, grads, val_grads)
 
     return find
@@ -128,15 +132,11 @@ def make_scores(row_losses: Callable[[Any, Any], jax.Array], batch_size: int):
       batch_size: B, as a row's share of an update is one B-th of what its gradient does.
     """
 
-    def loss_fn(params, rows):
-        losses = row_losses(params, rows)
-        return jnp.mean(losses), losses
-
     @jax.jit
     def score(params: Any, rows: Any, direction: Any):
         shape = rows["inputs"].shape
         count = shape[0] * shape[1]
-        fn = value_grad_and_dots(loss_fn, has_aux=True)
+        fn = value_grad_and_dots(mean_and_losses(row_losses), has_aux=True)
         # The rows' scores do without labels, so that the sums prove something.
         of_rows = fn(params, rows, direction=direction)
         of_places = fn(

@@ -68,9 +68,7 @@ def make_step(
     to be redone by plain autodiff, [n], or all -1 for none.
     """
 
-    def loss_fn(params, rows):
-        losses = row_losses(params, rows)
-        return jnp.mean(losses), losses
+    loss_fn = mean_and_losses(row_losses)
 
     def mean_loss(params, rows):
         return loss_fn(params, rows)[0]
@@ -105,7 +103,9 @@ def make_step(
         flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
         (loss, losses), grads, dots = differentiate(params, train_rows)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        val_losses, plain_grads, part_grads = validate(mean_loss, params, updates, flat_rows, order)
+        val_losses, plain_grads, part_grads = validate(
+            row_losses, params, updates, flat_rows, order
+        )
         plain_grads, val_grads = jax.tree.map(
             lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1),
             (plain_grads, part_grads),
@@ -165,6 +165,16 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def mean_and_losses(row_losses: Callable[[Any, Any], jax.Array]):
+    """``(params, rows) -> mean of the losses, losses [B]``."""
+
+    def loss_fn(params, rows):
+        losses = row_losses(params, rows)
+        return jnp.mean(losses), losses
+
+    return loss_fn
+
+
 def in_parts(rows: Any, count: int) -> Any:
     """Rows [B, ...] as ``count`` parts of a batch, [count, B / count, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), rows)
@@ -175,9 +185,7 @@ def gradient_in_parts(
 ) -> tuple[jax.Array, Any]:
     """Losses [B] and the gradient of their mean, one part of the batch after another."""
 
-    def loss_fn(params, rows):
-        losses = row_losses(params, rows)
-        return jnp.mean(losses), losses
+    loss_fn = mean_and_losses(row_losses)
 
     def add(total, rows):
         (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
@@ -188,7 +196,7 @@ def gradient_in_parts(
 
 
 def validate(
-    mean_loss: Callable[[Any, Any], jax.Array], params: Any, updates: Any, rows: Any, order: int
+    row_losses: Callable[[Any, Any], jax.Array], params: Any, updates: Any, rows: Any, order: int
 ) -> tuple[jax.Array, Any, Any]:
     """The validation losses of parts of the rows, and their gradients.
 
@@ -199,6 +207,9 @@ def validate(
     Returns:
       Losses [K * PARTS]; and stacked alike the plain gradients, and those of the order asked for.
     """
+
+    def mean_loss(params, rows):
+        return jnp.mean(row_losses(params, rows))
 
     def one(rows):
         loss, plain = jax.value_and_grad(mean_loss)(params, rows)

@@ -10,7 +10,7 @@ from ghostjax.cli import main
 from ghostjax.runs.analysis.compare import compare
 from ghostjax.runs.analysis.values import Valued
 from ghostjax.runs.commands.diff import DiffConfig
-from tests.runs.commands.test_rank import fails, files
+from tests.runs.checks import fails, files
 from tests.runs.made_up import EXAMPLES, SETS, write_run
 
 CHANGED = "wiki:0"

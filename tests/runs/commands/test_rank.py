@@ -1,6 +1,5 @@
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from ghostjax.cli import main
 from ghostjax.runs.analysis.values import best_and_worst, read_values
 from ghostjax.runs.commands.rank import RankConfig, run
 from ghostjax.runs.store.run import read_run
+from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, SETS, write_run
 
 
@@ -33,25 +33,6 @@ def ranked(path: Path, capsys, *options: str) -> str:
 
 def rows_of_csv(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
-
-
-def files(path: Path) -> dict[str, str]:
-    """Digests of all files below a directory."""
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
-
-
-def fails(argv, capsys) -> str:
-    """Runs a command that is to be refused; returns its one line."""
-    assert main([str(arg) for arg in argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("ghostjax: error: ")
-    return err
 
 
 def test_csv_and_json_hold_every_example_with_all_digits(made_up, capsys):

@@ -23,7 +23,7 @@ from ghostjax.runs.report.heat import LEVELS, About, Section, Shown, Window, mak
 from ghostjax.runs.report.html import DARK, LIGHT
 from ghostjax.runs.training.positions import Windows, check_sums, score_windows
 from ghostjax.runs.training.trainer import Trainer
-from tests.runs.commands.test_rank import fails, files
+from tests.runs.checks import fails, files
 from tests.runs.conftest import BATCH_SIZE, LENGTH
 from tests.runs.made_up import write_run
 from tests.runs.report.test_page import HOSTILE, Page, contrast

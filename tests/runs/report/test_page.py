@@ -17,7 +17,7 @@ from ghostjax.runs.report.html import DARK, LIGHT
 from ghostjax.runs.report.page import make_report
 from ghostjax.runs.report.pictures import ticks
 from ghostjax.runs.store.run import read_run
-from tests.runs.commands.test_rank import fails, files
+from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
 
 VOID = {"meta", "line", "rect", "circle", "path"}  # circle and the like close themselves
