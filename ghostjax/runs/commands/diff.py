@@ -212,9 +212,10 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
         meaning = (
             f"Value{'' if config.by == 'value' else ' per visit'}: decrease of the validation loss "
             "by the example, in A and in B, followed by its standard error; rank 1 is the most "
-            "helpful of the compared.\n"
+            "helpful of the compared."
         )
         output.print_text(console, meaning, "dim")
+        console.print()
 
 
 def _alone(found: Comparison) -> str:

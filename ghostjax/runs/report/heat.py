@@ -279,7 +279,8 @@ def print_texts(console: Console, sections: Sequence[Section], about: About) -> 
             legend.append(f" {colours.top * level / LEVELS:+.1e} ", _terminal_style(level))
         console.print(legend)
         for title, windows in each.lists:
-            output.print_text(console, f"\n{title}", "bold")
+            console.print()
+            output.print_text(console, f"{title}", "bold")
             for window in windows:
                 _print_window(console, window, colours)
         console.print()
@@ -289,7 +290,8 @@ def print_texts(console: Console, sections: Sequence[Section], about: About) -> 
 
 def _print_window(console: Console, window: Window, colours: Colours) -> None:
     total = output.with_error(window.total, window.error, console)
-    output.print_text(console, f"\n{window.example.id}  {total}  {_where(window)}", "bold")
+    console.print()
+    output.print_text(console, f"{window.example.id}  {total}  {_where(window)}", "bold")
     text = Text()
     for part in window.parts:
         shown = output.encodable(visible(part.text), console)

@@ -59,9 +59,8 @@ def encodable(text: str, console: Console) -> str:
 
 
 def print_text(console: Console, text: str, style: str = "") -> None:
-    """Prints lines that are neither markup nor beyond what the stream can encode."""
-    lines = (encodable(plain(line), console) for line in text.split("\n"))
-    console.print(Text("\n".join(lines)), style=style)
+    """Prints a paragraph that is neither markup nor beyond what the stream can encode."""
+    console.print(plain_cell(text, console), style=style)
 
 
 def plain_cell(text: str, console: Console) -> Text:
