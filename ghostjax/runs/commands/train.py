@@ -47,7 +47,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     task = load_task(config)
     trainer = Trainer(config, task)
     data = fingerprint(task.contents())
-    params = trainer.init_params()
+    params = task.init_params(config.seed)
     if resumed is None:
         files.create_out(config.out)
     elif resumed["fingerprints"]["data"] != data:

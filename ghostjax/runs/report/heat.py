@@ -280,7 +280,7 @@ def print_texts(console: Console, sections: Sequence[Section], about: About) -> 
         console.print(legend)
         for title, windows in each.lists:
             console.print()
-            output.print_text(console, f"{title}", "bold")
+            output.print_text(console, title, "bold")
             for window in windows:
                 _print_window(console, window, colours)
         console.print()

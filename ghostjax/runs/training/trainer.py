@@ -95,10 +95,6 @@ class Trainer:
             remat=config.remat,
         )
 
-    def init_params(self) -> Any:
-        """The parameters before the first step."""
-        return self._task.init_params(self._config.seed)
-
     def init_state(self, params: Any) -> TrainState:
         """The state before the first step; ``params`` are used up."""
         return TrainState(params, jax.jit(self.optimizer.init)(params))
