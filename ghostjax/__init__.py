@@ -16,6 +16,7 @@ from ghostjax._late import LateDots as LateDots
 from ghostjax._late import value_and_dots_fn as value_and_dots_fn
 from ghostjax._norms import squared_norms as squared_norms
 from ghostjax._norms import value_and_clipped_grad as value_and_clipped_grad
+from ghostjax._pairs import pairwise_dots as pairwise_dots
 from ghostjax._rowwise import register_row_rule as register_row_rule
 from ghostjax._rowwise import rowwise as rowwise
 from ghostjax._types import EngineResult as EngineResult

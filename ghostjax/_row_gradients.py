@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._dots import like_rows, wide_zeros
-from ghostjax._labels import counted, positions_of
+from ghostjax._labels import by_row_label, counted, positions_of
+from ghostjax._late import Program, contracted
 from ghostjax._loss import Arrays, Loss, check_reduction, check_scalar, trace_loss
 from ghostjax.core import (
     Found,
@@ -78,6 +79,14 @@ class Pass:
                 own = mapped(one, meeting, *on_this_mesh(factors[key]))
             found[key] = on_this_mesh(own)
         return found
+
+    def dots(self, gradients: list[Any]) -> list[Any]:
+        """Of all examples with K gradients, stacked: by parameter, [K, B] or [K, S]."""
+        rows = jax.typeof(like_rows(jnp.zeros(self.loss.num_rows), self.arrays.batch))
+        program = Program(self.loss, self.meetings(), rows)
+        count = gradients[0].shape[0]
+        dots, shared = contracted(program, self.arrays, self.factors, gradients, count, self.labels)
+        return by_row_label(dots, shared, self.labels)[0]
 
     def all_squares(self) -> list[Any]:
         """Squared norms by parameter, [B] or [S]."""

@@ -24,10 +24,10 @@ RANKS = {
     "_dots": 5,
     "_engine": 6,
     "_late": 6,
-    "_explain": 7,
-    "_norms": 7,
-    "_pairs": 7,
-    "_row_gradients": 6,
+    "_explain": 8,
+    "_norms": 8,
+    "_pairs": 8,
+    "_row_gradients": 7,
     "_rowwise": 3,
     "_types": 1,
     "directions": 3,
@@ -36,10 +36,10 @@ RANKS = {
     "fidelity": 5,
     "values": 4,
     "weights": 4,
-    "runs": 7,
-    "cli": 8,
-    "__main__": 9,
-    "": 9,  # the package itself re-exports
+    "runs": 8,
+    "cli": 9,
+    "__main__": 10,
+    "": 10,  # the package itself re-exports
 }
 EXTRAS = ("orbax", "pyarrow", "rich", "tokenizers", "tyro")
 # What rich itself calls may import it there, and only there.
