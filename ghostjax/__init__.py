@@ -8,7 +8,7 @@ from ghostjax import weights as weights
 from ghostjax._aggregate import aggregate as aggregate
 from ghostjax._dots import GradDots as GradDots
 from ghostjax._dots import conservation_error as conservation_error
-from ghostjax._dots import value_grad_and_dots as value_grad_and_dots
+from ghostjax._early import value_grad_and_dots as value_grad_and_dots
 from ghostjax._engine import GradDotProdEngine as GradDotProdEngine
 from ghostjax._explain import explain as explain
 from ghostjax._explanation import Explanation as Explanation

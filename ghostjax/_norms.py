@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._dots import LABELS, with_keywords
-from ghostjax._labels import check_labels, or_nan
+from ghostjax._labels import check_labels
 from ghostjax._row_gradients import Pass, row_pass, trace_rows, weighted_gradient
 
 
@@ -71,15 +71,10 @@ def squared_norms(
         )
         found = check_labels(loss, labels, num_labels)
         left = row_pass(loss, arrays, found, at_once=True)
-        return jax.tree.unflatten(loss.params, _squares(left))
+        return left.squared_norms()
 
     fn.__signature__ = with_keywords(loss_fn, LABELS)
     return fn
-
-
-def _squares(left: Pass) -> list[Any]:
-    scale = left.loss.scale**2
-    return or_nan([leaf * scale for leaf in left.all_squares()], left.conflicts)
 
 
 def value_and_clipped_grad(
@@ -149,7 +144,7 @@ def value_and_clipped_grad(
         found = check_labels(loss, labels, num_labels)
         left = row_pass(loss, arrays, found, at_once=True)
         _check_shared(left)
-        total = sum(_squares(left), jnp.zeros(left.examples))
+        total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         own = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
         own = jnp.where(total == 0, 1, own)
         if weights is not None:

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax._dots import like_rows, wide_zeros
-from ghostjax._labels import by_row_label, counted, positions_of
+from ghostjax._dots import GradDots, directed_with, like_rows, wide_zeros
+from ghostjax._labels import by_row_label, counted, or_nan, positions_of
 from ghostjax._late import Program, contracted
 from ghostjax._loss import Arrays, Loss, check_reduction, check_scalar, trace_loss
 from ghostjax.core import (
+    DirectedSquares,
     Found,
     Labels,
     Regrouped,
@@ -21,6 +22,7 @@ from ghostjax.core import (
     mapped,
     on_this_mesh,
     square,
+    typed_as,
     zeros_of,
 )
 
@@ -31,7 +33,7 @@ class Pass:
 
     Attributes:
       value, aux, conflicts: as in ``GradDots``.
-      squares: by parameter, [B] where they came out of the pass, zeros elsewhere.
+      squares: by parameter, unscaled, [B]: where they did not come out of the pass, zeros.
       factors: by meeting that has to wait, what it kept and the cotangents of its outputs.
       found: the meetings.
     """
@@ -42,7 +44,7 @@ class Pass:
     value: Any
     aux: Any
     conflicts: Any
-    squares: list[Any]
+    squares: dict[int, Any]
     factors: dict[str, Any]
     found: Found
 
@@ -88,21 +90,21 @@ class Pass:
         dots, shared = contracted(program, self.arrays, self.factors, gradients, count, self.labels)
         return by_row_label(dots, shared, self.labels)[0]
 
-    def all_squares(self) -> list[Any]:
-        """Squared norms by parameter, [B] or [S]."""
+    def squared_norms(self) -> Any:
+        """A tree of the parameters, every leaf [B] or [S]."""
         waiting = sorted({path for m in self.meetings().values() for path in m.moving})
-        if not waiting:
-            return self.squares
 
         def of_example(number):
             gradient = self.gradient(number)
             return {path: square(gradient[path]) for path in waiting}
 
-        found = jax.lax.map(of_example, jnp.arange(self.examples))
-        return [
-            own + found[path].astype(own.dtype) if path in found else own
-            for path, own in enumerate(self.squares)
-        ]
+        squares = dict(self.squares)
+        later = jax.lax.map(of_example, jnp.arange(self.examples)) if waiting else {}
+        for path, found in later.items():
+            squares[path] = squares[path] + typed_as(found, jax.typeof(squares[path]))
+        scale = self.loss.scale**2
+        leaves = or_nan([squares[path] * scale for path in sorted(squares)], self.conflicts)
+        return jax.tree.unflatten(self.loss.params, leaves)
 
 
 def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tuple[Loss, Arrays]:
@@ -134,54 +136,8 @@ def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tup
 
 def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool) -> Pass:
     """One forward and one backward pass; with ``at_once``, norms come out of it where they can."""
-    positions = positions_of(labels)
-    marker = jnp.zeros(loss.num_rows)
-
-    def run(taps, slots, keys):
-        def walked(slots, batch, marker):
-            walk = Squares(
-                loss,
-                taps,
-                labels is not None,
-                slots=slots,
-                at_once=keys,
-                marker=marker,
-                labels=positions,
-            )
-            value, aux = loss.open(walk, arrays.params, batch, arrays.others)
-            found.update(walk.found)
-            return [value.primal, *(leaf.primal for leaf in aux)], *walk.results()
-
-        found = Found()
-        if loss.per_example:
-            walked = jax.vmap(walked)
-        return *walked(slots, arrays.batch, marker), found
-
-    first: list[Found] = []
-
-    def shapes():
-        *_, specs, _, found = run(None, None, frozenset())
-        first.append(found)
-        return specs
-
-    specs = jax.eval_shape(shapes)
-    in_rows = {key for key in specs if all(first[0].meetings[key].in_rows.values())}
-    keys = frozenset()
-    if at_once and labels is None and not loss.per_example:
-        keys = frozenset(
-            key
-            for key in first[0].at_once() & in_rows
-            if not isinstance(first[0].meetings[key], Regrouped)
-        )
-    slots = {
-        key: [zeros_of(leaf) for leaf in spec]
-        for key, spec in specs.items()
-        if key in in_rows - keys
-    }
-    rows = loss.num_rows if labels is None else labels.count
-    taps = {path: wide_zeros(leaf, (rows,)) for path, leaf in enumerate(arrays.params)}
-    if labels is None:
-        taps = {path: like_rows(tap, arrays.batch) for path, tap in taps.items()}
+    run = _walked(loss, arrays, labels)
+    taps, slots, keys = _places(loss, arrays, labels, run, at_once=at_once)
     last: list[Found] = []
 
     def objective(taps, slots):
@@ -194,8 +150,87 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
         objective, argnums=(0, 1), has_aux=True
     )(taps, slots)
     factors = {key: (kept[key], cotangents[key]) for key in kept}
-    squares = [squares[path] for path in range(len(arrays.params))]
     return Pass(loss, arrays, labels, value, aux, conflicts, squares, factors, last[0])
+
+
+def directed_with_norms(
+    loss: Loss, arrays: Arrays, direction: Any, directions: int | None, labels: Labels | None
+) -> GradDots:
+    """``directed``, and squared norms out of the same pass."""
+    run = _walked(loss, arrays, labels)
+    taps, slots, keys = _places(loss, arrays, labels, run, at_once=True)
+    last: list[Found] = []
+
+    def make(others, vectors, *args):
+        squares, waiting = others
+        both = {key: (own, waiting.get(key, [])) for key, own in vectors.items()}
+        walk = DirectedSquares(squares, labels is not None, keys, *args, both, positions_of(labels))
+        last.append(walk.found)
+        return walk
+
+    others = ({} if loss.per_example else taps), slots  # of one row, all meetings wait
+    result, kept, (squares, cotangents) = directed_with(
+        make, others, loss, arrays, direction, directions, labels
+    )
+    factors = {key: (kept[key], cotangents[key]) for key in kept}
+    squares = taps | squares
+    left = Pass(
+        loss, arrays, labels, result.value, None, result.conflicts, squares, factors, last[0]
+    )
+    return dataclasses.replace(result, squared_norms=left.squared_norms())
+
+
+def _walked(loss: Loss, arrays: Arrays, labels: Labels | None):
+    """``run(taps, slots, keys) -> (outputs, emitted, specs, conflicts, found)``."""
+
+    def run(taps, slots, keys):
+        found = Found()
+
+        def walked(slots, batch, marker):
+            walk = Squares(
+                loss,
+                taps,
+                labels is not None,
+                slots=slots,
+                at_once=keys,
+                marker=marker,
+                labels=positions_of(labels),
+            )
+            value, aux = loss.open(walk, arrays.params, batch, arrays.others)
+            found.update(walk.found)
+            return [value.primal, *(leaf.primal for leaf in aux)], *walk.results()
+
+        if loss.per_example:
+            walked = jax.vmap(walked)
+        return *walked(slots, arrays.batch, jnp.zeros(loss.num_rows)), found
+
+    return run
+
+
+def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: bool):
+    """Zeros [B] by parameter for norms that come out of the pass; zeros like the cotangents of the
+    meetings that wait; and the meetings that do not, found by a walk in shapes."""
+    first: list[Found] = []
+
+    def shapes():
+        *_, specs, _, found = run(None, None, frozenset())
+        first.append(found)
+        return specs
+
+    specs = jax.eval_shape(shapes)
+    (found,) = first
+    in_rows = {key for key in specs if all(found.meetings[key].in_rows.values())}
+    keys = frozenset()
+    if at_once and labels is None and not loss.per_example:
+        regrouped = {key for key in specs if isinstance(found.meetings[key], Regrouped)}
+        keys = found.at_once() & (in_rows - regrouped)
+    waiting = in_rows - keys
+    slots = {key: jax.tree.map(zeros_of, spec) for key, spec in specs.items() if key in waiting}
+    rows = loss.num_rows if labels is None else labels.count
+    taps = {path: wide_zeros(leaf, (rows,)) for path, leaf in enumerate(arrays.params)}
+    if labels is None:
+        taps = {path: like_rows(tap, arrays.batch) for path, tap in taps.items()}
+    return taps, slots, keys
 
 
 def weighted_gradient(

@@ -25,6 +25,7 @@ RANKS = {
     "_engine": 6,
     "_late": 6,
     "_explain": 8,
+    "_early": 8,
     "_norms": 8,
     "_pairs": 8,
     "_row_gradients": 7,

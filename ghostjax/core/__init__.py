@@ -24,6 +24,7 @@ from ghostjax.core.promises import ROW_RULES as ROW_RULES
 from ghostjax.core.promises import RowRule as RowRule
 from ghostjax.core.push import Push as Push
 from ghostjax.core.split import Split as Split
+from ghostjax.core.squares import DirectedSquares as DirectedSquares
 from ghostjax.core.squares import Squares as Squares
 from ghostjax.core.squares import Weighted as Weighted
 from ghostjax.core.squares import square as square

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax.core.at_once import AtOnce
-from ghostjax.core.directed import through_channel
+from ghostjax._channel import set_aside
+from ghostjax.core.at_once import AtOnce, Found
+from ghostjax.core.directed import Directed, through_channel
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.gram import gram_squares, squares_cost_less
 from ghostjax.core.meeting import one_per_row, wide_dtype
@@ -75,6 +76,11 @@ class RowMeeting:
         own = [arrays[position] for position in self.whole.kept], consts
         return self.whole.sums(own, vectors, cotangents, stacked, route)
 
+    def sums_and_gradient(self, kept, vectors, cotangents, stacked):
+        arrays, (consts, _) = kept
+        own = [arrays[position] for position in self.whole.kept], consts
+        return self.whole.sums_and_gradient(own, vectors, cotangents, stacked)
+
     def squares(self, kept: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
         """By parameter, each of which comes as it is and once: squared norms [B]."""
         whole, (arrays, _) = self.whole, kept
@@ -96,6 +102,25 @@ class RowMeeting:
 def square(array: Any) -> jax.Array:
     """The sum of squares, in float32 or wider."""
     return jnp.sum(jnp.square(array.astype(wide_dtype(array))))
+
+
+def squares_behind(meeting: RowMeeting, outputs, kept, taps: dict[int, Any]) -> list[Any]:
+    """``outputs`` of a meeting, behind a channel that gives taps [B] the squared norms."""
+    carried = {path: taps[path] for path in meeting.moving}
+    kinds = {path: jax.typeof(tap) for path, tap in carried.items()}
+
+    def backward(kept, cotangents):
+        found = meeting.squares(kept, cotangents)
+        return {path: cotangent_as(found[path], kind) for path, kind in kinds.items()}
+
+    return through_channel(meeting, backward, outputs, carried, kept)
+
+
+def by_weights(meeting: Any) -> Any:
+    """Of a meeting whose rows are not in place, examples are weights of its places."""
+    if isinstance(meeting, Regrouped):
+        meeting.meeting.by_weights = True
+    return meeting
 
 
 class OfRows(AtOnce):
@@ -126,10 +151,7 @@ class OfRows(AtOnce):
         return meeting
 
     def make_regrouped(self, eqn, function, operands, outputs, places):
-        found = super().make_regrouped(eqn, function, operands, outputs, places)
-        if isinstance(found, Regrouped):
-            found.meeting.by_weights = True
-        return found
+        return by_weights(super().make_regrouped(eqn, function, operands, outputs, places))
 
     def evaluate(self, function, primals):
         outputs = function(primals)
@@ -150,14 +172,47 @@ class Squares(OfRows):
         self.taps, self.by_weights = taps, by_weights
 
     def through(self, meeting, outputs, operands, kept):
-        carried = {path: self.taps[path] for path in meeting.moving}
-        kinds = {path: jax.typeof(tap) for path, tap in carried.items()}
+        return squares_behind(meeting, outputs, kept, self.taps)
 
-        def backward(kept, cotangents):
-            found = meeting.squares(kept, cotangents)
-            return {path: cotangent_as(found[path], kind) for path, kind in kinds.items()}
 
-        return through_channel(meeting, backward, outputs, carried, kept)
+class DirectedSquares(Directed):
+    """Both: dots with a direction at hand, and squared norms.
+
+    Args:
+      squares: by parameter, zeros [B], whose gradient the squared norms will be.
+      by_weights: whether examples are told by weights of rows.
+      at_once: meetings whose norms come out of the pass.
+      slots: by meeting, the direction there; and for those whose norms have to wait, zeros like the
+        cotangents of their outputs, others nothing.
+      others: as for ``Directed``.
+    """
+
+    other_arrays = (*Directed.other_arrays, "squares")
+    no_shard_map = OfRows.no_shard_map
+    make = OfRows.make
+
+    def __init__(self, squares, by_weights, at_once, *others):
+        super().__init__(*others)
+        self.squares, self.by_weights, self.keys_at_once = squares, by_weights, at_once
+        self.found = Found()
+
+    def make_regrouped(self, eqn, function, operands, outputs, places):
+        return by_weights(super().make_regrouped(eqn, function, operands, outputs, places))
+
+    def attach(self, meeting, function, operands):
+        key = self.next_key()
+        meeting.in_branch = self.in_branch
+        if self.slots is None:
+            return function([value.primal for value in operands])
+        self.found.meetings[key] = meeting
+        vectors, waiting = self.slots[key]
+        outputs, kept = self.behind(meeting, function, operands, vectors)
+        if key in self.keys_at_once:
+            return squares_behind(meeting, outputs, kept, self.squares)
+        if not waiting:
+            return outputs
+        self.emitted[key] = set_aside(kept, waiting)
+        return through_channel(meeting, lambda _, c: c, outputs, waiting, ())
 
 
 class Weighted(OfRows):
