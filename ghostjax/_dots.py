@@ -85,6 +85,7 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
       as an error of order one, by name.
 
     >>> import jax.numpy as jnp
+    >>> from ghostjax import value_grad_and_dots
     >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
     >>> direction = jnp.array([[1.0, 0.5], [3.0, 1.0]])
     >>> result = value_grad_and_dots(lambda w, x: jnp.mean(x @ w))(w, x, direction=direction)

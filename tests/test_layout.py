@@ -37,10 +37,10 @@ RANKS = {
     "fidelity": 5,
     "values": 4,
     "weights": 4,
-    "runs": 8,
-    "cli": 9,
-    "__main__": 10,
-    "": 10,  # the package itself re-exports
+    "runs": 9,
+    "cli": 10,
+    "__main__": 11,
+    "": 11,  # the package itself re-exports
 }
 EXTRAS = ("orbax", "pyarrow", "rich", "tokenizers", "tyro")
 # What rich itself calls may import it there, and only there.
