@@ -80,7 +80,7 @@ def test_tokens_of_order_2_in_parts_add_up_to_the_scores_of_a_step(micro_config)
     config = dataclasses.replace(micro_config, order=2, microbatches=2, optimizer="sgd")
     task = load_task(config)
     trainer = Trainer(config, task)
-    params = trainer.init_params()
+    params = task.init_params(config.seed)
     kept = trainer.init_state(jax.tree.map(np.asarray, params))
     _, step = next(trainer.steps(trainer.init_state(params), 0))
     indices, starts = step.batch.indices, step.batch.starts
