@@ -111,6 +111,15 @@ def _leading(core: int) -> Rule:
     return rule
 
 
+def _triangular_solve(eqn, operands, num_rows):
+    """The right side may have rows where the solve treats one vector apart from the other."""
+    matrix, right = operands
+    vectors = len(shape_of(eqn.invars[1])) - (1 if eqn.params["left_side"] else 2)
+    if matrix is None and right.axis == vectors:
+        return right
+    return _leading(2)(eqn, operands, num_rows)
+
+
 def _fft(eqn, operands, num_rows):
     return _leading(len(eqn.params["fft_lengths"]))(eqn, operands, num_rows)
 
@@ -372,6 +381,7 @@ RULES: dict[str, Rule] = {
     "sort": _along("dimension", "along the row axis"),
     "top_k": _along("axis", "along the row axis"),
     "approx_top_k": _along("reduction_dimension", "along the row axis"),
+    "triangular_solve": _triangular_solve,
     "tridiagonal_solve": _leading(1),
     "lu_pivots_to_permutation": _leading(1),
     **_table(
@@ -388,8 +398,7 @@ RULES: dict[str, Rule] = {
         _window,
     ),
     **_table(
-        "cholesky eig eigh hessenberg householder_product lu qr schur svd triangular_solve"
-        " tridiagonal",
+        "cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal",
         _leading(2),
     ),
     **_table("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter),

@@ -149,8 +149,9 @@ def _while(eqn, operands, num_rows):
         operands[tested + used :],
     )
     [test] = infer(eqn.params["cond_jaxpr"], [*of_test, *carry], num_rows)
-    if test is not None:
-        return Mixed("while runs as long as rows say")
+    if test is not None:  # how many rounds is no part of the gradient, but of the value
+        mixed = Mixed("while runs as long as rows say")
+        carry = [mixed if info is None else info for info in carry]
     return carry
 
 
@@ -166,11 +167,17 @@ def _cond(eqn, operands, num_rows):
 
 
 def _custom_linear_solve(eqn, operands, num_rows):
-    lengths = eqn.params["const_lengths"]
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
     start = lengths.matvec + lengths.vecmat
     right_sides = operands[sum(lengths) :]
     inputs = [*operands[start : start + lengths.solve], *right_sides]
-    return infer(eqn.params["jaxprs"].solve, inputs, num_rows)
+    outputs = infer(jaxprs.solve, inputs, num_rows)
+    # Its derivative multiplies with the matrix, which must then keep rows where they are, too.
+    solved = outputs[: len(right_sides)]
+    for info in infer(jaxprs.matvec, [*operands[: lengths.matvec], *solved], num_rows):
+        if isinstance(info, Mixed):
+            return info
+    return outputs
 
 
 CONTAINERS = {
