@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -180,7 +181,17 @@ def _custom_linear_solve(eqn, operands, num_rows):
     return outputs
 
 
+def _call_hi_primitive(eqn, operands, num_rows):
+    """What it is expanded to; derivatives may be others, so only where no gradient flows."""
+    if any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars):
+        return by_rule(eqn, operands, opaque(eqn, "is not known to keep rows in place"))
+    primitive = eqn.params["_prim"]
+    arguments = jax.tree.unflatten(primitive.in_tree, [var.aval for var in eqn.invars])
+    return infer(jax.make_jaxpr(primitive.expand)(*arguments), operands, num_rows)
+
+
 CONTAINERS = {
+    "call_hi_primitive": _call_hi_primitive,
     "cond": _cond,
     "custom_partitioning": _custom_partitioning,
     "custom_linear_solve": _custom_linear_solve,
