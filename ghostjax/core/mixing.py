@@ -39,18 +39,20 @@ def check_rows(eqn, infos, actives, num_rows, around=(), *, in_rule=False) -> li
                 raise RowAxisError(combined(describe_operation(eqn, around), info))
     if any(actives):
         for given in inside(eqn, infos, actives, num_rows):
-            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around), in_rule))
+            where_traced(eqn, functools.partial(check_inside, *given, (eqn, *around), in_rule))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
     if len(both) > 1 and lost and not is_container(eqn):
         raise RowAxisError(several(describe_operation(eqn, around), lost[0]))
-    if any(actives) and has_rows and eqn.primitive.name in CHECKS and not in_rule:
+    is_ruled = in_rule and eqn.primitive.name in FOLLOWED
+    if any(actives) and has_rows and eqn.primitive.name in CHECKS and not is_ruled:
         CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
     return rows
 
 
-def _check_inside(jaxpr, infos, actives, num_rows, around, in_rule):
+def check_inside(jaxpr, infos, actives, num_rows, around, in_rule):
+    """The same of every equation of a jaxpr."""
     pairs = zip(infos, actives, strict=True)
     known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:

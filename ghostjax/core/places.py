@@ -167,20 +167,6 @@ def _cond(eqn, operands, num_rows):
     return outputs
 
 
-def _custom_linear_solve(eqn, operands, num_rows):
-    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
-    start = lengths.matvec + lengths.vecmat
-    right_sides = operands[sum(lengths) :]
-    inputs = [*operands[start : start + lengths.solve], *right_sides]
-    outputs = infer(jaxprs.solve, inputs, num_rows)
-    # Its derivative multiplies with the matrix, which must then keep rows where they are, too.
-    solved = outputs[: len(right_sides)]
-    for info in infer(jaxprs.matvec, [*operands[: lengths.matvec], *solved], num_rows):
-        if isinstance(info, Mixed):
-            return info
-    return outputs
-
-
 def _call_hi_primitive(eqn, operands, num_rows):
     """What it is expanded to; derivatives may be others, so only where no gradient flows."""
     if any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars):
@@ -194,7 +180,6 @@ CONTAINERS = {
     "call_hi_primitive": _call_hi_primitive,
     "cond": _cond,
     "custom_partitioning": _custom_partitioning,
-    "custom_linear_solve": _custom_linear_solve,
     "scan": _scan,
     "while": _while,
 }
