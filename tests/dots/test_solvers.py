@@ -412,8 +412,9 @@ def test_custom_vmap_of_one_row():
 
     @scaled.def_vmap
     def rule(size, are_batched, row, b):
-        row, b = (v if batched else v[None] for v, batched in zip((row, b), are_batched))
-        return row * b, True
+        if any(are_batched):
+            row, b = (v if batched else v[None] for v, batched in zip((row, b), are_batched))
+        return row * b, any(are_batched)
 
     def one(params, row):
         return jnp.sum(scaled(row, params["b"]) ** 2)
