@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 _CALLS = ("jit", "pjit")
+_RULES = ("custom_jvp_call", "custom_vjp_call")
 _OWN_FOLDERS = tuple(
     f"{pathlib.Path(file).parent.as_posix()}/" for file in (__file__, jax.__file__)
 )
@@ -78,6 +81,10 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
         rank = len(eqn.outvars[0].aval.shape)
         spec = PartitionSpec(*sharding.spec, *[None] * (rank - len(sharding.spec)))
         params = params | {"out_sharding": sharding.update(spec=spec)}
+    if (
+        eqn.primitive.name in _RULES
+    ):  # what users wrote, and may index as arrays of JAX alone can be
+        operands = [jnp.asarray(o) if isinstance(o, np.ndarray) else o for o in operands]
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*operands, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]

@@ -6,6 +6,7 @@ from ghostjax.core import kernels as kernels
 from ghostjax.core import manual as manual
 from ghostjax.core import moved_rules as moved_rules
 from ghostjax.core import opaque as opaque
+from ghostjax.core import solves as solves
 from ghostjax.core.at_once import Found as Found
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels

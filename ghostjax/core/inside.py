@@ -45,8 +45,6 @@ def inside(
         body, tested = eqn.params["body_jaxpr"], eqn.params["cond_nconsts"]
         body, start = getattr(body, "jaxpr", body), eqn.params["body_nconsts"]
         after = propagate(eqn, infos, num_rows)
-        if all(isinstance(info, Mixed) for info in after):
-            return []  # rows say how long it runs, and its outputs say so
         infos, actives = [*infos[tested : tested + start], *after], actives[tested:]
         actives[start:] = _carried(body, actives, start, len(actives))
         return [(body, infos, actives, num_rows)]

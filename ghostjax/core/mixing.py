@@ -25,8 +25,11 @@ FOLLOWED: dict[str, Callable[..., Any]] = {}
 FORWARDS: dict[str, Callable[..., Any]] = {}
 
 
-def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
-    """Rows of the outputs; an error where rows that carry gradient are mixed into other rows."""
+def check_rows(eqn, infos, actives, num_rows, around=(), *, in_rule=False) -> list[RowInfo]:
+    """Rows of the outputs; an error where rows that carry gradient are mixed into other rows.
+
+    ``in_rule``: the equation is part of a derivative rule, which is not differentiated again.
+    """
     if gives_nothing(eqn):
         return []
     has_rows = any(isinstance(info, Rows) for info in infos)
@@ -36,18 +39,20 @@ def check_rows(eqn, infos, actives, num_rows, around=()) -> list[RowInfo]:
                 raise RowAxisError(combined(describe_operation(eqn, around), info))
     if any(actives):
         for given in inside(eqn, infos, actives, num_rows):
-            where_traced(eqn, functools.partial(_check_inside, *given, (eqn, *around)))
+            where_traced(eqn, functools.partial(check_inside, *given, (eqn, *around), in_rule))
     rows = propagate(eqn, infos, num_rows)
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
     if len(both) > 1 and lost and not is_container(eqn):
         raise RowAxisError(several(describe_operation(eqn, around), lost[0]))
-    if any(actives) and has_rows and eqn.primitive.name in CHECKS:
+    is_ruled = in_rule and eqn.primitive.name in FOLLOWED
+    if any(actives) and has_rows and eqn.primitive.name in CHECKS and not is_ruled:
         CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
     return rows
 
 
-def _check_inside(jaxpr, infos, actives, num_rows, around):
+def check_inside(jaxpr, infos, actives, num_rows, around, in_rule):
+    """The same of every equation of a jaxpr."""
     pairs = zip(infos, actives, strict=True)
     known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:
@@ -57,7 +62,7 @@ def _check_inside(jaxpr, infos, actives, num_rows, around):
         ]
         active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
         sides = [list(side) for side in zip(*pairs)] or [[], []]
-        rows = check_rows(inner, *sides, num_rows, around)
+        rows = check_rows(inner, *sides, num_rows, around, in_rule=in_rule)
         known.update(
             (var, (info, active and is_number(var))) for var, info in zip(inner.outvars, rows)
         )

@@ -37,13 +37,13 @@ Rule = Callable[..., RowInfo | list[RowInfo]]
 # Ranks are equal, apart from scalars; axes of size 1 are repeated.
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
-    clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc
-    exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
-    layout_constraint le le_to lgamma log log1p logistic lt lt_to max min mul mulhi name ne neg
-    nextafter not one_minus_square or polygamma population_count pow pvary real reduce_precision
-    regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    threefry2x32 xor zeta
+    clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv
+    erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
+    layout_constraint le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi name ne
+    neg nextafter not one_minus_square or polygamma polynomial population_count pow pvary real
+    reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
+    square stop_gradient sub tan tanh threefry2x32 xor zeta
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 # Output k is operand k.
@@ -99,7 +99,7 @@ def _along(parameter: str, why: str, *, drops: bool = False) -> Rule:
     return rule
 
 
-def _leading(core: int) -> Rule:
+def leading(core: int) -> Rule:
     """Batched over all but the last `core` axes of the first operand."""
 
     def rule(eqn, operands, num_rows):
@@ -112,7 +112,7 @@ def _leading(core: int) -> Rule:
 
 
 def _fft(eqn, operands, num_rows):
-    return _leading(len(eqn.params["fft_lengths"]))(eqn, operands, num_rows)
+    return leading(len(eqn.params["fft_lengths"]))(eqn, operands, num_rows)
 
 
 def _broadcast_in_dim(eqn, operands, num_rows):
@@ -372,8 +372,7 @@ RULES: dict[str, Rule] = {
     "sort": _along("dimension", "along the row axis"),
     "top_k": _along("axis", "along the row axis"),
     "approx_top_k": _along("reduction_dimension", "along the row axis"),
-    "tridiagonal_solve": _leading(1),
-    "lu_pivots_to_permutation": _leading(1),
+    "lu_pivots_to_permutation": leading(1),
     **_table(
         "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
         " argmax argmin",
@@ -388,9 +387,8 @@ RULES: dict[str, Rule] = {
         _window,
     ),
     **_table(
-        "cholesky eig eigh hessenberg householder_product lu qr schur svd triangular_solve"
-        " tridiagonal",
-        _leading(2),
+        "cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal",
+        leading(2),
     ),
     **_table("scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub", _scatter),
     **_table(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -149,8 +150,9 @@ def _while(eqn, operands, num_rows):
         operands[tested + used :],
     )
     [test] = infer(eqn.params["cond_jaxpr"], [*of_test, *carry], num_rows)
-    if test is not None:
-        return Mixed("while runs as long as rows say")
+    if test is not None:  # how many rounds is no part of the gradient, but of the value
+        mixed = Mixed("while runs as long as rows say")
+        carry = [mixed if info is None else info for info in carry]
     return carry
 
 
@@ -165,18 +167,19 @@ def _cond(eqn, operands, num_rows):
     return outputs
 
 
-def _custom_linear_solve(eqn, operands, num_rows):
-    lengths = eqn.params["const_lengths"]
-    start = lengths.matvec + lengths.vecmat
-    right_sides = operands[sum(lengths) :]
-    inputs = [*operands[start : start + lengths.solve], *right_sides]
-    return infer(eqn.params["jaxprs"].solve, inputs, num_rows)
+def _call_hi_primitive(eqn, operands, num_rows):
+    """What it is expanded to; derivatives may be others, so only where no gradient flows."""
+    if any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars):
+        return by_rule(eqn, operands, opaque(eqn, "is not known to keep rows in place"))
+    primitive = eqn.params["_prim"]
+    arguments = jax.tree.unflatten(primitive.in_tree, [var.aval for var in eqn.invars])
+    return infer(jax.make_jaxpr(primitive.expand)(*arguments), operands, num_rows)
 
 
 CONTAINERS = {
+    "call_hi_primitive": _call_hi_primitive,
     "cond": _cond,
     "custom_partitioning": _custom_partitioning,
-    "custom_linear_solve": _custom_linear_solve,
     "scan": _scan,
     "while": _while,
 }

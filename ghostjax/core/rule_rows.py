@@ -48,7 +48,7 @@ def follow(steps: Sequence[Step], places: Places, num_rows: int) -> Iterator[Fol
             for which in (places.moving, places.active)
         )
         if any(moving):
-            rows = check_rows(eqn, infos, moving, num_rows)
+            rows = check_rows(eqn, infos, moving, num_rows, in_rule=True)
         else:
             rows = propagate(eqn, infos, num_rows)
         if any(isinstance(info, Rows) for info in infos):

@@ -168,7 +168,7 @@ class Tracking:
     def _followed_inside(self, eqn, operands) -> list[Where] | None:
         """Where rows and positions go inside of a call or a loop."""
         handler = HANDLERS.get(eqn.primitive.name)
-        if handler is None or eqn.primitive.name == "shard_map":
+        if handler is None or eqn.primitive.name in ("shard_map", "while"):
             return None
         return [value.where for value in self._apart(eqn, operands, handler)]
 

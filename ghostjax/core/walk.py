@@ -36,6 +36,9 @@ from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
 from ghostjax.core.tracks import SEVERAL, Track, Where, settled
 from ghostjax.core.values import Value, paths_of, unsupported
 
+# Containers that are operations to a derivative: what JAX knows of them is a rule for the whole.
+DIFFERENTIABLE = frozenset(["custom_jvp_call", "custom_linear_solve", "custom_vmap_call"])
+
 
 class Walk(Tracking):
     """What all walks have in common. A subclass says what a parameter-only value carries beside its
@@ -157,7 +160,7 @@ class Walk(Tracking):
             return outputs if HANDLERS[name] is _call else unsupported(outputs)
         if not has_data:
             return self.parameters_only(eqn, operands)
-        if is_container(eqn) and name not in ("custom_jvp_call", *KINDS):
+        if is_container(eqn) and name not in (*DIFFERENTIABLE, *KINDS):
             raise NotImplementedError(
                 f"{self.describe(eqn)} uses parameters ({self.named(operands)}) "
                 "together with the batch, and cannot be walked. Move the parameters out of it."

@@ -255,13 +255,8 @@ def test_a_while_loop():
 
 def test_what_cannot_be_walked_is_refused():
     def loss_fn(params, x):
-        scale = params["b"][None]
-        solved = jax.lax.custom_linear_solve(
-            lambda y: y * scale, x[:, :4], lambda _, b: b / scale, symmetric=True
-        )
-        return jnp.mean(solved)
+        scaled = jax.lax.composite(lambda x, scale: x * scale, "test.scaled")
+        return jnp.mean(scaled(x[:, :4], params["b"][None]))
 
-    with pytest.raises(
-        NotImplementedError, match=r"custom_linear_solve.*\['b'\].*cannot be walked"
-    ):
+    with pytest.raises(NotImplementedError, match=r"composite.*\['b'\].*cannot be walked"):
         value_grad_and_dots(loss_fn)(DENSE, X, direction=DENSE)
