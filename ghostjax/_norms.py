@@ -110,7 +110,7 @@ def value_and_clipped_grad(
 
     Guarantees: a forward and a backward pass for the norms, and another in which every row has its
     weight; of a parameter that is used once no row's gradient is formed, of others one at a time.
-    A row's gradient that is zero stays so; one that is not finite makes ``grads`` NaN.
+    A row's gradient that is zero stays so; one whose square is not finite makes ``grads`` NaN.
 
     Raises:
       ValueError: ``max_norm`` is not positive, weights do not fit, or a parameter's gradient
@@ -146,13 +146,14 @@ def value_and_clipped_grad(
         _check_shared(left)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         own = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
-        own = jnp.where(total == 0, 1, own)
+        own = jnp.where(total == 0, 1, jnp.where(jnp.isfinite(total), own, jnp.nan))
         if weights is not None:
             own = _weighted(own, weights)
         if found is not None and found.ids.ndim == 1:
             is_own = (found.ids >= 0) & (found.ids < found.count)
             own = jnp.where(is_own, own[jnp.clip(found.ids, 0, found.count - 1)], 0)
-        grads = weighted_gradient(loss, arrays, own, found)
+        padded = weights is not None
+        grads = weighted_gradient(loss, arrays, own, found, padded=padded)
         grads = jax.tree.unflatten(loss.params, grads)
         return ((left.value, left.aux) if has_aux else left.value), grads
 

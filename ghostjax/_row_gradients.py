@@ -82,11 +82,10 @@ class Pass:
             found[key] = on_this_mesh(own)
         return found
 
-    def dots(self, gradients: list[Any]) -> list[Any]:
-        """Of all examples with K gradients, stacked: by parameter, [K, B] or [K, S]."""
+    def dots(self, gradients: list[Any], count: int) -> list[Any]:
+        """Of all examples with K = ``count`` gradients, stacked: by parameter [K, B] or [K, S]."""
         rows = jax.typeof(like_rows(jnp.zeros(self.loss.num_rows), self.arrays.batch))
         program = Program(self.loss, self.meetings(), rows)
-        count = gradients[0].shape[0]
         dots, shared = contracted(program, self.arrays, self.factors, gradients, count, self.labels)
         return by_row_label(dots, shared, self.labels)[0]
 
@@ -234,13 +233,13 @@ def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: 
 
 
 def weighted_gradient(
-    loss: Loss, arrays: Arrays, weights: jax.Array, labels: Labels | None
+    loss: Loss, arrays: Arrays, weights: jax.Array, labels: Labels | None, *, padded: bool
 ) -> list[Any]:
     """The gradient of the loss with every row's part times its weight: of rows [B], or of labels of
-    positions [S]."""
+    positions [S]. ``padded``: rows of weight 0 may hold what is no number."""
 
     def walked(params, weights, batch, marker):
-        walk = Weighted(loss, weights, marker=marker, labels=positions_of(labels))
+        walk = Weighted(loss, weights, padded, marker=marker, labels=positions_of(labels))
         value, _ = loss.open(walk, params, batch, arrays.others)
         return value.primal
 

@@ -107,8 +107,9 @@ class Regrouped:
         kept, ids = kept
         ids = jnp.ravel(ids)
         is_own = (ids >= 0) & (ids < self.count)
-        weights = jnp.where(is_own, weights[jnp.clip(ids, 0, self.count - 1)], 0)
-        return self.meeting.by_position(weights.astype(jnp.float32), kept, cotangents)
+        weights = weights[jnp.clip(ids, 0, self.count - 1)]
+        weights = jnp.where(is_own, weights, jnp.zeros_like(weights))
+        return self.meeting.by_position(weights, kept, cotangents)
 
     def gradient(self, weights, kept, cotangents):
         return self.by_parameter(self.by_position(weights, kept, cotangents))

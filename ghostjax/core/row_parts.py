@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
-from ghostjax.core.meeting import Meeting, weighted
+from ghostjax.core.meeting import Meeting, is_inexact, weighted, weights_at
 from ghostjax.core.places import Rows
 from ghostjax.core.routes import make_meeting
 from ghostjax.core.values import Value
@@ -78,6 +78,9 @@ class Part:
     ):
         self.whole, self.count = whole, count
         self.operand_rows = [value.rows for value in operands]
+        self.inexact_data = {
+            k for k, value in enumerate(operands) if value.is_data and is_inexact(value.primal)
+        }
         self.is_cut = count != whole.num_rows and _can_be_cut(whole, operands)
         self.meeting = whole
         if self.is_cut:
@@ -137,6 +140,17 @@ class Part:
             kept = [arrays[position] for position in self.whole.kept], of_whole
             return self.whole.gradient_of_rows(kept, cotangents, weights)
         return self.pullback(arrays, pulled, self._weighted(cotangents, weights))
+
+    def without(self, arrays: dict[int, Any], weights: Any) -> dict[int, Any]:
+        """The operands with ones for what there is in rows of weight 0, which may be no number."""
+        count, found = self.whole.num_rows, dict(arrays)
+        for position in self.inexact_data & arrays.keys():
+            info = self.operand_rows[position]
+            if count is None or isinstance(info, Rows):
+                array, place = arrays[position], info if count is not None else None
+                is_own = weights_at(array, place, count, weights) != 0
+                found[position] = jnp.where(is_own, array, jnp.ones_like(array))
+        return found
 
     def _places(self) -> list[Any]:
         return [self.whole.rows[position] for position in self.whole.differentiable]

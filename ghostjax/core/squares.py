@@ -32,9 +32,11 @@ class RowMeeting:
     Attributes:
       whole: the meeting; what is static about it is asked of it.
       by_weights: whether examples are told by weights of rows, as they are not single rows.
+      padded: whether rows of weight 0 may hold what is no number.
     """
 
     by_weights = False
+    padded = False
     in_branch = False
     keeps_row_gradients = False
 
@@ -57,8 +59,11 @@ class RowMeeting:
         """The cotangents of the operands that are made of parameters: of the row ``example``; or
         ``by_weights`` of all rows times these [B].
         """
+        arrays, consts = kept
+        if self.padded:
+            arrays = self.part.without(arrays, example)
         give = self.part.weighted_gradient if self.by_weights else self.part.gradient
-        found = give(*kept, cotangents, example)
+        found = give(arrays, consts, cotangents, example)
         if self.in_branch:  # where it is not taken, operands are zeros too
             is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
             found = {k: jnp.where(is_taken, own, jnp.zeros_like(own)) for k, own in found.items()}
@@ -132,10 +137,12 @@ class OfRows(AtOnce):
 
     Attributes:
       by_weights: whether examples are told by weights of rows, as they are not single rows.
+      padded: whether rows of weight 0 may hold what is no number.
     """
 
     follows = True
     by_weights = False
+    padded = False
     no_shard_map = (
         "gradients of single rows are not put together. Use jax.jit with sharded arguments "
         "instead, or call this function inside of shard_map."
@@ -147,7 +154,8 @@ class OfRows(AtOnce):
 
     def make(self, eqn, function, operands, outputs, rows, num_rows):
         meeting = RowMeeting(eqn, function, operands, outputs, rows, num_rows, self.names)
-        meeting.by_weights = self.by_weights
+        meeting.by_weights, meeting.in_branch = self.by_weights, self.in_branch
+        meeting.padded = self.padded
         return meeting
 
     def make_regrouped(self, eqn, function, operands, outputs, places):
@@ -189,6 +197,7 @@ class DirectedSquares(Directed):
 
     other_arrays = (*Directed.other_arrays, "squares")
     no_shard_map = OfRows.no_shard_map
+    padded = False
     make = OfRows.make
 
     def __init__(self, squares, by_weights, at_once, *others):
@@ -201,7 +210,6 @@ class DirectedSquares(Directed):
 
     def attach(self, meeting, function, operands):
         key = self.next_key()
-        meeting.in_branch = self.in_branch
         if self.slots is None:
             return function([value.primal for value in operands])
         self.found.meetings[key] = meeting
@@ -220,18 +228,18 @@ class Weighted(OfRows):
 
     Args:
       weights: [B] of rows, or of labels where these are labels of positions [S].
+      padded: as above.
       marker, labels: as above.
     """
 
     by_weights = True
 
-    def __init__(self, loss, weights, **others):
+    def __init__(self, loss, weights, padded, **others):
         super().__init__(loss, **others)
-        self.weights = weights
+        self.weights, self.padded = weights, padded
         self.checks_rows = False
 
     def attach(self, meeting, function, operands):
-        meeting.in_branch = self.in_branch
         primals = [
             jax.lax.stop_gradient(value.primal) if value.tangents else value.primal
             for value in operands
