@@ -13,12 +13,12 @@ from ghostjax._labels import by_row_label, counted, or_nan, positions_of
 from ghostjax._late import Program, contracted
 from ghostjax._loss import Arrays, Loss, check_reduction, check_scalar, trace_loss
 from ghostjax.core import (
+    Clipped,
     DirectedSquares,
     Found,
     Labels,
     Regrouped,
     Squares,
-    Weighted,
     mapped,
     on_this_mesh,
     square,
@@ -136,11 +136,11 @@ def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tup
 def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool) -> Pass:
     """One forward and one backward pass; with ``at_once``, norms come out of it where they can."""
     run = _walked(loss, arrays, labels)
-    taps, slots, keys = _places(loss, arrays, labels, run, at_once=at_once)
+    taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=at_once)
     last: list[Found] = []
 
     def objective(taps, slots):
-        outputs, emitted, _, conflicts, found = run(taps, slots, keys)
+        outputs, emitted, _, conflicts, found = run(arrays.params, taps, slots, keys)
         last.append(found)
         value, aux = loss.outputs_of(outputs)
         return value, (aux, emitted, counted(conflicts, labels))
@@ -152,12 +152,73 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
     return Pass(loss, arrays, labels, value, aux, conflicts, squares, factors, last[0])
 
 
+def clipping_pass(
+    loss: Loss, arrays: Arrays, labels: Labels | None, *, padded: bool
+) -> tuple[Pass, Callable[[jax.Array], list[Any]]]:
+    """One forward and one backward pass; and a second backward pass, as a function of weights.
+
+    That gives the gradient of the loss with every row's part times its weight: of rows [B], or of
+    labels of positions [S]. ``padded``: rows of weight 0 may hold what is no number.
+    """
+    run = _walked(loss, arrays, labels, functools.partial(Clipped, padded))
+    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=True)
+    check_in_rows(loss, found)
+    last: list[Found] = []
+
+    def objective(params, taps, slots):
+        outputs, emitted, _, conflicts, found = run(params, taps, slots, keys)
+        last.append(found)
+        value, aux = loss.outputs_of(outputs)
+        kept = {key: own for key, own in emitted.items() if key in slots}
+        ports = {key: own for key, own in emitted.items() if key not in slots}
+        return (value, ports), (aux, kept, counted(conflicts, labels))
+
+    (value, ports), pulled, (aux, kept, conflicts) = jax.vjp(
+        objective, arrays.params, taps, slots, has_aux=True
+    )
+    seed = jnp.ones_like(value)
+    _, squares, cotangents = pulled((seed, jax.tree.map(jnp.zeros_like, ports)))
+    factors = {key: (kept[key], cotangents[key]) for key in kept}
+    left = Pass(loss, arrays, labels, value, aux, conflicts, squares, factors, last[0])
+
+    def weighted(weights):
+        # Else the compiler would keep the cotangents of the first pass for the second.
+        again, weights = jax.lax.optimization_barrier((seed, weights))
+
+        def given(port):
+            loops = [1] * (port.ndim - 1)  # before the rows, but where these are vectorized
+            own = weights.reshape((-1, *loops) if loss.per_example else (*loops, -1))
+            own = jnp.broadcast_to(own.astype(port.dtype), port.shape)
+            return typed_as(own, jax.typeof(port))
+
+        return pulled((again, jax.tree.map(given, ports)))[0]
+
+    return left, weighted
+
+
+def check_in_rows(loss: Loss, found: Found) -> None:
+    """An error where a part of the gradient belongs to no row."""
+    faults = [
+        f"  {loss.names[path]} in {found.places.get(key, 'the loss')}"
+        for key, meeting in found.meetings.items()
+        for path, in_rows in meeting.in_rows.items()
+        if not in_rows
+    ]
+    if faults:
+        raise ValueError(
+            "clipped gradients are those of rows, but a part of the loss belongs to no row:\n"
+            + "\n".join(faults)
+            + "\nLeave it out of the loss and add its gradient afterwards, weight decay by "
+            "optax.add_decayed_weights."
+        )
+
+
 def directed_with_norms(
     loss: Loss, arrays: Arrays, direction: Any, directions: int | None, labels: Labels | None
 ) -> GradDots:
     """``directed``, and squared norms out of the same pass."""
     run = _walked(loss, arrays, labels)
-    taps, slots, keys = _places(loss, arrays, labels, run, at_once=True)
+    taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=True)
     last: list[Found] = []
 
     def make(others, vectors, *args):
@@ -179,14 +240,14 @@ def directed_with_norms(
     return dataclasses.replace(result, squared_norms=left.squared_norms())
 
 
-def _walked(loss: Loss, arrays: Arrays, labels: Labels | None):
-    """``run(taps, slots, keys) -> (outputs, emitted, specs, conflicts, found)``."""
+def _walked(loss: Loss, arrays: Arrays, labels: Labels | None, kind=Squares):
+    """``run(params, taps, slots, keys) -> (outputs, emitted, specs, conflicts, found)``."""
 
-    def run(taps, slots, keys):
+    def run(params, taps, slots, keys):
         found = Found()
 
         def walked(slots, batch, marker):
-            walk = Squares(
+            walk = kind(
                 loss,
                 taps,
                 labels is not None,
@@ -195,24 +256,28 @@ def _walked(loss: Loss, arrays: Arrays, labels: Labels | None):
                 marker=marker,
                 labels=positions_of(labels),
             )
-            value, aux = loss.open(walk, arrays.params, batch, arrays.others)
+            value, aux = loss.open(walk, params, batch, arrays.others)
             found.update(walk.found)
             return [value.primal, *(leaf.primal for leaf in aux)], *walk.results()
 
+        positions = positions_of(labels)
+        marker = jnp.zeros(loss.num_rows if positions is None else positions.count)
+        if positions is None:
+            marker = like_rows(marker, arrays.batch)
         if loss.per_example:
             walked = jax.vmap(walked)
-        return *walked(slots, arrays.batch, jnp.zeros(loss.num_rows)), found
+        return *walked(slots, arrays.batch, marker), found
 
     return run
 
 
 def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: bool):
     """Zeros [B] by parameter for norms that come out of the pass; zeros like the cotangents of the
-    meetings that wait; and the meetings that do not, found by a walk in shapes."""
+    meetings that wait; the meetings that do not; and all, found by a walk in shapes."""
     first: list[Found] = []
 
     def shapes():
-        *_, specs, _, found = run(None, None, frozenset())
+        *_, specs, _, found = run(arrays.params, None, None, frozenset())
         first.append(found)
         return specs
 
@@ -229,25 +294,4 @@ def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: 
     taps = {path: wide_zeros(leaf, (rows,)) for path, leaf in enumerate(arrays.params)}
     if labels is None:
         taps = {path: like_rows(tap, arrays.batch) for path, tap in taps.items()}
-    return taps, slots, keys
-
-
-def weighted_gradient(
-    loss: Loss, arrays: Arrays, weights: jax.Array, labels: Labels | None, *, padded: bool
-) -> list[Any]:
-    """The gradient of the loss with every row's part times its weight: of rows [B], or of labels of
-    positions [S]. ``padded``: rows of weight 0 may hold what is no number."""
-
-    def walked(params, weights, batch, marker):
-        walk = Weighted(loss, weights, padded, marker=marker, labels=positions_of(labels))
-        value, _ = loss.open(walk, params, batch, arrays.others)
-        return value.primal
-
-    def objective(params):
-        if not loss.per_example:
-            return walked(params, weights, arrays.batch, None)
-        rows = jax.vmap(functools.partial(walked, params))
-        values = rows(weights, arrays.batch, jnp.zeros(loss.num_rows))
-        return jnp.mean(values) if loss.loss_reduction == "mean" else jnp.sum(values)
-
-    return jax.grad(objective)(arrays.params)
+    return taps, slots, keys, found

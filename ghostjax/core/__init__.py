@@ -7,6 +7,7 @@ from ghostjax.core import manual as manual
 from ghostjax.core import moved_rules as moved_rules
 from ghostjax.core import opaque as opaque
 from ghostjax.core.at_once import Found as Found
+from ghostjax.core.clipped import Clipped as Clipped
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
 from ghostjax.core.examples import Regrouped as Regrouped
@@ -26,7 +27,6 @@ from ghostjax.core.push import Push as Push
 from ghostjax.core.split import Split as Split
 from ghostjax.core.squares import DirectedSquares as DirectedSquares
 from ghostjax.core.squares import Squares as Squares
-from ghostjax.core.squares import Weighted as Weighted
 from ghostjax.core.squares import square as square
 from ghostjax.core.tracks import Track as Track
 from ghostjax.core.tracks import Where as Where
