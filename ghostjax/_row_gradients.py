@@ -182,8 +182,8 @@ def clipping_pass(
     left = Pass(loss, arrays, labels, value, aux, conflicts, squares, factors, last[0])
 
     def weighted(weights):
-        # Else the compiler would keep the cotangents of the first pass for the second.
-        again, weights = jax.lax.optimization_barrier((seed, weights))
+        # Else the compiler would keep for the second pass what the first one has computed.
+        pull_again, again, weights = jax.lax.optimization_barrier((pulled, seed, weights))
 
         def given(port):
             loops = [1] * (port.ndim - 1)  # before the rows, but where these are vectorized
@@ -191,7 +191,7 @@ def clipping_pass(
             own = jnp.broadcast_to(own.astype(port.dtype), port.shape)
             return typed_as(own, jax.typeof(port))
 
-        return pulled((again, jax.tree.map(given, ports)))[0]
+        return pull_again((again, jax.tree.map(given, ports)))[0]
 
     return left, weighted
 

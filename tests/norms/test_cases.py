@@ -30,9 +30,13 @@ QUICK = {
     "chunked_outputs",
     "sorted_tokens",
 }
+# A norm takes biases away, so that their gradient is zero but for rounding; and a rule asserts that
+# parameters are differentiated, which in these passes they are not.
+EXCLUDED = {"instancenorm", "symbolic_zeros"}
 
 
 def some_quick(names):
+    names = [name for name in names if name not in EXCLUDED]
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -79,7 +83,6 @@ def test_libraries(name):
     check_mean(*LIBRARIES[name]())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize("name", some_quick(LINEN))
 def test_linen_modules(name):
     check_mean(*LINEN[name](6, 6, jnp.float32))
