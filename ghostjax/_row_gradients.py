@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from ghostjax.core import (
     Squares,
     mapped,
     on_this_mesh,
+    pair_squares,
+    pairs_cost_less,
     square,
     typed_as,
     zeros_of,
@@ -56,11 +58,13 @@ class Pass:
         """Those that wait."""
         return {key: self.found.meetings[key] for key in self.factors}
 
-    def gradient(self, example: Any) -> list[Any]:
-        """Of one example, whose number may be traced: the leaves of all uses that wait."""
-        return self.loss.pull(self.arrays, self.by_meeting(example))
+    def gradient(self, example: Any, keys: Collection[str] | None = None) -> list[Any]:
+        """Of one example, whose number may be traced: the leaves of all uses that wait, or of the
+        meetings ``keys``."""
+        keys = self.factors.keys() if keys is None else keys
+        return self.loss.pull(self.arrays, self.by_meeting(example, keys))
 
-    def by_meeting(self, example: Any) -> dict[str, Any]:
+    def by_meeting(self, example: Any, keys: Collection[str]) -> dict[str, Any]:
         """The same at the operands of every meeting."""
         loss, labels = self.loss, self.labels
         factors = self.factors
@@ -70,7 +74,8 @@ class Pass:
         if labels is not None and labels.ids.ndim == 1:
             is_own = labels.ids == example
         found = {}
-        for key, meeting in self.meetings().items():
+        for key in keys:
+            meeting = self.found.meetings[key]
             by_weights = labels is not None or isinstance(meeting, Regrouped)
             number = is_own if by_weights else example
 
@@ -91,19 +96,47 @@ class Pass:
 
     def squared_norms(self) -> Any:
         """A tree of the parameters, every leaf [B] or [S]."""
-        waiting = sorted({path for m in self.meetings().values() for path in m.moving})
+        uses: dict[int, list[str]] = {}
+        for key, meeting in self.meetings().items():
+            for path in meeting.moving:
+                uses.setdefault(path, []).append(key)
+        over_pairs = {path for path, keys in uses.items() if self._goes_over_pairs(keys)}
+        keys = [
+            k for k, meeting in self.meetings().items() if not over_pairs.issuperset(meeting.moving)
+        ]
 
         def of_example(number):
-            gradient = self.gradient(number)
-            return {path: square(gradient[path]) for path in waiting}
+            gradient = self.gradient(number, keys)
+            return {path: square(gradient[path]) for path in uses.keys() - over_pairs}
 
         squares = dict(self.squares)
-        later = jax.lax.map(of_example, jnp.arange(self.examples)) if waiting else {}
+        later = jax.lax.map(of_example, jnp.arange(self.examples)) if keys else {}
+        for path in over_pairs:
+            later[path] = pair_squares([self._factors(key) for key in uses[path]])
         for path, found in later.items():
             squares[path] = squares[path] + typed_as(found, jax.typeof(squares[path]))
         scale = self.loss.scale**2
         leaves = or_nan([squares[path] * scale for path in sorted(squares)], self.conflicts)
         return jax.tree.unflatten(self.loss.params, leaves)
+
+    def _goes_over_pairs(self, keys: Collection[str]) -> bool:
+        """Whether the meetings are uses of one matrix, outside of loops, for which that pays."""
+        meetings = [self.found.meetings[key] for key in keys]
+        uses = [meeting.use for meeting in meetings]
+        if None in uses:
+            return False
+        is_alone = all(
+            self.factors[key][1][0].ndim == len(meeting.outputs[meeting.differentiable[0]].shape)
+            for key, meeting in zip(keys, meetings)
+        )
+        return is_alone and pairs_cost_less(uses)
+
+    def _factors(self, key: str):
+        meeting = self.found.meetings[key]
+        with meeting.context():
+            (arrays, _), cotangents = on_this_mesh(self.factors[key])
+            found = meeting.use.factors(arrays, *cotangents)
+        return on_this_mesh(found)
 
 
 def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tuple[Loss, Arrays]:

@@ -36,5 +36,7 @@ from ghostjax.core.types import on_this_mesh as on_this_mesh
 from ghostjax.core.types import typed_as as typed_as
 from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of
+from ghostjax.core.uses import pair_squares as pair_squares
+from ghostjax.core.uses import pairs_cost_less as pairs_cost_less
 from ghostjax.core.values import Value as Value
 from ghostjax.core.walk import Walk as Walk

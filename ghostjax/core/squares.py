@@ -23,6 +23,7 @@ from ghostjax.core.meeting import one_per_row, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
 from ghostjax.core.row_parts import Part
 from ghostjax.core.types import cotangent_as
+from ghostjax.core.uses import Use, pair_squares, pairs_cost_less, use_of
 from ghostjax.core.values import Value
 
 
@@ -33,10 +34,12 @@ class RowMeeting:
       whole: the meeting; what is static about it is asked of it.
       by_weights: whether examples are told by weights of rows, as they are not single rows.
       padded: whether rows of weight 0 may hold what is no number.
+      use: what it is of a matrix, if norms are known over pairs of positions.
     """
 
     by_weights = False
     padded = True
+    use: Use | None = None
     in_branch = False
     keeps_row_gradients = False
 
@@ -52,6 +55,9 @@ class RowMeeting:
         self.part = self._part(self.num_rows if self.by_weights else self.num_rows and 1)
         self.all = self._part(self.num_rows) if self.part.is_cut else self.part
         del self._part
+        moving = [value for value in operands if value.tangents]
+        if not self.by_weights and len(moving) == len(self.moving) == 1:
+            self.use = use_of(self.whole, moving[0].axes)
         kept = sorted({*self.whole.kept, *self.part.kept, *self.all.kept})
         arrays = {position: operands[position].primal for position in kept}
         consts = self.whole.take_consts(), self.part.take_consts()
@@ -106,6 +112,10 @@ class RowMeeting:
             factors = whole.factors(arrays[1 - whole.parameter], *cotangents)
             if squares_cost_less(whole.sizes):
                 return dict.fromkeys(self.moving, gram_squares(*factors))
+
+        if self.use is not None and pairs_cost_less([self.use]):
+            squares = pair_squares([self.use.factors(arrays, *cotangents)])
+            return dict.fromkeys(self.moving, squares)
 
         def of_row(row):
             found = self.gradient(row, kept, cotangents)
