@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ghostjax._channel import set_aside
 from ghostjax.core.at_once import AtOnce, Found
+from ghostjax.core.convolutions import conv_squares, is_unfolded
 from ghostjax.core.directed import Directed, through_channel
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.gram import gram_squares, squares_cost_less
@@ -113,6 +114,8 @@ class RowMeeting:
             if squares_cost_less(whole.sizes):
                 return dict.fromkeys(self.moving, gram_squares(*factors))
 
+        if is_unfolded(whole):
+            return dict.fromkeys(self.moving, conv_squares(whole, arrays[0], *cotangents))
         if self.use is not None and pairs_cost_less([self.use]):
             squares = pair_squares([self.use.factors(arrays, *cotangents)])
             return dict.fromkeys(self.moving, squares)
