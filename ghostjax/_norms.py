@@ -41,9 +41,10 @@ def squared_norms(
       [S]: the norms of the examples' gradients. NaN where gradient flows through places of several
       examples at once.
 
-    Guarantees: one forward and one backward pass. The gradient of a parameter that is used once, in
-    a matrix product or elementwise, is never formed; of others that of one row at a time is. What
-    belongs to no row, such as weight decay inside the loss, is in no row's norm.
+    Guarantees: one forward and one backward pass. Where static shapes say that it costs less, norms
+    come from pairs of a row's positions: of matrix products and look-ups, of a matrix that is used
+    several times too. Else one row's gradient, or a few of a convolution's, is formed at a time.
+    What belongs to no row, such as weight decay inside the loss, is in no row's norm.
 
     Raises:
       What ``value_grad_and_dots`` raises.
@@ -108,10 +109,9 @@ def value_and_clipped_grad(
       ``((value, aux), grads)`` with ``has_aux``. ``value`` is that of ``loss_fn``, without weights.
       With labels the gradients of examples are clipped, those of a user's rows for one.
 
-    Guarantees: a forward and a backward pass for the norms, and another backward pass in which
-    every row has its weight; of a parameter that is used once no row's gradient is formed, of
-    others one at a time. A row's gradient that is zero stays so; one whose square is not finite
-    makes ``grads`` NaN.
+    Guarantees: a forward and a backward pass for the norms, as in ``squared_norms``, and another
+    backward pass in which every row has its weight. A row's gradient that is zero stays so; one
+    whose square is not finite makes ``grads`` NaN.
 
     Raises:
       ValueError: ``max_norm`` is not positive, weights do not fit, or a parameter's gradient

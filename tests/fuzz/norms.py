@@ -20,7 +20,7 @@ def norms_outcome(program) -> Outcome:
         norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
         # Of which some are clipped and some are not; there may be a row without gradient.
         largest = jnp.median(norms)
-        weights = jnp.minimum(1, largest / jnp.where(norms > 0, norms, largest))
+        weights = jnp.minimum(1, largest / jnp.where(norms > 0, norms, 1))
         clipped = jax.tree.map(
             lambda leaf, like: (weights @ leaf / scale).reshape(like.shape), rows, params
         )
