@@ -28,13 +28,21 @@ def figures(function, *args) -> dict[str, Any]:
     }
 
 
-def times(functions: dict[str, Any], args: dict[str, tuple], repeats: int) -> dict[str, float]:
-    """Median seconds per call; the functions take turns, so that a slow spell hits all alike."""
+def times(
+    functions: dict[str, Any], args: dict[str, tuple], repeats: int, *, twice: bool = False
+) -> dict[str, float]:
+    """Median seconds per call; the functions take turns, so that a slow spell hits all alike.
+
+    ``twice``: each turn is two calls, of which the second counts, so that nobody pays for the
+    caches and pages that the one before has emptied.
+    """
     samples = {name: [] for name in functions}
     for name, function in functions.items():
         jax.block_until_ready(function(*args[name]))
     for _ in range(repeats):
         for name, function in functions.items():
+            if twice:
+                jax.block_until_ready(function(*args[name]))
             start = time.perf_counter()
             jax.block_until_ready(function(*args[name]))
             samples[name].append(time.perf_counter() - start)

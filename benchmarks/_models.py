@@ -99,3 +99,29 @@ def mlp(rows: int):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
     return row_losses, model.init(jax.random.key(0), batch["x"])["params"], batch
+
+
+class ConvNet(nn.Module):
+    """Images [N, 32, 32, 3] -> 10 classes: three convolutions, each behind a GroupNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (32, 64, 128):
+            x = nn.relu(nn.GroupNorm(8)(nn.Conv(features, (3, 3), strides=2)(x)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def cnn(rows: int):
+    """The same for ``ConvNet``."""
+    generator = np.random.default_rng(0)
+    batch = {
+        "x": jnp.asarray(generator.normal(size=(rows, 32, 32, 3)), jnp.float32),
+        "y": jnp.asarray(generator.integers(0, 10, rows, np.int32)),
+    }
+    model = ConvNet()
+
+    def row_losses(params, batch):
+        logits = model.apply({"params": params}, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    return row_losses, model.init(jax.random.key(0), batch["x"][:1])["params"], batch

@@ -59,7 +59,8 @@ class GradDots:
             return jnp.sum(jnp.square(leaf.astype(dots.dtype)), axis=axes, keepdims=False)
 
         own = sum(jax.tree.leaves(jax.tree.map(squares, direction, self.dots)))
-        size = jnp.sqrt(own[..., None] * aggregate(self.squared_norms))
+        rows = aggregate(self.squared_norms)
+        size = jnp.sqrt(own[:, None] * rows[None] if stacked else own * rows)
         return jnp.where(size > 0, self.total() / jnp.where(size > 0, size, 1), 0)
 
     def total(self) -> jax.Array:

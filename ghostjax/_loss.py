@@ -54,7 +54,7 @@ class Loss:
         count = len(self.jaxpr.constvars)
         vectors = [None] * len(params) if vectors is None else vectors
         operands = [
-            Value(leaf, {number: vector}, direct=True)
+            Value(leaf, {number: vector}, direct=True, axes=tuple(range(jnp.ndim(leaf))))
             for number, (leaf, vector) in enumerate(zip(params, vectors, strict=True))
         ]
         operands += [walk.data(leaf, False, self._where(leaf, walk)) for leaf in batch]

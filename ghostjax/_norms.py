@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ghostjax._dots import LABELS, with_keywords
 from ghostjax._labels import check_labels
-from ghostjax._row_gradients import Pass, row_pass, trace_rows, weighted_gradient
+from ghostjax._row_gradients import clipping_pass, row_pass, trace_rows
 
 
 def squared_norms(
@@ -41,9 +41,10 @@ def squared_norms(
       [S]: the norms of the examples' gradients. NaN where gradient flows through places of several
       examples at once.
 
-    Guarantees: one forward and one backward pass. The gradient of a parameter that is used once, in
-    a matrix product or elementwise, is never formed; of others that of one row at a time is. What
-    belongs to no row, such as weight decay inside the loss, is in no row's norm.
+    Guarantees: one forward and one backward pass. Where static shapes say that it costs less, norms
+    come from pairs of a row's positions: of matrix products and look-ups, of a matrix that is used
+    several times too. Else one row's gradient, or a few of a convolution's, is formed at a time.
+    What belongs to no row, such as weight decay inside the loss, is in no row's norm.
 
     Raises:
       What ``value_grad_and_dots`` raises.
@@ -108,9 +109,9 @@ def value_and_clipped_grad(
       ``((value, aux), grads)`` with ``has_aux``. ``value`` is that of ``loss_fn``, without weights.
       With labels the gradients of examples are clipped, those of a user's rows for one.
 
-    Guarantees: a forward and a backward pass for the norms, and another in which every row has its
-    weight; of a parameter that is used once no row's gradient is formed, of others one at a time.
-    A row's gradient that is zero stays so; one that is not finite makes ``grads`` NaN.
+    Guarantees: a forward and a backward pass for the norms, as in ``squared_norms``, and another
+    backward pass in which every row has its weight. A row's gradient that is zero stays so; one
+    whose square is not finite makes ``grads`` NaN.
 
     Raises:
       ValueError: ``max_norm`` is not positive, weights do not fit, or a parameter's gradient
@@ -142,18 +143,16 @@ def value_and_clipped_grad(
             loss_reduction=loss_reduction,
         )
         found = check_labels(loss, labels, num_labels)
-        left = row_pass(loss, arrays, found, at_once=True)
-        _check_shared(left)
+        left, weighted = clipping_pass(loss, arrays, found, padded=weights is not None)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         own = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
-        own = jnp.where(total == 0, 1, own)
+        own = jnp.where(total == 0, 1, jnp.where(jnp.isfinite(total), own, jnp.nan))
         if weights is not None:
             own = _weighted(own, weights)
         if found is not None and found.ids.ndim == 1:
             is_own = (found.ids >= 0) & (found.ids < found.count)
             own = jnp.where(is_own, own[jnp.clip(found.ids, 0, found.count - 1)], 0)
-        grads = weighted_gradient(loss, arrays, own, found)
-        grads = jax.tree.unflatten(loss.params, grads)
+        grads = jax.tree.unflatten(loss.params, weighted(own))
         return ((left.value, left.aux) if has_aux else left.value), grads
 
     fn.__signature__ = with_keywords(loss_fn, LABELS)
@@ -170,19 +169,3 @@ def _weighted(own: jax.Array, weights: Any) -> jax.Array:
         )
     weights = jnp.asarray(weights).astype(own.dtype)
     return jnp.where(weights == 0, 0, own * weights)
-
-
-def _check_shared(left: Pass) -> None:
-    faults = [
-        f"  {left.loss.names[path]} in {left.found.places.get(key, 'the loss')}"
-        for key, meeting in left.found.meetings.items()
-        for path, in_rows in meeting.in_rows.items()
-        if not in_rows
-    ]
-    if faults:
-        raise ValueError(
-            "clipped gradients are those of rows, but a part of the loss belongs to no row:\n"
-            + "\n".join(faults)
-            + "\nLeave it out of the loss and add its gradient afterwards, weight decay by "
-            "optax.add_decayed_weights."
-        )

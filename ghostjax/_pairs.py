@@ -97,7 +97,7 @@ def pairwise_dots(
 
         def of_block(numbers):
             gradients = jax.lax.map(left.gradient, numbers)
-            return left.dots(gradients)
+            return left.dots(gradients, block)
 
         blocks = math.ceil((rows - train) / block)
         numbers = jnp.minimum(train + jnp.arange(blocks * block), rows - 1).reshape(blocks, block)

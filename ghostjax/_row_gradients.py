@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -13,14 +13,16 @@ from ghostjax._labels import by_row_label, counted, or_nan, positions_of
 from ghostjax._late import Program, contracted
 from ghostjax._loss import Arrays, Loss, check_reduction, check_scalar, trace_loss
 from ghostjax.core import (
+    Clipped,
     DirectedSquares,
     Found,
     Labels,
     Regrouped,
     Squares,
-    Weighted,
     mapped,
     on_this_mesh,
+    pair_squares,
+    pairs_cost_less,
     square,
     typed_as,
     zeros_of,
@@ -56,11 +58,13 @@ class Pass:
         """Those that wait."""
         return {key: self.found.meetings[key] for key in self.factors}
 
-    def gradient(self, example: Any) -> list[Any]:
-        """Of one example, whose number may be traced: the leaves of all uses that wait."""
-        return self.loss.pull(self.arrays, self.by_meeting(example))
+    def gradient(self, example: Any, keys: Collection[str] | None = None) -> list[Any]:
+        """Of one example, whose number may be traced: the leaves of all uses that wait, or of the
+        meetings ``keys``."""
+        keys = self.factors.keys() if keys is None else keys
+        return self.loss.pull(self.arrays, self.by_meeting(example, keys))
 
-    def by_meeting(self, example: Any) -> dict[str, Any]:
+    def by_meeting(self, example: Any, keys: Collection[str]) -> dict[str, Any]:
         """The same at the operands of every meeting."""
         loss, labels = self.loss, self.labels
         factors = self.factors
@@ -70,7 +74,8 @@ class Pass:
         if labels is not None and labels.ids.ndim == 1:
             is_own = labels.ids == example
         found = {}
-        for key, meeting in self.meetings().items():
+        for key in keys:
+            meeting = self.found.meetings[key]
             by_weights = labels is not None or isinstance(meeting, Regrouped)
             number = is_own if by_weights else example
 
@@ -82,29 +87,56 @@ class Pass:
             found[key] = on_this_mesh(own)
         return found
 
-    def dots(self, gradients: list[Any]) -> list[Any]:
-        """Of all examples with K gradients, stacked: by parameter, [K, B] or [K, S]."""
+    def dots(self, gradients: list[Any], count: int) -> list[Any]:
+        """Of all examples with K = ``count`` gradients, stacked: by parameter [K, B] or [K, S]."""
         rows = jax.typeof(like_rows(jnp.zeros(self.loss.num_rows), self.arrays.batch))
         program = Program(self.loss, self.meetings(), rows)
-        count = gradients[0].shape[0]
         dots, shared = contracted(program, self.arrays, self.factors, gradients, count, self.labels)
         return by_row_label(dots, shared, self.labels)[0]
 
     def squared_norms(self) -> Any:
         """A tree of the parameters, every leaf [B] or [S]."""
-        waiting = sorted({path for m in self.meetings().values() for path in m.moving})
+        uses: dict[int, list[str]] = {}
+        for key, meeting in self.meetings().items():
+            for path in meeting.moving:
+                uses.setdefault(path, []).append(key)
+        over_pairs = {path for path, keys in uses.items() if self._goes_over_pairs(keys)}
+        keys = [
+            k for k, meeting in self.meetings().items() if not over_pairs.issuperset(meeting.moving)
+        ]
 
         def of_example(number):
-            gradient = self.gradient(number)
-            return {path: square(gradient[path]) for path in waiting}
+            gradient = self.gradient(number, keys)
+            return {path: square(gradient[path]) for path in uses.keys() - over_pairs}
 
         squares = dict(self.squares)
-        later = jax.lax.map(of_example, jnp.arange(self.examples)) if waiting else {}
+        later = jax.lax.map(of_example, jnp.arange(self.examples)) if keys else {}
+        for path in over_pairs:
+            later[path] = pair_squares([self._factors(key) for key in uses[path]])
         for path, found in later.items():
             squares[path] = squares[path] + typed_as(found, jax.typeof(squares[path]))
         scale = self.loss.scale**2
         leaves = or_nan([squares[path] * scale for path in sorted(squares)], self.conflicts)
         return jax.tree.unflatten(self.loss.params, leaves)
+
+    def _goes_over_pairs(self, keys: Collection[str]) -> bool:
+        """Whether the meetings are uses of one matrix, outside of loops, for which that pays."""
+        meetings = [self.found.meetings[key] for key in keys]
+        uses = [meeting.use for meeting in meetings]
+        if None in uses:
+            return False
+        is_alone = all(
+            self.factors[key][1][0].ndim == len(meeting.outputs[meeting.differentiable[0]].shape)
+            for key, meeting in zip(keys, meetings)
+        )
+        return is_alone and pairs_cost_less(uses)
+
+    def _factors(self, key: str):
+        meeting = self.found.meetings[key]
+        with meeting.context():
+            (arrays, _), cotangents = on_this_mesh(self.factors[key])
+            found = meeting.use.factors(arrays, *cotangents)
+        return on_this_mesh(found)
 
 
 def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tuple[Loss, Arrays]:
@@ -137,11 +169,11 @@ def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tup
 def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool) -> Pass:
     """One forward and one backward pass; with ``at_once``, norms come out of it where they can."""
     run = _walked(loss, arrays, labels)
-    taps, slots, keys = _places(loss, arrays, labels, run, at_once=at_once)
+    taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=at_once)
     last: list[Found] = []
 
     def objective(taps, slots):
-        outputs, emitted, _, conflicts, found = run(taps, slots, keys)
+        outputs, emitted, _, conflicts, found = run(arrays.params, taps, slots, keys)
         last.append(found)
         value, aux = loss.outputs_of(outputs)
         return value, (aux, emitted, counted(conflicts, labels))
@@ -153,12 +185,73 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
     return Pass(loss, arrays, labels, value, aux, conflicts, squares, factors, last[0])
 
 
+def clipping_pass(
+    loss: Loss, arrays: Arrays, labels: Labels | None, *, padded: bool
+) -> tuple[Pass, Callable[[jax.Array], list[Any]]]:
+    """One forward and one backward pass; and a second backward pass, as a function of weights.
+
+    That gives the gradient of the loss with every row's part times its weight: of rows [B], or of
+    labels of positions [S]. ``padded``: rows of weight 0 may hold what is no number.
+    """
+    run = _walked(loss, arrays, labels, functools.partial(Clipped, padded))
+    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=True)
+    check_in_rows(loss, found)
+    last: list[Found] = []
+
+    def objective(params, taps, slots):
+        outputs, emitted, _, conflicts, found = run(params, taps, slots, keys)
+        last.append(found)
+        value, aux = loss.outputs_of(outputs)
+        kept = {key: own for key, own in emitted.items() if key in slots}
+        ports = {key: own for key, own in emitted.items() if key not in slots}
+        return (value, ports), (aux, kept, counted(conflicts, labels))
+
+    (value, ports), pulled, (aux, kept, conflicts) = jax.vjp(
+        objective, arrays.params, taps, slots, has_aux=True
+    )
+    seed = jnp.ones_like(value)
+    _, squares, cotangents = pulled((seed, jax.tree.map(jnp.zeros_like, ports)))
+    factors = {key: (kept[key], cotangents[key]) for key in kept}
+    left = Pass(loss, arrays, labels, value, aux, conflicts, squares, factors, last[0])
+
+    def weighted(weights):
+        # Else the compiler would keep for the second pass what the first one has computed.
+        pull_again, again, weights = jax.lax.optimization_barrier((pulled, seed, weights))
+
+        def given(port):
+            loops = [1] * (port.ndim - 1)  # before the rows, but where these are vectorized
+            own = weights.reshape((-1, *loops) if loss.per_example else (*loops, -1))
+            own = jnp.broadcast_to(own.astype(port.dtype), port.shape)
+            return typed_as(own, jax.typeof(port))
+
+        return pull_again((again, jax.tree.map(given, ports)))[0]
+
+    return left, weighted
+
+
+def check_in_rows(loss: Loss, found: Found) -> None:
+    """An error where a part of the gradient belongs to no row."""
+    faults = [
+        f"  {loss.names[path]} in {found.places.get(key, 'the loss')}"
+        for key, meeting in found.meetings.items()
+        for path, in_rows in meeting.in_rows.items()
+        if not in_rows
+    ]
+    if faults:
+        raise ValueError(
+            "clipped gradients are those of rows, but a part of the loss belongs to no row:\n"
+            + "\n".join(faults)
+            + "\nLeave it out of the loss and add its gradient afterwards, weight decay by "
+            "optax.add_decayed_weights."
+        )
+
+
 def directed_with_norms(
     loss: Loss, arrays: Arrays, direction: Any, directions: int | None, labels: Labels | None
 ) -> GradDots:
     """``directed``, and squared norms out of the same pass."""
     run = _walked(loss, arrays, labels)
-    taps, slots, keys = _places(loss, arrays, labels, run, at_once=True)
+    taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=True)
     last: list[Found] = []
 
     def make(others, vectors, *args):
@@ -180,14 +273,14 @@ def directed_with_norms(
     return dataclasses.replace(result, squared_norms=left.squared_norms())
 
 
-def _walked(loss: Loss, arrays: Arrays, labels: Labels | None):
-    """``run(taps, slots, keys) -> (outputs, emitted, specs, conflicts, found)``."""
+def _walked(loss: Loss, arrays: Arrays, labels: Labels | None, kind=Squares):
+    """``run(params, taps, slots, keys) -> (outputs, emitted, specs, conflicts, found)``."""
 
-    def run(taps, slots, keys):
+    def run(params, taps, slots, keys):
         found = Found()
 
         def walked(slots, batch, marker):
-            walk = Squares(
+            walk = kind(
                 loss,
                 taps,
                 labels is not None,
@@ -196,24 +289,28 @@ def _walked(loss: Loss, arrays: Arrays, labels: Labels | None):
                 marker=marker,
                 labels=positions_of(labels),
             )
-            value, aux = loss.open(walk, arrays.params, batch, arrays.others)
+            value, aux = loss.open(walk, params, batch, arrays.others)
             found.update(walk.found)
             return [value.primal, *(leaf.primal for leaf in aux)], *walk.results()
 
+        positions = positions_of(labels)
+        marker = jnp.zeros(loss.num_rows if positions is None else positions.count)
+        if positions is None:
+            marker = like_rows(marker, arrays.batch)
         if loss.per_example:
             walked = jax.vmap(walked)
-        return *walked(slots, arrays.batch, jnp.zeros(loss.num_rows)), found
+        return *walked(slots, arrays.batch, marker), found
 
     return run
 
 
 def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: bool):
     """Zeros [B] by parameter for norms that come out of the pass; zeros like the cotangents of the
-    meetings that wait; and the meetings that do not, found by a walk in shapes."""
+    meetings that wait; the meetings that do not; and all, found by a walk in shapes."""
     first: list[Found] = []
 
     def shapes():
-        *_, specs, _, found = run(None, None, frozenset())
+        *_, specs, _, found = run(arrays.params, None, None, frozenset())
         first.append(found)
         return specs
 
@@ -230,25 +327,4 @@ def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: 
     taps = {path: wide_zeros(leaf, (rows,)) for path, leaf in enumerate(arrays.params)}
     if labels is None:
         taps = {path: like_rows(tap, arrays.batch) for path, tap in taps.items()}
-    return taps, slots, keys
-
-
-def weighted_gradient(
-    loss: Loss, arrays: Arrays, weights: jax.Array, labels: Labels | None
-) -> list[Any]:
-    """The gradient of the loss with every row's part times its weight: of rows [B], or of labels of
-    positions [S]."""
-
-    def walked(params, weights, batch, marker):
-        walk = Weighted(loss, weights, marker=marker, labels=positions_of(labels))
-        value, _ = loss.open(walk, params, batch, arrays.others)
-        return value.primal
-
-    def objective(params):
-        if not loss.per_example:
-            return walked(params, weights, arrays.batch, None)
-        rows = jax.vmap(functools.partial(walked, params))
-        values = rows(weights, arrays.batch, jnp.zeros(loss.num_rows))
-        return jnp.mean(values) if loss.loss_reduction == "mean" else jnp.sum(values)
-
-    return jax.grad(objective)(arrays.params)
+    return taps, slots, keys, found

@@ -3,6 +3,9 @@
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -19,6 +22,12 @@ def test_python_snippets(standard_promotion):
     assert namespace["scores"].shape == (16,)
     assert namespace["dots"]["scale"].shape == (16,)
     assert namespace["by_document"].total().shape == (4,)
+    batch, is_real = namespace["val"], jnp.arange(40) < 30
+    arrays = namespace["params"], namespace["state"], batch, jax.random.key(0), is_real
+    after, _, loss = namespace["private_step"](*arrays)
+    assert jnp.isfinite(loss)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after, namespace["params"])
+    assert all(jax.tree.leaves(moved))
     assert (namespace["values"].visits == 1).all()
     assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding
 

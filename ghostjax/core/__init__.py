@@ -8,6 +8,7 @@ from ghostjax.core import moved_rules as moved_rules
 from ghostjax.core import opaque as opaque
 from ghostjax.core import solves as solves
 from ghostjax.core.at_once import Found as Found
+from ghostjax.core.clipped import Clipped as Clipped
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
 from ghostjax.core.examples import Regrouped as Regrouped
@@ -27,7 +28,6 @@ from ghostjax.core.push import Push as Push
 from ghostjax.core.split import Split as Split
 from ghostjax.core.squares import DirectedSquares as DirectedSquares
 from ghostjax.core.squares import Squares as Squares
-from ghostjax.core.squares import Weighted as Weighted
 from ghostjax.core.squares import square as square
 from ghostjax.core.tracks import Track as Track
 from ghostjax.core.tracks import Where as Where
@@ -37,5 +37,7 @@ from ghostjax.core.types import on_this_mesh as on_this_mesh
 from ghostjax.core.types import typed_as as typed_as
 from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of
+from ghostjax.core.uses import pair_squares as pair_squares
+from ghostjax.core.uses import pairs_cost_less as pairs_cost_less
 from ghostjax.core.values import Value as Value
 from ghostjax.core.walk import Walk as Walk

@@ -59,9 +59,14 @@ class AtOnce(Walk):
         self.checks_rows = slots is None
         self.found = Found()
 
-    def through(self, meeting: Any, outputs, operands, kept) -> list[Any]:
+    def through(self, key: str, meeting: Any, outputs, operands, kept) -> list[Any]:
         """``outputs`` of a meeting made at once, behind a channel."""
         raise NotImplementedError
+
+    def waiting(self, key: str, meeting: Any, outputs, operands, kept) -> list[Any]:
+        """``outputs`` of a meeting that waits, behind a channel to its slots."""
+        del operands, kept
+        return through_channel(meeting, lambda _, c: c, outputs, self.slots[key], ())
 
     def attach(self, meeting: Any, function, operands):
         key = self.next_key()
@@ -85,9 +90,9 @@ class AtOnce(Walk):
             return outputs
         kept = self.keep(meeting, operands, outputs)
         if key in self.keys_at_once:
-            return self.through(meeting, outputs, operands, kept)
+            return self.through(key, meeting, outputs, operands, kept)
         self.emitted[key] = jax.lax.stop_gradient(kept)
-        return through_channel(meeting, lambda _, c: c, outputs, self.slots[key], ())
+        return self.waiting(key, meeting, outputs, operands, kept)
 
     def evaluate(self, function, primals) -> list[Any]:
         return function(primals)

@@ -80,7 +80,8 @@ def _same_class(first: Value, second: Value) -> bool:
 def _slice(walk: Walk, value: Value, shape: tuple[int, ...]) -> Value:
     """One of the values that are scanned over, stacked as ``lax.scan`` takes them."""
     where = loops.sliced(value.where, shape, walk.counts, walk.follows)
-    return dataclasses.replace(value, tangents=_loop_first(walk, value.tangents), where=where)
+    tangents = _loop_first(walk, value.tangents)
+    return dataclasses.replace(value, tangents=tangents, where=where, axes=None)
 
 
 def _stack(walk: Walk, value: Value, length: int) -> Value:
@@ -102,7 +103,7 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     if not walk.follows:
         walk.places_after(eqn, operands)
     # Every round uses them: their gradient is a sum.
-    consts = [dataclasses.replace(value, direct=False) for value in operands[:num_consts]]
+    consts = [dataclasses.replace(v, direct=False, axes=None) for v in operands[:num_consts]]
     carry = operands[num_consts : num_consts + num_carry]
     start = num_consts + num_carry
     shapes = [shape_of(var) for var in eqn.invars]

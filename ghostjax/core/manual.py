@@ -57,7 +57,12 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
                 setattr(inner, name, array)
         values = [
             dataclasses.replace(
-                value, primal=primal, tangents=own, where=Where(Track(info), where), direct=False
+                value,
+                primal=primal,
+                tangents=own,
+                where=Where(Track(info), where),
+                direct=False,
+                axes=None,
             )
             for value, primal, own, info, where in zip(operands, primals, tangents, infos, entered)
         ]

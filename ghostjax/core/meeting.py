@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ghostjax._jaxprs import bind, is_var, live_equations
 from ghostjax.core.lookups import as_gradients_see
@@ -277,24 +278,32 @@ def row_sums(
 def weighted(
     array: jax.Array, rows: Rows | Cells | None, num_rows: int | None, weights: Any
 ) -> jax.Array:
-    """Every row times its weight [B]; zeros where that is zero, whatever was there.
-
-    Where ``rows`` is None there is but one, and one weight.
-    """
-    if rows is None:
-        places = jnp.reshape(weights, ())
-    elif isinstance(rows, Cells):
-        shape = [size if axis in rows.axes else 1 for axis, size in enumerate(array.shape)]
-        places = weights.reshape(shape)
-    else:
-        shape = [1] * array.ndim
-        shape[rows.axis] = -1
-        numbers = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
-        places = weights[numbers].reshape(shape)
+    """Every row times its weight [B]; zeros where that is zero, whatever was there."""
+    places = weights_at(array, rows, num_rows, weights)
     zeros = jnp.zeros_like(array)
     if places.dtype == bool:
         return jnp.where(places, array, zeros)
-    return jnp.where(places == 0, zeros, (array * places).astype(array.dtype))
+    wide = np.promote_types(array.dtype, places.dtype)
+    product = array.astype(wide) * places.astype(wide)
+    return jnp.where(places == 0, zeros, product.astype(array.dtype))
+
+
+def weights_at(
+    array: jax.Array, rows: Rows | Cells | None, num_rows: int | None, weights: Any
+) -> jax.Array:
+    """The weight [B] of every place of an array, broadcast over what is not told apart.
+
+    Where ``rows`` is None there is but one row, and one weight.
+    """
+    if rows is None:
+        return jnp.reshape(weights, ())
+    if isinstance(rows, Cells):
+        shape = [size if axis in rows.axes else 1 for axis, size in enumerate(array.shape)]
+        return weights.reshape(shape)
+    shape = [1] * array.ndim
+    shape[rows.axis] = -1
+    numbers = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
+    return weights[numbers].reshape(shape)
 
 
 @jax.custom_vjp

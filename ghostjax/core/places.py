@@ -53,6 +53,21 @@ def split_rows(array, rows: Rows, num_rows: int):
     return jnp.swapaxes(array, 0, 1).reshape(num_rows, outer * inner)
 
 
+def rows_first(array, rows: Rows, num_rows: int, positions: Sequence[int], features: Sequence[int]):
+    """`array` as [B, T, F]: its axes are positions, the rows among them, and features."""
+    shape, axis = array.shape, rows.axis
+    split = (rows.outer, num_rows, rows.inner)
+    array = array.reshape(*shape[:axis], *split, *shape[axis + 1 :])
+
+    def moved(axes):
+        return [k if k < axis else k + 2 for k in axes if k != axis]
+
+    others = sorted([*moved(positions), axis, axis + 2])
+    array = array.transpose(axis + 1, *others, *moved(features))
+    size = math.prod(shape[k] for k in features)
+    return array.reshape(num_rows, -1, size)
+
+
 def infer(
     jaxpr: core.Jaxpr | core.ClosedJaxpr, inputs: Sequence[RowInfo], num_rows: int
 ) -> list[RowInfo]:

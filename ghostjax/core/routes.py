@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from ghostjax.core.meeting import Meeting, Route, wide_dtype
-from ghostjax.core.places import Rows
+from ghostjax.core.places import Rows, rows_first
 from ghostjax.core.row_loop import row_loop
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
@@ -114,26 +114,18 @@ class Product(Meeting):
         sums = {path: part if stacked else part[0] for path, part in zip(vectors, dots)}
         return sums, self._parameter_like(total)
 
+    @property
+    def contracted(self) -> list[int]:
+        """Axes of the parameter."""
+        return self._contracted
+
     def factors(self, data, cotangent):
         """The data operand [B, T, i] and the cotangents [B, T, o]."""
-        inputs = self._rows_first(data, self._data_rows, self._positions, self._inputs)
+        inputs = rows_first(data, self._data_rows, self.num_rows, self._positions, self._inputs)
         offset = 0 if self.parameter == 1 else len(self._free)
         positions = [offset + k for k in range(len(self._positions))]
         features = [k for k in range(cotangent.ndim) if k not in positions]
-        return inputs, self._rows_first(cotangent, self.rows[0], positions, features)
-
-    def _rows_first(self, array, rows: Rows, positions, features):
-        """[B, T, features]"""
-        shape, axis = array.shape, rows.axis
-        split = (rows.outer, self.num_rows, rows.inner)
-        array = array.reshape(*shape[:axis], *split, *shape[axis + 1 :])
-
-        def moved(axes):
-            return [k if k < axis else k + 2 for k in axes if k != axis]
-
-        others = sorted([*moved(positions), axis, axis + 2])
-        array = array.transpose(axis + 1, *others, *moved(features))
-        return array.reshape(self.num_rows, self.sizes.t, -1)
+        return inputs, rows_first(cotangent, self.rows[0], self.num_rows, positions, features)
 
     def _order(self):
         first, last = self._contracted, self._free

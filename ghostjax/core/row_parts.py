@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
-from ghostjax.core.meeting import Meeting, weighted
+from ghostjax.core.meeting import Meeting, is_inexact, weighted, weights_at
 from ghostjax.core.places import Rows
 from ghostjax.core.routes import make_meeting
 from ghostjax.core.values import Value
@@ -78,6 +78,9 @@ class Part:
     ):
         self.whole, self.count = whole, count
         self.operand_rows = [value.rows for value in operands]
+        self.inexact_data = {
+            k for k, value in enumerate(operands) if value.is_data and is_inexact(value.primal)
+        }
         self.is_cut = count != whole.num_rows and _can_be_cut(whole, operands)
         self.meeting = whole
         if self.is_cut:
@@ -109,13 +112,6 @@ class Part:
         own = self.meeting.take_consts() if self.is_cut else None
         return own, self.pullback and self.pullback.take_consts()
 
-    def own(self, arrays: dict[int, Any], cotangents: Sequence[Any], start: Any):
-        """The operands and cotangents of these rows; of a whole meeting, those of others zeros."""
-        if not self.is_cut:
-            return arrays, self._weighted(cotangents, self._weights(start))
-        cut = {k: self._cut(array, self.operand_rows[k], start) for k, array in arrays.items()}
-        return cut, [self._cut(*pair, start) for pair in zip(cotangents, self._places())]
-
     def gradient(
         self, arrays: dict[int, Any], consts: Any, cotangents: Sequence[Any], start: Any
     ) -> dict[int, Any]:
@@ -124,9 +120,16 @@ class Part:
         ``consts`` are those of the whole meeting, and what ``take_consts`` gave.
         """
         if not self.is_cut:
-            return self.weighted_gradient(arrays, consts, cotangents, self._weights(start))
+            return self.weighted_gradient(arrays, consts, cotangents, self.weights(start))
         arrays, cotangents = self.own(arrays, cotangents, start)
         return self.pullback(arrays, consts[1][1], cotangents)
+
+    def own(self, arrays: dict[int, Any], cotangents: Sequence[Any], start: Any):
+        """The operands and cotangents of these rows; of a whole meeting, those of others zeros."""
+        if not self.is_cut:
+            return arrays, self._weighted(cotangents, self.weights(start))
+        cut = {k: self._cut(array, self.operand_rows[k], start) for k, array in arrays.items()}
+        return cut, [self._cut(*pair, start) for pair in zip(cotangents, self._places())]
 
     def weighted_gradient(
         self, arrays: dict[int, Any], consts: Any, cotangents: Sequence[Any], weights: Any
@@ -138,10 +141,21 @@ class Part:
             return self.whole.gradient_of_rows(kept, cotangents, weights)
         return self.pullback(arrays, pulled, self._weighted(cotangents, weights))
 
+    def without(self, arrays: dict[int, Any], weights: Any) -> dict[int, Any]:
+        """The operands with ones for what there is in rows of weight 0, which may be no number."""
+        count, found = self.whole.num_rows, dict(arrays)
+        for position in self.inexact_data & arrays.keys():
+            info = self.operand_rows[position]
+            if count is None or isinstance(info, Rows):
+                array, place = arrays[position], info if count is not None else None
+                is_own = weights_at(array, place, count, weights).astype(bool)
+                found[position] = jnp.where(is_own, array, jnp.ones_like(array))
+        return found
+
     def _places(self) -> list[Any]:
         return [self.whole.rows[position] for position in self.whole.differentiable]
 
-    def _weights(self, start: Any) -> jax.Array:
+    def weights(self, start: Any) -> jax.Array:
         if self.whole.num_rows is None:
             return jnp.ones((), bool)
         rows = jnp.arange(self.whole.num_rows)

@@ -50,7 +50,7 @@ class Split(AtOnce):
     def keep(self, meeting, operands, outputs):
         return meeting.keep(operands, outputs)
 
-    def through(self, meeting: Parts, outputs, operands, kept):
+    def through(self, key, meeting: Parts, outputs, operands, kept):
         carried = {
             "taps": {path: self.taps[path] for path in meeting.moving},
             "operands": {k: v.primal for k, v in enumerate(operands) if v.tangents},

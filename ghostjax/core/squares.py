@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ghostjax._channel import set_aside
 from ghostjax.core.at_once import AtOnce, Found
+from ghostjax.core.convolutions import conv_squares, is_unfolded
 from ghostjax.core.directed import Directed, through_channel
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.gram import gram_squares, squares_cost_less
@@ -23,6 +24,7 @@ from ghostjax.core.meeting import one_per_row, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
 from ghostjax.core.row_parts import Part
 from ghostjax.core.types import cotangent_as
+from ghostjax.core.uses import Use, pair_squares, pairs_cost_less, use_of
 from ghostjax.core.values import Value
 
 
@@ -32,9 +34,13 @@ class RowMeeting:
     Attributes:
       whole: the meeting; what is static about it is asked of it.
       by_weights: whether examples are told by weights of rows, as they are not single rows.
+      padded: whether rows of weight 0 may hold what is no number.
+      use: what it is of a matrix, if norms are known over pairs of positions.
     """
 
     by_weights = False
+    padded = True
+    use: Use | None = None
     in_branch = False
     keeps_row_gradients = False
 
@@ -48,36 +54,52 @@ class RowMeeting:
     def keep(self, operands: Sequence[Value]) -> Any:
         """The arrays that all else needs. Called once, where the meeting was made."""
         self.part = self._part(self.num_rows if self.by_weights else self.num_rows and 1)
+        self.all = self._part(self.num_rows) if self.part.is_cut else self.part
         del self._part
-        kept = sorted({*self.whole.kept, *self.part.kept})
+        moving = [value for value in operands if value.tangents]
+        if not self.by_weights and len(moving) == len(self.moving) == 1:
+            self.use = use_of(self.whole, moving[0].axes)
+        kept = sorted({*self.whole.kept, *self.part.kept, *self.all.kept})
         arrays = {position: operands[position].primal for position in kept}
-        return arrays, (self.whole.take_consts(), self.part.take_consts())
+        consts = self.whole.take_consts(), self.part.take_consts()
+        return arrays, (*consts, self.all.take_consts() if self.part.is_cut else consts[1])
 
-    def by_position(self, example: Any, kept: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
-        """The cotangents of the operands that are made of parameters: of the row ``example``; or
-        ``by_weights`` of all rows times these [B].
-        """
-        give = self.part.weighted_gradient if self.by_weights else self.part.gradient
-        found = give(*kept, cotangents, example)
-        if self.in_branch:  # where it is not taken, operands are zeros too
-            is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
-            found = {k: jnp.where(is_taken, own, jnp.zeros_like(own)) for k, own in found.items()}
-        return found
+    def weighted(self, weights: Any, kept: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
+        """By position, the cotangents of the operands that are made of parameters: those of all
+        rows times their weights [B]."""
+        arrays, (of_whole, _, of_all) = kept
+        if self.padded:
+            arrays = self.all.without(arrays, weights)
+        found = self.all.weighted_gradient(arrays, (of_whole, of_all), cotangents, weights)
+        return self._where_taken(found, cotangents)
 
     def gradient(self, example: Any, kept: Any, cotangents: Sequence[Any]) -> dict[int, list[Any]]:
-        """The same by parameter, in the order of what ``Push`` emits."""
-        return self.by_parameter(self.by_position(example, kept, cotangents))
+        """Of one example, by parameter, in the order of what ``Push`` emits: of the row
+        ``example``; or ``by_weights``, of all rows times these [B]."""
+        if self.by_weights or not self.part.is_cut:
+            weights = example if self.by_weights else self.part.weights(example)
+            return self.by_parameter(self.weighted(weights, kept, cotangents))
+        arrays, (of_whole, of_part, _) = kept
+        found = self.part.gradient(arrays, (of_whole, of_part), cotangents, example)
+        return self.by_parameter(self._where_taken(found, cotangents))
+
+    def _where_taken(self, found: dict[int, Any], cotangents) -> dict[int, Any]:
+        if not self.in_branch:
+            return found
+        # Where the branch is not taken, operands are zeros too.
+        is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
+        return {k: jnp.where(is_taken, own, jnp.zeros_like(own)) for k, own in found.items()}
 
     def by_parameter(self, gradients: dict[int, Any]) -> dict[int, list[Any]]:
         return {path: [gradients[k] for k in own] for path, own in self.moving.items()}
 
     def sums(self, kept, vectors, cotangents, stacked, route):
-        arrays, (consts, _) = kept
+        arrays, (consts, *_) = kept
         own = [arrays[position] for position in self.whole.kept], consts
         return self.whole.sums(own, vectors, cotangents, stacked, route)
 
     def sums_and_gradient(self, kept, vectors, cotangents, stacked):
-        arrays, (consts, _) = kept
+        arrays, (consts, *_) = kept
         own = [arrays[position] for position in self.whole.kept], consts
         return self.whole.sums_and_gradient(own, vectors, cotangents, stacked)
 
@@ -92,6 +114,12 @@ class RowMeeting:
             if squares_cost_less(whole.sizes):
                 return dict.fromkeys(self.moving, gram_squares(*factors))
 
+        if is_unfolded(whole):
+            return dict.fromkeys(self.moving, conv_squares(whole, arrays[0], *cotangents))
+        if self.use is not None and pairs_cost_less([self.use]):
+            squares = pair_squares([self.use.factors(arrays, *cotangents)])
+            return dict.fromkeys(self.moving, squares)
+
         def of_row(row):
             found = self.gradient(row, kept, cotangents)
             return {path: sum(map(square, own)) for path, own in found.items()}
@@ -104,8 +132,8 @@ def square(array: Any) -> jax.Array:
     return jnp.sum(jnp.square(array.astype(wide_dtype(array))))
 
 
-def squares_behind(meeting: RowMeeting, outputs, kept, taps: dict[int, Any]) -> list[Any]:
-    """``outputs`` of a meeting, behind a channel that gives taps [B] the squared norms."""
+def squares_to(meeting: RowMeeting, taps: dict[int, Any]):
+    """The taps [B] of a meeting, and the backward pass of a channel that gives them its squares."""
     carried = {path: taps[path] for path in meeting.moving}
     kinds = {path: jax.typeof(tap) for path, tap in carried.items()}
 
@@ -113,7 +141,7 @@ def squares_behind(meeting: RowMeeting, outputs, kept, taps: dict[int, Any]) -> 
         found = meeting.squares(kept, cotangents)
         return {path: cotangent_as(found[path], kind) for path, kind in kinds.items()}
 
-    return through_channel(meeting, backward, outputs, carried, kept)
+    return carried, backward
 
 
 def by_weights(meeting: Any) -> Any:
@@ -132,10 +160,12 @@ class OfRows(AtOnce):
 
     Attributes:
       by_weights: whether examples are told by weights of rows, as they are not single rows.
+      padded: whether rows of weight 0 may hold what is no number.
     """
 
     follows = True
     by_weights = False
+    padded = True
     no_shard_map = (
         "gradients of single rows are not put together. Use jax.jit with sharded arguments "
         "instead, or call this function inside of shard_map."
@@ -147,7 +177,8 @@ class OfRows(AtOnce):
 
     def make(self, eqn, function, operands, outputs, rows, num_rows):
         meeting = RowMeeting(eqn, function, operands, outputs, rows, num_rows, self.names)
-        meeting.by_weights = self.by_weights
+        meeting.by_weights, meeting.in_branch = self.by_weights, self.in_branch
+        meeting.padded = self.padded
         return meeting
 
     def make_regrouped(self, eqn, function, operands, outputs, places):
@@ -171,8 +202,9 @@ class Squares(OfRows):
         super().__init__(loss, **others)
         self.taps, self.by_weights = taps, by_weights
 
-    def through(self, meeting, outputs, operands, kept):
-        return squares_behind(meeting, outputs, kept, self.taps)
+    def through(self, key, meeting, outputs, operands, kept):
+        carried, backward = squares_to(meeting, self.taps)
+        return through_channel(meeting, backward, outputs, carried, kept)
 
 
 class DirectedSquares(Directed):
@@ -189,6 +221,7 @@ class DirectedSquares(Directed):
 
     other_arrays = (*Directed.other_arrays, "squares")
     no_shard_map = OfRows.no_shard_map
+    padded = True
     make = OfRows.make
 
     def __init__(self, squares, by_weights, at_once, *others):
@@ -201,49 +234,15 @@ class DirectedSquares(Directed):
 
     def attach(self, meeting, function, operands):
         key = self.next_key()
-        meeting.in_branch = self.in_branch
         if self.slots is None:
             return function([value.primal for value in operands])
         self.found.meetings[key] = meeting
         vectors, waiting = self.slots[key]
         outputs, kept = self.behind(meeting, function, operands, vectors)
         if key in self.keys_at_once:
-            return squares_behind(meeting, outputs, kept, self.squares)
+            carried, backward = squares_to(meeting, self.squares)
+            return through_channel(meeting, backward, outputs, carried, kept)
         if not waiting:
             return outputs
         self.emitted[key] = set_aside(kept, waiting)
         return through_channel(meeting, lambda _, c: c, outputs, waiting, ())
-
-
-class Weighted(OfRows):
-    """Gradients of rows times their weights.
-
-    Args:
-      weights: [B] of rows, or of labels where these are labels of positions [S].
-      marker, labels: as above.
-    """
-
-    by_weights = True
-
-    def __init__(self, loss, weights, **others):
-        super().__init__(loss, **others)
-        self.weights = weights
-        self.checks_rows = False
-
-    def attach(self, meeting, function, operands):
-        meeting.in_branch = self.in_branch
-        primals = [
-            jax.lax.stop_gradient(value.primal) if value.tangents else value.primal
-            for value in operands
-        ]
-        outputs = self.evaluate(function, primals)
-        carried = {k: value.primal for k, value in enumerate(operands) if value.tangents}
-        kinds = {k: jax.typeof(array) for k, array in carried.items()}
-
-        def backward(residuals, cotangents):
-            kept, weights = residuals
-            found = meeting.by_position(weights, kept, cotangents)
-            return {k: cotangent_as(found[k], kind) for k, kind in kinds.items()}
-
-        residuals = meeting.keep(operands), self.weights
-        return through_channel(meeting, backward, outputs, carried, residuals)

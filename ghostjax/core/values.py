@@ -31,6 +31,7 @@ class Value:
       mask: whether a value without gradient is made of integers and booleans alone.
       direct: whether a parameter-only value is a parameter, but for its layout and dtype, or what a
         loop takes of it in one round; so that inner products of gradients are the same.
+      axes: of a parameter or its transpose, outside of loops, by axis that of the parameter.
     """
 
     primal: Any
@@ -41,6 +42,7 @@ class Value:
     support: Any = None
     mask: bool = dataclasses.field(default=False, metadata={"static": True})
     direct: bool = dataclasses.field(default=False, metadata={"static": True})
+    axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def rows(self) -> RowInfo:

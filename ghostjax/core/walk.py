@@ -206,7 +206,11 @@ class Walk(Tracking):
             return [Value(output) for output in outputs]
         found = self.pushed(eqn, functools.partial(bind, eqn), operands, outputs)
         direct = _is_layout(eqn) and operands[0].direct
-        return [Value(output, tangents, direct=direct) for output, tangents in zip(outputs, found)]
+        axes = _axes_after(eqn, operands[0].axes) if direct else None
+        return [
+            Value(output, tangents, direct=direct, axes=axes)
+            for output, tangents in zip(outputs, found)
+        ]
 
     def operation(self, eqn, operands, function=None) -> list[Value]:
         """An ordinary operation where parameters and data meet, evaluated by ``function``."""
@@ -302,6 +306,15 @@ def _is_layout(eqn) -> bool:
     """Whether an equation changes no more than layout and dtype."""
     sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*eqn.invars, *eqn.outvars)]
     return eqn.primitive.name in LAYOUTS and len(set(sizes)) == 1
+
+
+def _axes_after(eqn, axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Of a layout, if no axes are merged or split."""
+    if axes is None or eqn.primitive.name == "convert_element_type":
+        return axes
+    if eqn.primitive.name == "transpose":
+        return tuple(axes[k] for k in eqn.params["permutation"])
+    return None
 
 
 def _call(walk: Walk, eqn, operands):

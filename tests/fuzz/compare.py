@@ -57,9 +57,9 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
             return Outcome("wrong", message=f"{result.conflicts} conflicts, but not all dots NaN")
         return Outcome("NaN", "conflicts when it runs", f"{result.conflicts}")
     wrong = [
-        *_differences("value", result.value, value),
-        *_differences("grads", result.grads, result.grads if grads is None else grads),
-        *_differences("dots", result.dots, dots),
+        *differences("value", result.value, value),
+        *differences("grads", result.grads, result.grads if grads is None else grads),
+        *differences("dots", result.dots, dots),
     ]
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(dots))
     if max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(result.shared)) > RTOL * largest:
@@ -71,12 +71,17 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
     return Outcome("wrong", message="\n".join(wrong)) if wrong else Outcome("exact")
 
 
+def labels_for(program) -> dict[str, Any]:
+    """Of every position one of its own, where these are told apart."""
+    if program.family != "positions":
+        return {}
+    count = program.sizes.b * program.sizes.t
+    labels = jnp.arange(count).reshape(program.sizes.b, program.sizes.t)
+    return {"labels": labels, "num_labels": count}
+
+
 def _found(program, params, batch, flag, directions, late: bool):
-    given = {}
-    if program.family == "positions":
-        count = program.sizes.b * program.sizes.t
-        labels = jnp.arange(count).reshape(program.sizes.b, program.sizes.t)
-        given = {"labels": labels, "num_labels": count}
+    given = labels_for(program)
     if late:
         fn = value_and_dots_fn(program.loss, loss_reduction=program.reduction)
         return fn(params, batch, flag, **given)[2].result(directions)
@@ -116,7 +121,7 @@ def _expected(program, params, batch, flag, directions):
     return values[0], None, dots
 
 
-def _differences(name: str, own: Any, wanted: Any) -> list[str]:
+def differences(name: str, own: Any, wanted: Any) -> list[str]:
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(wanted))
     found = []
     for (path, a), b in zip(

@@ -1,0 +1,82 @@
+"""Squared norms of kernels' gradients: a convolution is a product with the windows it moves over.
+
+|dW_b|^2 = sum_io (sum_t x_bti c_bto)^2       x_bt: the window of b's inputs at t, unfolded
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ghostjax.core.gram import squares_cost_less
+from ghostjax.core.meeting import Meeting, wide_dtype
+from ghostjax.core.place_rules import Rows
+from ghostjax.core.routes import Sizes
+
+
+def is_unfolded(meeting: Meeting) -> bool:
+    """Whether this is a convolution of rows with a kernel of parameters."""
+    eqn = meeting.eqn
+    if eqn is None or eqn.primitive.name != "conv_general_dilated":
+        return False
+    dims, (rows,) = eqn.params["dimension_numbers"], meeting.rows
+    return (
+        set(meeting.moving.values()) == {(1,)}
+        and len(meeting.moving) == 1
+        and isinstance(rows, Rows)
+        and (rows.axis, rows.outer, rows.inner) == (dims.out_spec[0], 1, 1)
+        and eqn.params["batch_group_count"] == 1
+        and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    )
+
+
+def conv_squares(meeting: Meeting, inputs: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """[B], in float32 or wider.
+
+    As many rows at a time as take a quarter of what inputs and outputs of all do, at least one.
+    """
+    eqn, wide = meeting.eqn, wide_dtype(inputs, cotangent)
+    dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    kernel = eqn.invars[1].aval.shape
+    window = [kernel[axis] for axis in dims.rhs_spec[2:]]
+    inputs = jnp.transpose(inputs, (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1]))
+    cotangent = jnp.transpose(cotangent, (dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1]))
+    places = cotangent.shape[1:-1]
+    sizes = Sizes(
+        inputs.shape[0],
+        math.prod(places),
+        math.prod(window) * inputs.shape[-1] // groups,
+        cotangent.shape[-1] // groups,
+    )
+
+    def of_row(pair):
+        """x [*places, i], c [*places, o]"""
+        x, c = pair
+        x = _windows(x.astype(wide), eqn.params, window, places)
+        x = x.reshape(sizes.t, math.prod(window), groups, -1).swapaxes(1, 2)
+        x = jnp.moveaxis(x.reshape(sizes.t, groups, sizes.i), 1, 0)
+        c = jnp.moveaxis(c.astype(wide).reshape(sizes.t, groups, sizes.o), 1, 0)
+        if squares_cost_less(sizes):
+            first, second = (jnp.einsum("gtf,gsf->gts", a, a, precision="highest") for a in (x, c))
+            return jnp.sum(first * second)
+        return jnp.sum(jnp.square(jnp.einsum("gti,gto->gio", x, c, precision="highest")))
+
+    own = groups * (sizes.t * (sizes.i + sizes.o) + min(sizes.t**2, sizes.i * sizes.o))
+    block = max(1, min(sizes.b, (inputs.size + cotangent.size) // (4 * own)))
+    return jax.lax.map(of_row, (inputs, cotangent), batch_size=block)
+
+
+def _windows(x: jax.Array, params: dict[str, Any], window, places) -> jax.Array:
+    """[*places, prod(window), i] of x [*spatial, i]."""
+    dilations = [d - 1 for d in params["lhs_dilation"]]
+    padding = [(*pair, d) for pair, d in zip(params["padding"], dilations)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*padding, (0, 0, 0)])
+    strides = params["window_strides"]
+    found = []
+    for offset in np.ndindex(*window):
+        start = [k * d for k, d in zip(offset, params["rhs_dilation"])]
+        limit = [k + (n - 1) * s + 1 for k, n, s in zip(start, places, strides)]
+        found.append(jax.lax.slice(x, [*start, 0], [*limit, x.shape[-1]], [*strides, 1]))
+    return jnp.stack(found, axis=-2)

@@ -1,0 +1,55 @@
+"""Squared norms and clipped gradients of random programs, beside rows' gradients written out."""
+
+import jax
+import jax.numpy as jnp
+
+from ghostjax import squared_norms, value_and_clipped_grad
+from tests.fuzz.compare import REFUSALS, Outcome, differences, labels_for, reason_of
+
+
+def norms_outcome(program) -> Outcome:
+    """Float64 has to be enabled. Not for programs that mix rows."""
+    params, batch, flag = program.arrays()
+    given, scale = labels_for(program), program.sizes.b if program.reduction == "mean" else 1
+
+    def run(params, batch, flag):
+        rows = jax.tree.map(
+            lambda leaf: leaf.reshape(len(leaf), -1), _gradients(program, params, batch, flag)
+        )
+        squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf), axis=1), rows)
+        norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        # Of which some are clipped and some are not; there may be a row without gradient.
+        largest = jnp.median(norms)
+        weights = jnp.minimum(1, largest / jnp.where(norms > 0, norms, 1))
+        clipped = jax.tree.map(
+            lambda leaf, like: (weights @ leaf / scale).reshape(like.shape), rows, params
+        )
+        own = squared_norms(program.loss, loss_reduction=program.reduction)
+        clip = value_and_clipped_grad(program.loss, largest, loss_reduction=program.reduction)
+        found = own(params, batch, flag, **given), clip(params, batch, flag, **given)[1]
+        return found, (squares, clipped)
+
+    try:
+        lowered = jax.jit(run).lower(params, batch, flag)
+    except REFUSALS as error:
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        return Outcome("refused", reason, f"{type(error).__name__}: {error}")
+    pairs = zip(("norms", "clipped"), *lowered.compile()(params, batch, flag))
+    wrong = [line for name, *pair in pairs for line in differences(name, *pair)]
+    return Outcome("wrong", message="\n".join(wrong)) if wrong else Outcome("exact")
+
+
+def _gradients(program, params, batch, flag):
+    """By parameter, those of rows or places."""
+    if program.family == "rows":
+        return jax.vmap(jax.grad(program.row_loss), in_axes=(None, 0, None))(params, batch, flag)
+    scale = program.sizes.b if program.reduction == "mean" else 1
+    steps = jax.tree.map(lambda _: jnp.zeros(program.sizes.b * program.sizes.t), params)
+
+    def shares(direction):  # linear
+        return jax.grad(program.moved_loss)(steps, params, batch, flag, direction)
+
+    found = jax.jacrev(shares)(jax.tree.map(jnp.zeros_like, params))
+    return {name: found[name][name] * scale for name in params}

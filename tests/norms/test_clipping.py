@@ -1,0 +1,97 @@
+"""value_and_clipped_grad: weights, padding, the largest norm, and rows of no gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ghostjax import testing, value_and_clipped_grad
+from tests.dots.checks import DENSE, ROWS, X, dense, mean_squares
+from tests.norms.checks import Rows, mean_of
+
+WEIGHTS = jnp.array([1.0, 0, 2, 1, 0.5, 1])
+
+
+def losses(params, x):
+    return mean_squares(dense(params, x))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return Rows.of(losses, DENSE, X)
+
+
+@pytest.mark.parametrize("per_example", [False, True], ids=["batch", "one_row"])
+def test_weights(rows, per_example):
+    max_norm = float(np.median(rows.norms()))
+
+    def of_row(params, row):
+        return losses(params, row[None])[0]
+
+    loss_fn = of_row if per_example else mean_of(losses)
+    fn = value_and_clipped_grad(loss_fn, max_norm, weights=WEIGHTS, per_example=per_example)
+    value, grads = jax.jit(fn)(DENSE, X)
+    expected = jax.tree.map(lambda leaf: leaf / ROWS, rows.clipped_sum(max_norm, WEIGHTS))
+    testing.assert_dots_close(grads, expected)
+    np.testing.assert_allclose(value, jnp.mean(losses(DENSE, X)), rtol=1e-6)
+
+
+def test_a_norm_that_is_traced(rows):
+    @jax.jit
+    def run(max_norm):
+        return value_and_clipped_grad(losses, max_norm)(DENSE, X)[1]
+
+    for max_norm in (0.01, 1e6):
+        testing.assert_dots_close(run(max_norm), rows.clipped_sum(max_norm))
+
+
+@pytest.mark.parametrize("per_example", [False, True], ids=["batch", "one_row"])
+def test_padding_whatever_it_is(rows, per_example):
+    """Rows of weight 0 that are not finite leave no trace."""
+    padded = jnp.concatenate([X, jnp.full_like(X[:2], jnp.nan)])
+    weights = jnp.arange(len(padded)) < ROWS
+
+    def of_row(params, row):
+        return losses(params, row[None])[0]
+
+    loss_fn = of_row if per_example else losses
+    options = {"per_example": per_example, "loss_reduction": "sum"}
+    fn = value_and_clipped_grad(loss_fn, 0.3, weights=weights, **options)
+    testing.assert_dots_close(jax.jit(fn)(DENSE, padded)[1], rows.clipped_sum(0.3))
+
+
+@pytest.mark.parametrize("size", [jnp.nan, 1e25], ids=["nan", "overflow"])
+def test_a_row_that_is_not_finite_and_counts(size):
+    """Also one whose gradient is finite but its square is not: it is not left out in silence."""
+
+    def linear(params, x):
+        return jnp.sum(x @ params["w"] + params["b"][None], axis=1)
+
+    grads = value_and_clipped_grad(linear, 0.3)(DENSE, X.at[0].set(size))[1]
+    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_rows_without_gradient_stay_so():
+    params = DENSE | {"b": jnp.zeros(4)}
+    grads = value_and_clipped_grad(losses, 1e-3)(params, jnp.zeros_like(X))[1]
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_what_optax_does_to_gradients_of_rows(rows):
+    gradients = jax.tree.map(jnp.float32, rows.gradients)
+    expected, _ = optax.per_example_global_norm_clip(jax.tree.leaves(gradients), 0.2)
+    grads = jax.jit(value_and_clipped_grad(losses, 0.2))(DENSE, X)[1]
+    testing.assert_dots_close(jax.tree.leaves(grads), expected)
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan"), np.ones(2)])
+def test_a_norm_that_is_none(max_norm):
+    with pytest.raises(ValueError, match="max_norm must be a positive number"):
+        value_and_clipped_grad(losses, max_norm)
+
+
+@pytest.mark.parametrize("weights", [jnp.ones(4), jnp.ones(ROWS, int), 1.0])
+def test_weights_that_do_not_fit(weights):
+    with pytest.raises(ValueError, match="weights must be floats or booleans, one for each of the"):
+        value_and_clipped_grad(losses, 1.0, weights=weights)(DENSE, X)
