@@ -13,8 +13,8 @@ import pathlib
 import tempfile
 
 from benchmarks._common import save
+from ghostjax.runs.commands.train import run
 from ghostjax.runs.config import TrainConfig
-from ghostjax.runs.job import run
 
 RUNS = ((1, 0), (2, 0), (2, 1))  # order and seed
 

@@ -41,14 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from jax.errors import JaxRuntimeError
 
-    from ghostjax.runs import diff, html, rank, tokens
-    from ghostjax.runs.config import TrainConfig, UsageError
-    from ghostjax.runs.job import run
-    from ghostjax.runs.training import StoppedError
+    from ghostjax.runs.commands import diff, rank, report, tokens, train
+    from ghostjax.runs.config import TrainConfig
+    from ghostjax.runs.errors import StoppedError, UsageError
 
     commands = {
-        "train": (TrainConfig, run),
-        "report": (html.ReportConfig, html.run),
+        "train": (TrainConfig, train.run),
+        "report": (report.ReportConfig, report.run),
         "rank": (rank.RankConfig, rank.run),
         "tokens": (tokens.TokensConfig, tokens.run),
         "diff": (diff.DiffConfig, diff.run),

@@ -9,9 +9,11 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from ghostjax.cli import main
+from ghostjax.runs.analysis.values import sum_visits
 from ghostjax.runs.config import TrainConfig
-from ghostjax.runs.reading import read_run
-from ghostjax.runs.schema import LOG_TABLES
+from ghostjax.runs.store.run import read_run
+from ghostjax.runs.store.schema import LOG_TABLES
+from tests.runs.checks import fails
 from tests.runs.conftest import micro_config, micro_run, write_data
 
 __all__ = ["micro_config", "micro_run", "write_data"]  # fixtures
@@ -33,17 +35,6 @@ def command(config: TrainConfig, **changes) -> list[str]:
         elif value is not None:
             argv += [option, str(value)]
     return argv
-
-
-def fails(argv, capsys) -> str:
-    """Runs a command that is to be refused; returns its one line."""
-    assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert err.startswith("ghostjax: error: ")
-    return err
 
 
 BAD_OPTIONS = {
@@ -141,7 +132,7 @@ def test_two_runs_of_one_seed_are_equal_and_plain_output_is_plain(
         assert line.isprintable(), line
     assert "step 6/6  loss " in err
     assert "forum:0" in out
-    assert "Value by domain for validation set held" in out
+    assert "By domain: validation set held" in out
 
     again = read_run(tmp_path / "run")
     for name in ("examples", *LOG_TABLES):
@@ -151,7 +142,7 @@ def test_two_runs_of_one_seed_are_equal_and_plain_output_is_plain(
 def test_one_quiet_step_is_a_run_that_prints_nothing(micro_config, tmp_path, capsys):
     assert main(command(micro_config, out=tmp_path / "run", steps=1)) == 0
     assert capsys.readouterr() == ("", "")
-    assert read_run(tmp_path / "run").values()[0].tolist().count(1) == 4
+    assert sum_visits(read_run(tmp_path / "run"))[0].tolist().count(1) == 4
 
 
 @pytest.mark.parametrize(
@@ -168,7 +159,7 @@ def test_exit_codes_of_a_run_that_stops(
     def stop(*args):
         raise error
 
-    monkeypatch.setattr("ghostjax.runs.training.Trainer.steps", stop)
+    monkeypatch.setattr("ghostjax.runs.training.trainer.Trainer.steps", stop)
     assert main(command(micro_config, out=tmp_path / "run")) == code
     assert message in capsys.readouterr().err
     assert main(["rank", str(tmp_path / "run")]) == 2
@@ -179,7 +170,7 @@ def test_interrupted_before_there_is_a_run(micro_config, tmp_path, capsys, monke
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ghostjax.runs.job.load_task", stop)
+    monkeypatch.setattr("ghostjax.runs.commands.train.load_task", stop)
     assert main(command(micro_config, out=tmp_path / "run")) == 130
     assert capsys.readouterr().err == "ghostjax: error: interrupted\n"
 

@@ -1,4 +1,4 @@
-"""In-run data values: train on text, and record how much every document helped or hurt."""
+"""In-run data values: train, and record how much every training example helped or hurt."""
 
 from ghostjax.runs.config import TrainConfig as TrainConfig
-from ghostjax.runs.config import UsageError as UsageError
+from ghostjax.runs.errors import UsageError as UsageError

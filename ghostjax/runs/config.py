@@ -1,16 +1,13 @@
-"""The options of a training run, and the error for options or data that cannot be used."""
+"""The options of a training run."""
 
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any, Literal
 
+from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import SIZES, SizeName
-from ghostjax.runs.schema import SET_NAME
-
-
-class UsageError(ValueError):
-    """The caller's options or files cannot be used; the message is one line and says why."""
+from ghostjax.runs.store.schema import SET_NAME
 
 
 @dataclasses.dataclass(frozen=True)

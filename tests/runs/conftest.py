@@ -5,9 +5,9 @@ import json
 import jax
 import pytest
 
+from ghostjax.runs.commands.train import run
 from ghostjax.runs.config import TrainConfig
-from ghostjax.runs.job import run
-from ghostjax.runs.reading import read_run
+from ghostjax.runs.store.run import read_run
 
 STEPS, BATCH_SIZE, VAL_BATCH_SIZE, LENGTH = 6, 4, 2, 16
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ghostjax.runs import schema
+from ghostjax.runs.store import schema
 
 SETS = ("prose", "code")
 DOMAINS = ("wiki", "scripts", "noise")

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from ghostjax.runs import parts, schema
+from ghostjax.runs.store import files, schema
+from ghostjax.runs.store.log import LogWriter
 
 SETS = ("val", "clean")
 IDS = ("a:0", "a:1", "b:0", "b:1")
@@ -42,22 +43,22 @@ def begin(out):
         [IDS, [name[0] for name in IDS], [5] * len(IDS), ["text"] * len(IDS)],
         schema=schema.table_schema("examples", SETS),
     )
-    parts.write_table(out / "examples.parquet", examples)
+    files.write_table(out / "examples.parquet", examples)
     metadata = {"schema_version": schema.SCHEMA_VERSION, "sets": list(SETS)}
-    parts.write_json(out / "run.json", metadata)
+    files.write_json(out / "run.json", metadata)
 
 
 def resume(out, steps, every):
     """Goes on from the checkpoint to the end, with a checkpoint every few steps."""
     checkpoint = out / "checkpoint.json"
     first = json.loads(checkpoint.read_text())["step"] if checkpoint.exists() else 0
-    log = parts.LogWriter.resume(out, SETS, first)
+    log = LogWriter.resume(out, SETS, first)
     for step in range(first, steps):
         for table in schema.LOG_TABLES:
             log.append(table, rows(table, step))
         if (step + 1) % every == 0 or step + 1 == steps:
             log.flush(step + 1)
-            parts.write_json(checkpoint, {"step": step + 1})
+            files.write_json(checkpoint, {"step": step + 1})
 
 
 def write(out, steps=8, every=2):

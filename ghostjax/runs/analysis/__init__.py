@@ -1,0 +1,1 @@
+"""What the log of a run means, in numbers."""

@@ -1,0 +1,48 @@
+"""What the examples of each domain come to."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ghostjax.runs.analysis.values import By, Valued
+
+
+class Domain(NamedTuple):
+    """The examples of one domain.
+
+    Attributes:
+      name: the domain's.
+      examples, visits: how many it has.
+      total: the sum of the values.
+      measured: the values, or the values per visit, of those that were visited, in falling order.
+      mean, median, helped: of what was measured, and the part that helped; NaN without a visit.
+    """
+
+    name: str
+    examples: int
+    visits: int
+    total: float
+    measured: np.ndarray
+    mean: float
+    median: float
+    helped: float
+
+
+def by_domain(valued: Valued, by: By = "value") -> list[Domain]:
+    """The domains, that with the highest mean first and those without a visit last."""
+    if not len(valued):
+        return []
+    names, place, counts = np.unique(
+        valued.domains.astype(str), return_inverse=True, return_counts=True
+    )
+    groups = np.split(np.argsort(place, kind="stable"), np.cumsum(counts)[:-1])
+    found = []
+    for name, group in zip(names.tolist(), groups):
+        own = valued.select(group)
+        measured = own.ranked(by).measured(by)[0]
+        total, visits = float(own.values.sum()), int(own.visits.sum())
+        figures = [np.nan] * 3
+        if len(measured):
+            figures = map(float, (measured.mean(), np.median(measured), (measured > 0).mean()))
+        found.append(Domain(name, len(own), visits, total, measured, *figures))
+    return sorted(found, key=lambda one: (not len(one.measured), -np.nan_to_num(one.mean)))

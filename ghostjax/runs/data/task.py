@@ -1,0 +1,66 @@
+"""What a run needs to know of its data: examples to train on, validation sets, and their losses."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from ghostjax.runs.errors import UsageError
+
+
+class Example(NamedTuple):
+    """A training example, as ``examples.parquet`` lists it."""
+
+    id: str
+    domain: str
+    size: int
+    excerpt: str
+
+
+class Task(Protocol):
+    """Data and model of a run. Rows are dicts of arrays that share their leading axis.
+
+    Attributes:
+      name: "text" or "arrays".
+      unit: of the loss.
+      examples: the training examples; an example is known by its place here.
+      val_sizes: how many held-out examples each validation set has, by name.
+    """
+
+    name: str
+    unit: str
+    examples: Sequence[Example]
+    val_sizes: dict[str, int]
+
+    def init_params(self, seed: int) -> Any:
+        """The model's initial parameters."""
+
+    def row_losses(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        """Losses [N] of rows, float32."""
+
+    def train_rows(
+        self, indices: np.ndarray, rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Rows of examples, and where in each its row starts."""
+
+    def val_rows(
+        self, name: str, indices: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Rows of held-out examples."""
+
+    def contents(self) -> list[Any]:
+        """All data, for a fingerprint."""
+
+
+def check_stems(paths: Collection[Path]) -> None:
+    """Raises ``UsageError`` where two files have one stem: examples would have the same ids."""
+    stems: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in stems:
+            raise UsageError(
+                f"{stems[path.stem]} and {path} have the same name up to the suffix, "
+                "so their examples would have the same ids: rename one"
+            )
+        stems[path.stem] = path

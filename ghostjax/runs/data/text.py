@@ -1,0 +1,184 @@
+"""Texts: a GPT-2-shaped decoder predicts the next token."""
+
+import codecs
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.data.batches import draw_starts, make_rows
+from ghostjax.runs.data.builtin import default_documents
+from ghostjax.runs.data.documents import Document, read_documents
+from ghostjax.runs.data.task import Example
+from ghostjax.runs.errors import UsageError
+from ghostjax.runs.models import GPT, SIZES
+
+MIN_TOKENS = 2  # one token to read and one to predict
+
+
+class Coder(NamedTuple):
+    """How texts become tokens.
+
+    Attributes:
+      encode: a text as tokens [n].
+      pieces: a text in n pieces, one for each token. Where several tokens make up one character,
+        the last of them has it and the others have nothing.
+      vocabulary: how many tokens there are.
+    """
+
+    encode: Callable[[bytes], np.ndarray]
+    pieces: Callable[[bytes], list[str]]
+    vocabulary: int
+
+
+def byte_pieces(text: bytes) -> list[str]:
+    """
+    >>> byte_pieces("aä".encode())
+    ['a', '', 'ä']
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    last = len(text) - 1
+    return [decoder.decode(text[n : n + 1], n == last) for n in range(len(text))]
+
+
+class TextTask:
+    """Documents and a decoder. A row is a window of T + 1 tokens.
+
+    Attributes:
+      length: T.
+    """
+
+    name = "text"
+    unit = "nats per token"
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        tokens: list[np.ndarray],
+        val_tokens: dict[str, list[np.ndarray]],
+        model: GPT,
+        length: int,
+        pieces: Callable[[bytes], list[str]] = byte_pieces,
+    ):
+        self.examples = [
+            Example(document.id, document.domain, len(own), document.excerpt())
+            for document, own in zip(documents, tokens)
+        ]
+        self.val_sizes = {name: len(texts) for name, texts in val_tokens.items()}
+        self._tokens = tokens
+        self._val_tokens = val_tokens
+        self._model = model
+        self.length = length
+        self._documents = documents
+        self._pieces = pieces
+
+    def init_params(self, seed: int) -> Any:
+        ids = jnp.zeros((1, self.length), jnp.int32)
+        return jax.jit(self._model.init)(jax.random.key(seed), ids)["params"]
+
+    def row_losses(self, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        """Mean cross-entropy over the masked positions of every row, in nats per token.
+
+        ``losses[r] = sum_t mask[r, t] * nll[r, t] / sum_t mask[r, t]``
+        """
+        logits = self._model.apply({"params": params}, rows["inputs"]).astype(jnp.float32)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
+        return jnp.sum(nll * rows["mask"], axis=-1) / jnp.sum(rows["mask"], axis=-1)
+
+    def train_rows(self, indices, rng):
+        texts = [self._tokens[index] for index in indices]
+        starts = draw_starts(texts, self.length, rng)
+        return make_rows(texts, starts, self.length), starts
+
+    def val_rows(self, name, indices, rng):
+        texts = [self._val_tokens[name][index] for index in indices]
+        return make_rows(texts, draw_starts(texts, self.length, rng), self.length)
+
+    def window_rows(self, indices: Sequence[int], starts: Sequence[int]) -> dict[str, np.ndarray]:
+        """Rows of training examples, from the given tokens on."""
+        return make_rows([self._tokens[index] for index in indices], starts, self.length)
+
+    def pieces(self, index: int) -> list[str]:
+        """The text of a training example, in one piece per token; see ``Coder.pieces``."""
+        return self._pieces(self._documents[index].text)
+
+    def contents(self) -> list[Any]:
+        # With the sizes, as a fingerprint does not see where one set ends and the next begins.
+        ids = [example.id for example in self.examples]
+        return [ids, self._tokens, self.val_sizes, self._val_tokens]
+
+
+def load_texts(config: TrainConfig) -> TextTask:
+    """The documents of the configured files, or of the Python installation.
+
+    Raises:
+      UsageError: files or tokenizer cannot be read, or a document has fewer than two tokens.
+    """
+    if config.train:
+        documents = read_documents(config.train, config.text_field)
+        val_documents = {
+            name: read_documents(paths, config.text_field)
+            for name, paths in config.val_files.items()
+        }
+    else:
+        documents, val_documents = default_documents(config.positions + 1)
+    coder = Coder(_byte_tokens, byte_pieces, 256)
+    if config.tokenizer is not None:
+        coder = _load_tokenizer(config.tokenizer)
+    tokens = [_tokens(coder, document) for document in documents]
+    val_tokens = {
+        name: [_tokens(coder, document) for document in own] for name, own in val_documents.items()
+    }
+    dtype = jnp.dtype(config.dtype)
+    model = GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat)
+    return TextTask(documents, tokens, val_tokens, model, config.positions, coder.pieces)
+
+
+def _byte_tokens(text: bytes) -> np.ndarray:
+    return np.frombuffer(text, np.uint8)
+
+
+def _tokens(coder: Coder, document: Document) -> np.ndarray:
+    tokens = coder.encode(document.text)
+    if len(tokens) < MIN_TOKENS:
+        raise UsageError(
+            f"document {document.id} has {len(tokens)} tokens, needs at least {MIN_TOKENS}"
+        )
+    return tokens
+
+
+def _load_tokenizer(path: Path) -> Coder:
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise UsageError('--tokenizer needs tokenizers: pip install "ghostjax[tokenizer]"') from (
+            error
+        )
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UsageError(f"{path}: no tokenizer.json ({' '.join(str(error).split())})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(text: bytes) -> np.ndarray:
+        return np.array(tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
+
+    def pieces(text: bytes) -> list[str]:
+        decoded = text.decode(errors="replace")
+        # From where a token begins to where the next does, so that a blank which no token has is
+        # not lost. Special tokens have offsets (0, 0) wherever they are.
+        starts = [start for start, _ in tokenizer.encode(decoded).offsets]
+        edges = [0, *np.maximum.accumulate(starts)[1:].tolist(), len(decoded)]
+        return [decoded[start:end] for start, end in pairwise(edges)]
+
+    # Not get_vocab_size(): some vocabularies have gaps.
+    return Coder(encode, pieces, 1 + max(tokenizer.get_vocab().values(), default=0))

@@ -1,0 +1,9 @@
+"""The errors of runs. The message of either is one line and says why."""
+
+
+class UsageError(ValueError):
+    """The caller's options or files cannot be used."""
+
+
+class StoppedError(RuntimeError):
+    """Training cannot go on: what follows would mean nothing."""

@@ -1,0 +1,1 @@
+"""How runs are shown, as pages and in the terminal."""

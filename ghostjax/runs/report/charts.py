@@ -1,0 +1,304 @@
+"""The figures of the report: a chart, what it shows in words, and its numbers as a table."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from ghostjax.runs.analysis import domains
+from ghostjax.runs.analysis.scale import Scale, number
+from ghostjax.runs.analysis.values import Valued, visited_examples
+from ghostjax.runs.report import pictures
+from ghostjax.runs.report.html import figure, paragraph, table
+from ghostjax.runs.store.run import Run
+
+MAX_DOMAINS = 8  # in a chart; its table has all, up to MAX_ROWS
+MAX_LINES = 5  # of single domains; the rest are one line
+MAX_POINTS = 60  # of a line
+MAX_STEPS = 300  # in the scatter plot
+MAX_ROWS = 200  # of a table
+BARS = 24
+
+
+def distribution(place: str, ranked: Valued, scale: Scale) -> str:
+    """How many examples have which value."""
+    values = scale(ranked.values[np.isfinite(ranked.values)])
+    edges = _edges(values)
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    outside = int(((values < edges[0]) | (values > edges[-1])).sum())
+    helped, hurt = int((values > 0).sum()), int((values < 0).sum())
+    quarters = [number(v) for v in np.quantile(values, [0.25, 0.5, 0.75])]
+    apart = int((np.abs(ranked.values) > 2 * ranked.errors).sum())
+    caption = (
+        f"Of {len(values)} examples that were visited, {helped} helped and {hurt} hurt. The median "
+        f"is {quarters[1]}; half of them lie between {quarters[0]} and {quarters[2]}. "
+        f"{apart} differ from zero by more than two standard errors."
+    )
+    if outside:
+        caption += f" The outermost bars hold {outside} that lie further out."
+    chart = pictures.histogram(
+        f"{place}-distribution",
+        "Distribution of the values",
+        caption,
+        edges,
+        counts,
+        scale.label("value"),
+    )
+    rows = [
+        (f"{number(a)} to {number(b)}", f"{count}") for a, b, count in zip(edges, edges[1:], counts)
+    ]
+    return figure(
+        chart, caption, table("Examples by value", (scale.label("value"), "examples"), rows)
+    )
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Edges of bars of a round width, with one at zero; a few far out values do not stretch it."""
+    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    first, third = np.quantile(values, [0.25, 0.75])
+    if third > first:  # five standard deviations of a normal distribution
+        room = 4 * (third - first)
+        low, high = max(low, min(first - room, 0.0)), min(high, max(third + room, 0.0))
+    if not high > low:
+        low, high = -1.0, 1.0
+    marks = pictures.ticks(low, high, BARS)
+    width = marks[1] - marks[0] if len(marks) > 1 else high - low
+    first, last = np.floor(low / width + 1e-9), np.ceil(high / width - 1e-9)
+    return np.arange(first, max(last, first + 1) + 1) * width
+
+
+def by_domain(place: str, valued: Valued, scale: Scale) -> str:
+    """The range of the values in each domain."""
+    found = domains.by_domain(valued)
+    named = chosen = [one for one in found if len(one.measured)]
+    if len(named) > MAX_DOMAINS:
+        half = MAX_DOMAINS // 2
+        chosen = named[:half] + named[-half:]
+    best, worst = (f"{one.name} ({scale.number(one.mean)})" for one in (named[0], named[-1]))
+    caption = (
+        f"The domain with the highest mean is {best}"
+        + (f", that with the lowest {worst}" if len(named) > 1 else "")
+        + ". The line spans 90% of a domain's examples, the bar half of them; the mark is the "
+        "median."
+    )
+    if chosen is not named:
+        caption += f" Of {len(named)} domains, the highest and lowest {half} are drawn."
+    chart = pictures.ranges(
+        f"{place}-domains",
+        "Values by domain",
+        caption,
+        {
+            one.name: np.quantile(scale(one.measured), [0.05, 0.25, 0.5, 0.75, 0.95])
+            for one in chosen
+        },
+        scale.label("value"),
+    )
+    columns = ("domain", "examples", "visits", "sum", "mean", "median", "helped")
+    what = scale.within("Values by domain")
+    if len(found) > MAX_ROWS:
+        half = MAX_ROWS // 2
+        found = found[:half] + found[-half:]
+        what += f" (highest and lowest {half})"
+    rows = [
+        (
+            one.name,
+            f"{one.examples}",
+            f"{one.visits}",
+            *(
+                scale.number(figure) if len(one.measured) else "-"
+                for figure in (one.total, one.mean, one.median)
+            ),
+            f"{one.helped:.0%}" if len(one.measured) else "-",
+        )
+        for one in found
+    ]
+    return figure(chart, caption, table(what, columns, rows))
+
+
+def over_time(place: str, source: Run, which: str) -> str:
+    """The mean score of a visit, by domain, over the steps."""
+    steps = source.scores["step"].to_numpy()
+    scores = source.numbers("scores", f"score_{which}")
+    domain_of = np.array(source.examples["domain"].to_pylist(), object)[visited_examples(source)]
+    names, counts = np.unique(domain_of.astype(str), return_counts=True)
+    names = list(names[np.argsort(-counts, kind="stable")])
+    shown = names if len(names) <= MAX_LINES + 1 else names[:MAX_LINES]
+    bins = _bins(source.end, 20)
+    centers = (bins[:-1] + bins[1:] - 1) / 2
+    lines = {}
+    for name in shown:
+        lines[name] = _means(steps, scores, bins, domain_of == name)
+    if len(shown) < len(names):
+        lines["all others"] = _means(steps, scores, bins, ~np.isin(domain_of, shown))
+    scale = Scale.of(np.concatenate(list(lines.values())))
+    first, last = (np.nanmean(scores[(steps >= a) & (steps < b)]) for a, b in (bins[:2], bins[-2:]))
+    caption = (
+        "How much one visit of an example helped, on average over the visits of a stretch of "
+        f"steps. Over all examples it was {scale.number(first)} in the first stretch and "
+        f"{scale.number(last)} in the last."
+    )
+    chart = pictures.lines(
+        f"{place}-time",
+        "Values over training time",
+        caption,
+        {name: (centers, scale(means)) for name, means in lines.items()},
+        "step",
+        scale.label("mean score of a visit"),
+    )
+    rows = [
+        (_stretch(a, b), *(scale.number(means[n]) for means in lines.values()))
+        for n, (a, b) in enumerate(pairwise(bins))
+    ]
+    what = scale.within("Mean score of a visit")
+    return figure(chart, caption, table(what, ("steps", *lines), rows))
+
+
+def predicted_and_actual(place: str, source: Run, which: str) -> str:
+    """What the updates were predicted to do to the loss and what it did, summed up to each step."""
+    predicted, actual = (
+        source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")
+    )
+    sums = {"predicted": np.cumsum(predicted), "actual": np.cumsum(actual)}
+    at = np.unique(np.linspace(0, source.end - 1, MAX_POINTS).round().astype(int))
+    caption = (
+        f"All in all, the updates were predicted to {_verb(predicted.sum())[0]} the loss on "
+        f"{which} by {number(abs(predicted.sum()))}; they {_verb(actual.sum())[1]} it by "
+        f"{number(abs(actual.sum()))} (on the validation rows of each step, in {source.unit})."
+    )
+    scored = source.numbers("scores", f"score_{which}").sum()
+    if abs(scored - predicted.sum()) > 0.1 * abs(predicted.sum()):
+        caption += (
+            f" The scores add up to {number(scored)}: they are what the rows of a step change of "
+            "its update, and the rest of the update is what the optimizer remembers of earlier "
+            "steps or does without any gradient."
+        )
+    scale = Scale.of(np.concatenate(list(sums.values())))
+    chart = pictures.lines(
+        f"{place}-decrease",
+        "Predicted and actual decrease of the loss, summed over the steps",
+        caption,
+        {name: (at, scale(values)[at]) for name, values in sums.items()},
+        "step",
+        scale.label("decrease up to the step"),
+    )
+    rows = [(f"{n}", *(scale.number(values[n]) for values in sums.values())) for n in at]
+    what = scale.within("Decrease up to the step")
+    return figure(chart, caption, table(what, ("step", *sums), rows))
+
+
+def single_steps(place: str, source: Run, which: str) -> str:
+    """Predicted and actual decrease of each step."""
+    predicted, actual = (
+        source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")
+    )
+    at = np.unique(np.linspace(0, source.end - 1, MAX_STEPS).round().astype(int))
+    within = float((np.sign(predicted) == np.sign(actual)).mean())
+    caption = (
+        f"One point per step{'' if len(at) == source.end else f' (a selection of {len(at)})'}. On "
+        f"the dashed line, the prediction is exact. In {within:.0%} of the steps, the loss moved "
+        "the way that was predicted."
+    )
+    scale = Scale.of(np.concatenate([predicted[at], actual[at]]))
+    chart = pictures.scatter(
+        f"{place}-steps",
+        "Predicted and actual decrease of single steps",
+        caption,
+        scale(predicted)[at],
+        scale(actual)[at],
+        scale.label("predicted decrease"),
+        scale.label("actual decrease"),
+    )
+    rows = [
+        (f"{n}", scale.number(predicted[n]), scale.number(actual[n]))
+        for n in at[:: max(1, -(-len(at) // MAX_POINTS))]
+    ]
+    what = scale.within("Decrease of single steps")
+    return figure(chart, caption, table(what, ("step", "predicted", "actual"), rows))
+
+
+def by_kind(place: str, source: Run, which: str) -> str:
+    """How much of the scores the parameters of each kind of layer carry."""
+    rows = source.kinds.to_pydict()
+    sums: dict[str, float] = {}
+    for kind, name, score in zip(rows["kind"], rows["set"], rows["score"]):
+        if name == which:
+            sums[kind] = sums.get(kind, 0.0) + score
+    whole = sum(map(abs, sums.values()))
+    if not whole:
+        return paragraph("The log has no scores by kind of layer.")
+    order = sorted(sums, key=lambda kind: -abs(sums[kind]))
+    shares = {kind: f"{abs(sums[kind]) / whole:.0%}" for kind in order}
+    against = [kind for kind in order if sums[kind] < 0]
+    caption = (
+        "Of the size of the scores, the parameters of these kinds of layers carry: "
+        + ", ".join(f"{kind} {share}" for kind, share in shares.items())
+        + " (shares of the sum of their sizes)."
+    )
+    if against:
+        caption += f" The sum is negative for {', '.join(against)}."
+    scale = Scale.of(np.array(list(sums.values())))
+    chart = pictures.bars(
+        f"{place}-kinds",
+        "Share of the scores by kind of layer",
+        caption,
+        {kind: (float(scale(sums[kind])), shares[kind]) for kind in order},
+        scale.label("summed score"),
+    )
+    cells = [(kind, scale.number(sums[kind]), shares[kind]) for kind in order]
+    columns = ("kind of layer", scale.label("summed score"), "share")
+    return figure(chart, caption, table("Scores by kind of layer", columns, cells))
+
+
+def losses(source: Run) -> str:
+    """Training and validation losses over the steps."""
+    bins = _bins(source.end, MAX_POINTS)
+    centers = (bins[:-1] + bins[1:] - 1) / 2
+    steps = np.arange(source.end)
+    columns = {"training": "loss"}
+    columns |= {f"validation: {name}": f"val_loss_{name}" for name in source.sets}
+    series = {
+        name: _means(steps, source.numbers("steps", column), bins, np.ones(source.end, bool))
+        for name, column in columns.items()
+    }
+    if len(series) > pictures.SERIES:
+        series = dict(list(series.items())[: pictures.SERIES])
+    caption = (
+        "; ".join(
+            f"{name} loss from {number(values[0])} to {number(values[-1])}"
+            for name, values in series.items()
+        )
+        + f" (in {source.unit}, before each step's update)."
+    )
+    caption = caption[0].upper() + caption[1:]
+    drawn = {name: (centers, values) for name, values in series.items()}
+    chart = pictures.lines("losses", "Losses", caption, drawn, "step", "loss", zero=False)
+    rows = [
+        (_stretch(a, b), *(number(values[n]) for values in series.values()))
+        for n, (a, b) in enumerate(pairwise(bins))
+    ]
+    return figure(chart, caption, table("Mean losses", ("steps", *series), rows))
+
+
+def _verb(decrease: float) -> tuple[str, str]:
+    return ("lower", "lowered") if decrease >= 0 else ("raise", "raised")
+
+
+def _decreases(source: Run, which: str) -> list[np.ndarray]:
+    """Of every step, predicted and actual."""
+    return [source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")]
+
+
+def _bins(end: int, most: int) -> np.ndarray:
+    """Edges of at most so many stretches of the steps from 0 to ``end``."""
+    return np.unique(np.linspace(0, end, min(most, end) + 1).round().astype(int))
+
+
+def _means(steps: np.ndarray, values: np.ndarray, bins: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mean within each stretch, NaN where there is nothing."""
+    place = np.searchsorted(bins, steps[mask], side="right") - 1
+    counts = np.bincount(place, minlength=len(bins) - 1)
+    sums = np.bincount(place, values[mask], len(bins) - 1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _stretch(first: int, end: int) -> str:
+    return f"{first}" if end == first + 1 else f"{first} to {end - 1}"

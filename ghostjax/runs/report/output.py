@@ -1,0 +1,149 @@
+"""What commands write for people and for programs; never a control character of the data."""
+
+import csv
+import io
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ghostjax.runs.store.run import Run
+
+PLAIN_WIDTH = 120  # of output that is not a terminal
+
+
+def make_console(stream: TextIO) -> Console:
+    """A console that writes control characters to terminals only, whatever FORCE_COLOR says."""
+    if stream.isatty():
+        return Console(file=stream, highlight=False)
+    return Console(
+        file=stream,
+        highlight=False,
+        force_terminal=False,
+        color_system=None,
+        width=PLAIN_WIDTH,
+        legacy_windows=False,
+    )
+
+
+def plain(text: str) -> str:
+    """The text on one line and without anything that does not print.
+
+    Blanks of any kind become spaces, invisible marks (of direction, of joining) are left out, and
+    the rest that does not print becomes U+FFFD.
+
+    >>> plain("a\\n\\x1b[31mb\\u202e")
+    'a �[31mb'
+    """
+    return text if text.isprintable() else "".join(map(_plain, text))
+
+
+def _plain(character: str) -> str:
+    if character.isprintable():
+        return character
+    if character.isspace():
+        return " "
+    return "" if unicodedata.category(character) == "Cf" else "\ufffd"
+
+
+def encodable(text: str, console: Console) -> str:
+    """The text with question marks for what the stream cannot encode."""
+    return text.encode(console.encoding, "replace").decode(console.encoding)
+
+
+def print_text(console: Console, text: str, style: str = "") -> None:
+    """Prints a paragraph that is neither markup nor beyond what the stream can encode."""
+    console.print(plain_cell(text, console), style=style)
+
+
+def plain_cell(text: str, console: Console) -> Text:
+    """A cell of a table that is neither markup nor beyond what the stream can encode."""
+    return Text(encodable(plain(text), console))
+
+
+def with_error(value: float, error: float, console: Console) -> str:
+    """Value and standard error, both to three digits: ``+1.23e-04 ± 5.00e-06``."""
+    sign = "±" if encodable("±", console) == "±" else "+-"
+    return f"{value:+.2e} {sign} {error:.1e}"
+
+
+def plain_table(title: str, columns: Mapping[str, Any], console: Console) -> Table:
+    """An empty table of ``columns``, by name; the value is what ``Table.add_column`` takes."""
+    table = Table(title=encodable(plain(title), console), title_justify="left", expand=True)
+    overflow = "ellipsis" if encodable("…", console) == "…" else "crop"
+    for name, options in columns.items():
+        options = {"no_wrap": True, "overflow": overflow, **options}
+        table.add_column(Text(encodable(name, console)), **options)
+    return table
+
+
+def progress_note(run: Run) -> str:
+    """One sentence for a run that is not over.
+
+    The number of steps it will have is left out where ``run.json`` does not tell it.
+    """
+    total = run.metadata.get("options", {}).get("steps")
+    of = f" of {total}" if isinstance(total, int) else ""
+    return f"The run is not over: these are the values after {run.end}{of} steps."
+
+
+def print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Prints rows, which have the same columns, as UTF-8 CSV with a header.
+
+    Floats have all their digits; None and NaN are empty. Texts go through ``plain``, so that a line
+    of the output is a row.
+    """
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows(map(_csv_cell, row.values()) for row in rows)
+    _write(text.getvalue())
+
+
+def print_json(value: Any) -> None:
+    """Prints JSON: in ASCII, control characters escaped, null for NaN and infinities.
+
+    A list at the top has one element per line.
+    """
+    value = _finite(value)
+    if isinstance(value, list):
+        lines = ",\n".join(json.dumps(item, allow_nan=False) for item in value)
+        _write(f"[\n{lines}\n]\n" if value else "[]\n")
+    else:
+        _write(json.dumps(value, allow_nan=False, indent=2) + "\n")
+
+
+def _csv_cell(value: Any) -> Any:
+    value = _finite(value)
+    return plain(value) if isinstance(value, str) else value
+
+
+def _finite(value: Any) -> Any:
+    """The value with Python's own numbers, and None for those that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(text: str) -> None:
+    """Writes UTF-8, whatever the locale: programs read it."""
+    sys.stdout.flush()
+    binary = getattr(sys.stdout, "buffer", None)
+    if binary is None:
+        sys.stdout.write(text)
+    else:
+        binary.write(text.encode())
+        binary.flush()
+    sys.stdout.flush()

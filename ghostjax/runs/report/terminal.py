@@ -1,0 +1,115 @@
+"""The values of a run in the terminal."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ghostjax.runs.analysis.domains import by_domain
+from ghostjax.runs.analysis.values import By, Valued, best_and_worst, read_values
+from ghostjax.runs.report import output
+from ghostjax.runs.store.run import Run
+
+SUMMARY_COUNT = 8  # examples of either end, when a run is over
+MAX_DOMAINS = 20  # in the printed table; --csv of rank has every example with its domain
+
+
+def print_values(
+    console: Console,
+    about: str,
+    valued: Valued,
+    *,
+    by: By = "value",
+    count: int,
+    domain: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Prints the ``count`` best and worst examples, the domains, and how many stand out.
+
+    Args:
+      about: whose values they are, for the titles.
+      domain: the one that all of the examples are of; then there is no table of domains.
+    """
+    ranked = valued.ranked(by)
+    measured, errors = ranked.measured(by)
+    if domain is not None:
+        about += f", domain {domain}"
+    for title, indices in best_and_worst(measured, count):
+        console.print(_ranking(f"{title}: {about}", ranked, indices, by, console))
+    if domain is None:
+        per_visit = ", mean and median per visit" if by == "mean" else ""
+        console.print(_by_domain(f"By domain: {about}{per_visit}", valued, by, console))
+    if not quiet:
+        apart = np.abs(measured) > 2 * errors
+        console.print(
+            f"{apart.sum()} of {len(ranked)} examples differ from zero by more than two standard "
+            f"errors: {(apart & (measured > 0)).sum()} help, {(apart & (measured < 0)).sum()} "
+            f"hurt. Not visited: {len(valued) - len(ranked)}.\n"
+        )
+
+
+def print_meaning(console: Console, run: Run) -> None:
+    """Prints what a value is."""
+    text = (
+        f"Value: decrease of the validation loss, in {run.unit}, by the example's "
+        "share of the updates, summed over its visits; positive helps. Followed by its standard "
+        "error."
+    )
+    output.print_text(console, text, "dim")
+
+
+def print_summary(console: Console, run: Run) -> None:
+    """Prints the values of a run that is over, their fidelity, and the last losses."""
+    summary = run.summary
+    for name, valued in read_values(run).items():
+        print_values(console, f"validation set {name}", valued, count=SUMMARY_COUNT)
+    print_meaning(console, run)
+    for name, auc in (summary["auc"] or {}).items():
+        line = f"AUC of {name} above all else, by value for validation set {name}: {auc:.3f}"
+        output.print_text(console, line)
+    for warning in summary["warnings"]:
+        output.print_text(console, f"Warning: {warning}", "bold")
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in summary["val_loss"].items())
+    output.print_text(console, f"loss {summary['loss']:.3f}  validation loss {losses}")
+
+
+def _ranking(title: str, ranked: Valued, indices: np.ndarray, by: By, console: Console) -> Table:
+    columns = {
+        "rank": {"justify": "right"},
+        "id": {"max_width": 32},
+        "domain": {"max_width": 16},
+        "value" if by == "value" else "value per visit": {"justify": "right"},
+        "visits": {"justify": "right"},
+        "excerpt": {"ratio": 1},
+    }
+    table = output.plain_table(title, columns, console)
+    measured, errors = ranked.measured(by)
+    for index in indices:
+        table.add_row(
+            str(index + 1),
+            output.plain_cell(ranked.ids[index], console),
+            output.plain_cell(ranked.domains[index], console),
+            output.with_error(measured[index], errors[index], console),
+            str(ranked.visits[index]),
+            output.plain_cell(ranked.excerpts[index], console),
+        )
+    return table
+
+
+def _by_domain(title: str, valued: Valued, by: By, console: Console) -> Table:
+    right = {"justify": "right"}
+    columns = {"domain": {"ratio": 1, "min_width": 12}, "examples": right, "visits": right}
+    columns |= {"sum": right, "mean": right, "median": right, "helped": right}
+    table = output.plain_table(title, columns, console)
+    found = by_domain(valued, by)
+    for one in found[:MAX_DOMAINS]:
+        some = len(one.measured) > 0
+        table.add_row(
+            output.plain_cell(one.name, console),
+            str(one.examples),
+            str(one.visits),
+            *(f"{each:+.2e}" if some else "-" for each in (one.total, one.mean, one.median)),
+            f"{one.helped:.0%}" if some else "-",
+        )
+    if len(found) > MAX_DOMAINS:
+        table.caption = f"and {len(found) - MAX_DOMAINS} more domains with lower means"
+    return table

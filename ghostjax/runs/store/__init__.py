@@ -1,0 +1,1 @@
+"""The run directory: how it is written, so that nothing is lost, and read."""

@@ -1,0 +1,207 @@
+"""Checkpoints of a run: complete or absent, and restored bit for bit.
+
+``checkpoints/<step>/`` is an orbax checkpoint of one flat dictionary, from the path of each leaf to
+its array. So it can be read with orbax alone, and neither names with dots nor custom nodes matter.
+``contents.json`` beside it lists the arrays and the digests of its files: orbax meets a damaged
+file with tracebacks from its threads, or not at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from ghostjax.runs.errors import UsageError
+from ghostjax.runs.store.files import sync_directory, write_json
+
+# Orbax takes half a second to import: only the functions that need it do.
+
+KEPT = 2
+
+_CONTENTS = "contents.json"
+
+_State = TypeVar("_State")
+
+
+def save(out: Path, step: int, state: Any) -> None:
+    """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``; keeps the newest two.
+
+    When this returns, it is on disk. Killed before, it leaves the older checkpoints and the new one
+    as a whole or not at all. A checkpoint of the same step is replaced.
+
+    Raises:
+      TypeError: a leaf is not a ``jax.Array``.
+    """
+    import orbax.checkpoint as ocp
+
+    arrays = _by_path(state)
+    for name, leaf in arrays.items():
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(f"checkpoint: {name} must be a jax.Array, got {type(leaf).__name__}.")
+
+    folder = _folder(out)
+    folder.mkdir(exist_ok=True)
+    for leftover in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
+        shutil.rmtree(leftover)
+    aside = folder / f".{step}.partial"
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        # Orbax refuses empty arrays; restoring takes them from ``like``.
+        kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
+        checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
+    _sync_tree(aside)
+    contents = {
+        "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
+        "files": _digests(aside),
+    }
+    write_json(aside / _CONTENTS, contents)
+    if (folder / str(step)).exists():
+        _remove(folder, step)
+    os.replace(aside, folder / str(step))
+    sync_directory(folder)
+    for old in _steps(folder)[:-KEPT]:
+        _remove(folder, old)
+
+
+def latest(out: Path) -> int | None:
+    """The step of the newest checkpoint, or None where there is none."""
+    return max(available(out), default=None)
+
+
+def available(out: Path) -> list[int]:
+    """The steps of all checkpoints, the oldest first."""
+    return _steps(_folder(out))
+
+
+def restore(out: Path, step: int, like: _State) -> _State:
+    """The state that was saved for ``step``, equal in every bit, as a tree like ``like``.
+
+    Args:
+      like: A state of the same structure, or one of ``jax.ShapeDtypeStruct``. What is static in it
+        is taken from it, and an array is put on the devices of its leaf. All arrays come back with
+        strong types.
+
+    Raises:
+      UsageError: one line: there is no such checkpoint, it is damaged, or its arrays are not those
+        of ``like`` in their paths, shapes and dtypes.
+    """
+    import orbax.checkpoint as ocp
+
+    path = _folder(out) / str(step)
+    if not path.is_dir():
+        raise UsageError(f"{path} is missing")
+    have = _read_contents(path)
+    leaves = _by_path(like)
+    problems = _differences(have, {name: _describe(leaf) for name, leaf in leaves.items()})
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UsageError(f"{path} does not fit this run: {problems[0]}{more}")
+    kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        # As NumPy: otherwise they would go where they were saved from.
+        as_numpy = dict.fromkeys(kept, ocp.RestoreArgs(restore_type=np.ndarray))
+        args = ocp.args.PyTreeRestore(item=kept, restore_args=as_numpy)
+        arrays = checkpointer.restore(path.absolute(), args=args)
+    restored = [
+        _place(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), leaf)
+        for name, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _folder(out: Path) -> Path:
+    return out / "checkpoints"
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
+
+
+def _remove(folder: Path, step: int) -> None:
+    """Renames first, so that no half of it is ever there under its name."""
+    doomed = folder / f".{step}.old"
+    os.replace(folder / str(step), doomed)
+    shutil.rmtree(doomed)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _read_contents(path: Path) -> dict[str, str]:
+    """What arrays a checkpoint has, once every file of it is known to be as it was written."""
+    try:
+        contents = json.loads((path / _CONTENTS).read_bytes())
+        arrays, files = contents["arrays"], contents["files"]
+        found = _digests(path)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _damaged(path, f"{_CONTENTS} cannot be read") from error
+    for name, digest in files.items():
+        if found.get(name) != digest:
+            raise _damaged(path, f"{name} {'has changed' if name in found else 'is missing'}")
+    return arrays
+
+
+def _damaged(path: Path, problem: str) -> UsageError:
+    way_out = "delete it to resume from the checkpoint before it"
+    return UsageError(f"{path} is damaged ({problem}): {way_out}")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by the files' names in the folder."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / _CONTENTS:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = digest
+    return digests
+
+
+def _differences(have: dict[str, str], want: dict[str, str]) -> list[str]:
+    return (
+        [f"it lacks {name}" for name in want if name not in have]
+        + [f"it has {name}, which the run has not" for name in have if name not in want]
+        + [
+            f"{name} is {have[name]}, expected {want[name]}"
+            for name in want
+            if name in have and have[name] != want[name]
+        ]
+    )
+
+
+def _describe(array: Any) -> str:
+    return f"{np.dtype(array.dtype)}{list(array.shape)}"
+
+
+def _place(array: np.ndarray, leaf: Any) -> jax.Array:
+    # An array without a place of its own must not get one: jit refuses to mix such with others.
+    is_placed = leaf.committed if isinstance(leaf, jax.Array) else True
+    return jax.device_put(array, leaf.sharding if is_placed else None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without orbax's logging, which goes to stderr; what matters is raised."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(parent))

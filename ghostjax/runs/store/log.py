@@ -1,0 +1,199 @@
+"""The log of a run, which only grows.
+
+It grows by parts, one file per table and stretch of steps. A part is written before the checkpoint
+of its last step, so after a crash the log is never behind the newest checkpoint, and going on from
+that checkpoint means dropping the parts after it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ghostjax.runs.errors import UsageError
+from ghostjax.runs.store import schema
+from ghostjax.runs.store.files import write_table
+
+
+class Part(NamedTuple):
+    """A file of the log: the steps first <= step < end of a table."""
+
+    first: int
+    end: int
+    path: Path
+
+
+def find_parts(out: Path, table: str) -> list[Part]:
+    """The parts of a table of the log, in order.
+
+    Raises:
+      UsageError: steps between two of them are missing, or are there twice.
+    """
+    name = re.compile(rf"{table}-(\d+)-(\d+)\.parquet")
+    matches = ((name.fullmatch(path.name), path) for path in (out / "log").glob("*.parquet"))
+    parts = sorted(Part(int(m[1]), int(m[2]), path) for m, path in matches if m)
+    end = 0
+    for part in parts:
+        if part.first > end:
+            raise missing_steps(out, table, end, part.first)
+        if part.first < end or part.end <= part.first:
+            raise UsageError(f"{part.path} does not follow the part before it")
+        end = part.end
+    return parts
+
+
+def missing_steps(out: Path, table: str, first: int, end: int) -> UsageError:
+    """
+    >>> missing_steps(Path("run"), "scores", 64, 128)
+    UsageError('run/log/scores: steps 64 to 127 are missing')
+    """
+    return UsageError(f"{out / 'log' / table}: steps {first} to {end - 1} are missing")
+
+
+class LogWriter:
+    """Writes the tables of the log part by part.
+
+    Every part is complete or absent. The parts of the tables for the same steps are written one
+    after the other: after a crash, some tables may have one more than others.
+
+    Args:
+      out: The run directory.
+      sets: Names of the validation sets.
+    """
+
+    def __init__(self, out: Path, sets: Sequence[str]):
+        self._folder, self._sets = out / "log", tuple(sets)
+        self._schemas = {table: schema.table_schema(table, sets) for table in schema.LOG_TABLES}
+        self._rows: dict[str, list[pa.RecordBatch]] = {table: [] for table in schema.LOG_TABLES}
+        self._first = 0
+
+    @classmethod
+    def resume(cls, out: Path, sets: Sequence[str], step: int) -> "LogWriter":
+        """A writer that goes on at ``step``, the step of a checkpoint.
+
+        Drops what an interrupted run wrote from ``step`` on and the files it left half-written.
+
+        Raises:
+          UsageError: the steps before ``step`` are not all there, or a part has steps on both
+            sides; nothing was changed.
+        """
+        stale = []
+        for table in schema.LOG_TABLES:
+            parts = find_parts(out, table)
+            kept = [part for part in parts if part.first < step]
+            end = kept[-1].end if kept else 0
+            if end < step:
+                raise missing_steps(out, table, end, step)
+            if end > step:
+                raise UsageError(f"{kept[-1].path} goes beyond step {step} of the checkpoint")
+            # From the end, so that being killed here leaves no gap.
+            stale += [part.path for part in reversed(parts[len(kept) :])]
+        for folder in (out, out / "log"):
+            stale += folder.glob(".*.partial")
+        for path in stale:
+            path.unlink(missing_ok=True)
+        writer = cls(out, sets)
+        writer._first = step
+        return writer
+
+    def append(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Keeps rows of a table until ``flush``.
+
+        Args:
+          table: One of ``LOG_TABLES``.
+          columns: An array, or a scalar that holds for all of the rows, for every column of the
+            table. Without arrays it is one row. None, or NaN, stands for a value that is not there
+            where the column allows that. What is there per validation set can be given as one
+            array [K, ...], by the column's name without that of the set.
+
+        Raises:
+          ValueError, TypeError: a column is missing, unknown, of another type or length, or None
+            where that is not allowed. The message names the table and the column.
+        """
+        fields = self._schemas[table]
+        columns = schema.by_set(table, columns, self._sets)
+        missing = [name for name in fields.names if name not in columns]
+        surplus = [name for name in columns if name not in fields.names]
+        for problem, names in (("missing", missing), ("unknown", surplus)):
+            if names:
+                raise ValueError(f"log/{table}: {problem} columns {', '.join(names)}.")
+        arrays = {f.name: _checked(f"log/{table}", f, columns[f.name]) for f in fields}
+        lengths = {name: len(array) for name, array in arrays.items() if array.ndim == 1}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"log/{table}: columns of different lengths: {lengths}.")
+        rows = next(iter(lengths.values()), 1)
+        values = [
+            # from_pandas: NaN is null.
+            pa.array(
+                np.broadcast_to(arrays[field.name], rows), field.type, from_pandas=field.nullable
+            )
+            for field in fields
+        ]
+        self._rows[table].append(pa.record_batch(values, schema=fields))
+
+    def flush(self, end: int) -> None:
+        """Writes the part of each table for the steps up to ``end``, without it.
+
+        When this returns, they are on disk. Without new steps, nothing is written.
+
+        Raises:
+          ValueError: the steps appended since the last part are not those from its end to ``end``.
+          OSError: something cannot be written; ``flush`` can be called again.
+        """
+        tables = {
+            table: pa.Table.from_batches(self._rows[table], self._schemas[table])
+            for table in schema.LOG_TABLES
+        }
+        for table, rows in tables.items():
+            check_steps(table, rows, self._first, end)
+        if end == self._first:
+            return
+        self._folder.mkdir(exist_ok=True)
+        for table, rows in tables.items():
+            write_table(self._folder / schema.part_name(table, self._first, end), rows)
+        self._rows = {table: [] for table in schema.LOG_TABLES}
+        self._first = end
+
+
+def check_steps(table: str, rows: pa.Table, first: int, end: int) -> None:
+    """Raises ``ValueError`` unless the rows are those of the steps first <= step < end, in order.
+
+    The table ``steps`` has one row for every step, the others any number.
+    """
+    steps = rows["step"].to_numpy()
+    if table == "steps":
+        fits = np.array_equal(steps, np.arange(first, end))
+    else:
+        in_order = (np.diff(np.concatenate([[first], steps, [end - 1]])) >= 0).all()
+        fits = in_order or (first == end and not len(steps))
+    if not fits:
+        raise ValueError(f"log/{table}: expected the steps from {first} to {end - 1}, in order.")
+
+
+def _checked(where: str, field: pa.Field, value: Any) -> np.ndarray:
+    """The value as an array of the field's type, of rank 0 or 1."""
+    if value is None:
+        array = np.array(None, object)
+    elif pa.types.is_string(field.type):
+        array = np.asarray(value, object)
+    else:
+        array = np.asarray(value)
+        wanted = field.type.to_pandas_dtype()
+        # Not from integers to floats or back: such a column is another one than it should be.
+        numbers = "iu" if pa.types.is_integer(field.type) else "fV"  # V: bfloat16
+        if array.dtype.kind not in numbers or not np.can_cast(array.dtype, wanted, "same_kind"):
+            raise TypeError(
+                f"{where}: column {field.name} must be {field.type}, got {array.dtype}."
+            )
+        array = array.astype(wanted)
+    if array.ndim > 1:
+        raise ValueError(f"{where}: column {field.name} has shape {list(array.shape)}.")
+    if array.dtype.hasobject:
+        if not field.nullable and any(item is None for item in array.flat):
+            raise ValueError(f"{where}: column {field.name} must not be None.")
+        if not all(isinstance(item, str | None) for item in array.flat):
+            raise TypeError(f"{where}: column {field.name} must be {field.type}.")
+    return array

@@ -1,0 +1,155 @@
+"""The run directory: which files it has, and what every column holds, in which unit.
+
+    run.json                        how the run was started: options, versions, fingerprints
+    examples.parquet                one line per training example
+    log/scores-<first>-<end>.parquet    one line per visit: a training row of a step
+    log/steps-<first>-<end>.parquet     one line per step
+    log/kinds-<first>-<end>.parquet     one line per step, kind of layer and validation set
+    checkpoints/<step>/             what training goes on from (orbax)
+    values.parquet                  one line per training example: its value, when the run is over
+    summary.json                    the last losses, values by domain, fidelity in figures and words
+
+A part of the log holds the steps first <= step < end, in order, eight digits each, and is there as
+a whole or not at all. The parts of a table follow each other without gaps. Columns whose name ends
+in ``_<set>`` are there once per validation set.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+LOG_TABLES = ("scores", "steps", "kinds")
+
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")  # no underscore: it ends a column's own name
+
+_DECREASE = (
+    "Predicted decrease of the mean loss of the validation set, in the unit of the loss, caused "
+    "by this row's share of the optimizer's update; positive helps."
+)
+
+# (name, type, description); "{}" in a name stands for the validation set.
+_FIELDS = {
+    "examples": [
+        ("id", pa.string(), "Unique id of the training example."),
+        ("domain", pa.string(), "Where it comes from: the file, or the label of a class."),
+        ("size", pa.int64(), "Its length: tokens of a text, numbers of an array."),
+        ("excerpt", pa.string(), "Its beginning, with blanks collapsed."),
+    ],
+    "scores": [
+        ("step", pa.int64(), "Step, from 0."),
+        ("id", pa.string(), "Id of the training example, as in examples.parquet."),
+        ("start", pa.int64(), "First token of the window that this visit saw; 0 for arrays."),
+        ("loss", pa.float32(), "The row's own loss before the update."),
+        ("learning_rate", pa.float32(), "Learning rate of the step."),
+        ("score_{}", pa.float32(), _DECREASE),
+        (
+            "error_{}",
+            pa.float32(),
+            "Standard error of the score, from the halves of the step's validation rows.",
+        ),
+    ],
+    "steps": [
+        ("step", pa.int64(), "Step, from 0."),
+        ("loss", pa.float32(), "Mean loss of the step's training rows before the update."),
+        ("learning_rate", pa.float32(), "Learning rate of the step."),
+        (
+            "conservation_error",
+            pa.float32(),
+            "Largest relative difference, over the parameters, of the summed dots from the inner "
+            "product of the training gradient with the direction.",
+        ),
+        (
+            "audit_error",
+            pa.float32(),
+            "Relative error of the scores of some rows against autodiff of these rows alone; null "
+            "where the step was not audited.",
+        ),
+        (
+            "undefined",
+            pa.int64(),
+            "Coordinates of the update that have no finite derivative and count as constants.",
+        ),
+        ("val_loss_{}", pa.float32(), "Mean loss of the validation rows before the update."),
+        (
+            "predicted_{}",
+            pa.float32(),
+            "Predicted decrease of val_loss by the whole update: minus the inner product of the "
+            "validation gradient (of order 2: half-way along the update) with the update.",
+        ),
+        ("actual_{}", pa.float32(), "What val_loss of the same rows did decrease by."),
+        (
+            "correlation_{}",
+            pa.float32(),
+            "Pearson correlation, over the rows of the step, of the scores with plain "
+            "inner products of gradients.",
+        ),
+    ],
+    "kinds": [
+        ("step", pa.int64(), "Step, from 0."),
+        ("kind", pa.string(), "Kind of layer."),
+        ("set", pa.string(), "Validation set."),
+        (
+            "score",
+            pa.float32(),
+            "What its parameters have in the summed size of the step's scores: over the rows, the "
+            "sum of their part of the score times the score's sign.",
+        ),
+    ],
+    "values": [
+        ("id", pa.string(), "Unique id of the training example."),
+        ("domain", pa.string(), "As in examples.parquet."),
+        ("visits", pa.int64(), "How many rows of the run were of this example."),
+        ("value_{}", pa.float64(), f"Sum over the example's visits of: {_DECREASE}"),
+        (
+            "error_{}",
+            pa.float64(),
+            "Standard error of the value: root of the summed squares of those of its visits.",
+        ),
+    ],
+}
+_NULLABLE = {"audit_error"}
+
+
+def table_schema(table: str, sets: Sequence[str]) -> pa.Schema:
+    """The schema of a table for validation sets of these names."""
+    fields = [
+        pa.field(
+            name.format(which),
+            kind,
+            nullable=name in _NULLABLE,
+            metadata={"description": description},
+        )
+        for name, kind, description in _FIELDS[table]
+        for which in (sets if "{}" in name else ("",))
+    ]
+    versions = {"schema_version": str(SCHEMA_VERSION), "table": f"ghostjax.{table}"}
+    return pa.schema(fields, {**versions, "ghostjax_version": metadata.version("ghostjax")})
+
+
+def by_set(table: str, columns: Mapping[str, Any], sets: Sequence[str]) -> dict[str, Any]:
+    """The columns, of which those that a table has once per validation set are taken apart.
+
+    >>> by_set("scores", {"step": 0, "score": [1.0, 2.0]}, ["a", "b"])
+    {'step': 0, 'score_a': 1.0, 'score_b': 2.0}
+    """
+    several = {name.removesuffix("_{}") for name, *_ in _FIELDS[table] if name.endswith("_{}")}
+    found: dict[str, Any] = {}
+    for name, value in columns.items():
+        if name in several:
+            found |= {f"{name}_{which}": own for which, own in zip(sets, value, strict=True)}
+        else:
+            found[name] = value
+    return found
+
+
+def part_name(table: str, first: int, end: int) -> str:
+    """
+    >>> part_name("steps", 0, 64)
+    'steps-00000000-00000064.parquet'
+    """
+    return f"{table}-{first:08d}-{end:08d}.parquet"

@@ -1,0 +1,93 @@
+"""Optimizers by name: any alias of optax, with its arguments."""
+
+import ast
+import inspect
+from typing import Any
+
+import jax
+import optax
+
+from ghostjax import directions
+from ghostjax.runs.errors import UsageError
+
+
+def make_schedule(peak: float, steps: int) -> optax.Schedule:
+    """Warm-up over a fifth of the steps, then cosine decay to a tenth of the peak.
+
+    No step has learning rate zero: its examples would get scores of zero whatever they hold. The
+    warm-up is long because the first gradients are by far the largest and much alike for all data;
+    at a high learning rate, an example's score would depend on when it is visited first.
+    """
+    warmup = max(1, steps // 5)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=peak / 10,
+    )
+    return lambda count: schedule(count + 1)
+
+
+def make_optimizer(
+    text: str, schedule: Any, clip: float, params: Any
+) -> optax.GradientTransformation:
+    """``adamw(b2=0.95, weight_decay=0.1)``, or just ``adamw``, after clipping the gradient's norm.
+
+    The learning rate is ``schedule``. ``clip`` 0 does not clip. ``params`` are the parameters, or
+    their shapes.
+
+    Raises:
+      UsageError: optax has no such optimizer, it does not take these arguments, or no scores go
+        through it.
+    """
+    name, arguments = parse_optimizer(text)
+    alias = getattr(optax, name, None)
+    known = inspect.isfunction(alias) and "learning_rate" in inspect.signature(alias).parameters
+    if not known:
+        raise UsageError(f"--optimizer: optax has no optimizer {name!r} with a learning rate")
+    try:
+        optimizer = alias(learning_rate=schedule, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {name}: {' '.join(str(error).split())}") from error
+    if clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+
+    def direction(params):
+        state = optimizer.init(params)
+        return directions.through_optimizer(optimizer, state, params, params, params)
+
+    try:
+        jax.eval_shape(direction, params)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {name}: {' '.join(str(error).split())}") from error
+    return optimizer
+
+
+def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments, which must be literals.
+
+    >>> parse_optimizer("adamw(b2=0.95, nesterov=True)")
+    ('adamw', {'b2': 0.95, 'nesterov': True})
+    >>> parse_optimizer("sgd")
+    ('sgd', {})
+
+    Raises:
+      UsageError: it is not of that form, or sets the learning rate.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        if None in arguments:
+            raise ValueError
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise UsageError(
+            f"--optimizer {text!r}: expected a name, or a name with arguments such as "
+            "'adamw(b2=0.95, weight_decay=0.1)'"
+        ) from None
+    if "learning_rate" in arguments:
+        raise UsageError("--optimizer: the learning rate is set with --learning-rate")
+    return call.func.id, arguments

@@ -1,0 +1,149 @@
+"""The loop over steps: what each sees, and whether training can go on."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.data.batches import visit_order
+from ghostjax.runs.data.task import Task
+from ghostjax.runs.errors import StoppedError
+from ghostjax.runs.models import KINDS, kind_of
+from ghostjax.runs.training.optimizers import make_optimizer, make_schedule
+from ghostjax.runs.training.step import PARTS, StepRecord, TrainState, make_step
+
+AUDITED_ROWS = 2
+AUDIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+class Batch(NamedTuple):
+    """What one step sees: which examples [B], where their rows start [B], and the rows."""
+
+    indices: np.ndarray
+    starts: np.ndarray
+    train_rows: dict[str, np.ndarray]
+    val_rows: dict[str, np.ndarray]  # [K, PARTS, V / PARTS, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that was made, with ``number`` from 0."""
+
+    number: int
+    learning_rate: float
+    batch: Batch
+    record: StepRecord
+
+
+def batches(config: TrainConfig, task: Task) -> Iterator[Batch]:
+    """Endless batches. Everything drawn at random depends on ``config.seed`` alone.
+
+    Each step takes the next B examples of ``visit_order`` and, of every validation set, V held-out
+    examples, drawn anew without replacement.
+    """
+    sets = list(task.val_sizes)
+    generators = np.random.default_rng(config.seed).spawn(2 + len(sets))
+    order_rng, window_rng, *val_rngs = generators
+    for indices in visit_order(len(task.examples), config.batch_size, order_rng):
+        train_rows, starts = task.train_rows(indices, window_rng)
+        val_rows = []
+        for name, rng in zip(sets, val_rngs):
+            chosen = rng.choice(task.val_sizes[name], config.val_batch_size, replace=False)
+            val_rows.append(task.val_rows(name, chosen, rng))
+        stacked = {
+            name: np.stack([rows[name] for rows in val_rows]).reshape(
+                len(sets), PARTS, -1, *val_rows[0][name].shape[1:]
+            )
+            for name in val_rows[0]
+        }
+        yield Batch(indices, starts, train_rows, stacked)
+
+
+class Trainer:
+    """The jitted step of a run and what belongs to it.
+
+    Attributes:
+      kinds: the kinds of layers that the model has, in the order of ``StepRecord.kinds``.
+      optimizer: what turns gradients into updates.
+
+    Raises:
+      UsageError: the optimizer cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task):
+        self._config = config
+        self._task = task
+        schedule = make_schedule(config.peak_learning_rate, config.steps)
+        self._learning_rates = np.asarray(schedule(jnp.arange(config.steps)))
+        shapes = jax.eval_shape(lambda: task.init_params(config.seed))
+        self.optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
+        found = [
+            kind_of(jax.tree_util.keystr(path))
+            for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+        ]
+        self.kinds = [kind for kind in KINDS if kind in found]
+        self._step = make_step(
+            task.row_losses,
+            self.optimizer,
+            [self.kinds.index(kind) for kind in found],
+            order=config.order,
+            microbatches=config.microbatches,
+            remat=config.remat,
+        )
+
+    def init_state(self, params: Any) -> TrainState:
+        """The state before the first step; ``params`` are used up."""
+        return TrainState(params, jax.jit(self.optimizer.init)(params))
+
+    def steps(self, state: TrainState, start: int) -> Iterator[tuple[TrainState, Step]]:
+        """Makes the steps from ``start`` to the end; yields the state after each, to be used before
+        the next.
+
+        Raises:
+          StoppedError: a loss or a score is not finite, or an audit failed.
+        """
+        config = self._config
+        for number, batch in zip(range(config.steps), batches(config, self._task)):
+            if number < start:
+                continue
+            state, record = self._step(
+                state, batch.train_rows, batch.val_rows, self._audited(number)
+            )
+            record = jax.tree.map(np.asarray, record)
+            step = Step(number, float(self._learning_rates[number]), batch, record)
+            self._check(step)
+            yield state, step
+
+    def _audited(self, number: int) -> np.ndarray:
+        count = min(AUDITED_ROWS, self._config.batch_size)
+        every = self._config.audit_every
+        if not every or number % every:
+            return np.full(count, -1, np.int32)
+        rng = np.random.default_rng([self._config.seed, number])
+        return rng.choice(self._config.batch_size, count, replace=False).astype(np.int32)
+
+    def _check(self, step: Step) -> None:
+        record = step.record
+        rows, steps = record.scores, record.steps
+        by_row = np.isfinite([rows["loss"], *rows["score"], *rows["error"]]).all(axis=0)
+        others = [steps["loss"], *steps["val_loss"], *steps["actual"], *steps["predicted"]]
+        if not by_row.all() or not np.isfinite(others).all():
+            ids = [self._task.examples[index].id for index in step.batch.indices[~by_row]]
+            where, remedy = "a validation loss", "lower --learning-rate or look at these examples"
+            if ids:
+                listed = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if ids[4:] else "")
+                where = f"the loss or score of {listed}"
+            if np.isfinite(rows["loss"]).all() and np.isfinite(others).all():
+                where = f"the score, but not the loss, of {listed}"
+                remedy = "the optimizer's update has no finite derivative here: take another one"
+            raise StoppedError(f"stopped at step {step.number}: {where} is not finite; {remedy}")
+        tolerance = AUDIT_TOLERANCE[self._config.dtype]
+        if steps["audit_error"] > tolerance:
+            raise StoppedError(
+                f"stopped at step {step.number}: scores redone by plain autodiff differ by "
+                f"{steps['audit_error']:.1e} of the largest, more than {tolerance:g}"
+            )

@@ -1,0 +1,254 @@
+import csv
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ghostjax.cli import main
+from ghostjax.runs.analysis.values import best_and_worst, read_values
+from ghostjax.runs.commands.rank import RankConfig, run
+from ghostjax.runs.store.run import read_run
+from tests.runs.checks import fails, files
+from tests.runs.made_up import DOMAINS, EXAMPLES, SETS, write_run
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("rank") / "run")
+
+
+def ranked(path: Path, capsys, *options: str) -> str:
+    """What ``ghostjax rank`` prints."""
+    assert main(["rank", str(path), *options]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def rows_of_csv(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_and_json_hold_every_example_with_all_digits(made_up, capsys):
+    values = read_values(read_run(made_up))
+    for rows in (
+        rows_of_csv(ranked(made_up, capsys, "--csv")),
+        json.loads(ranked(made_up, capsys, "--json")),
+    ):
+        assert len(rows) == len(SETS) * EXAMPLES
+        for name in SETS:
+            own = [row for row in rows if row["set"] == name]
+            found = {row["id"]: (float(row["value"]), float(row["error"])) for row in own}
+            valued = values[name]
+            assert found == {i: (v, e) for i, v, e in zip(valued.ids, valued.values, valued.errors)}
+            assert [int(row["rank"]) for row in own] == [*range(1, EXAMPLES + 1)]
+            descending = [float(row["value"]) for row in own]
+            assert descending == sorted(descending, reverse=True)
+            for row in own:
+                assert float(row["mean"]) * int(row["visits"]) == pytest.approx(float(row["value"]))
+
+
+def test_values_are_those_of_values_parquet(made_up):
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(made_up / "values.parquet")
+    for name, valued in read_values(read_run(made_up)).items():
+        np.testing.assert_allclose(valued.values, table[f"value_{name}"])
+        np.testing.assert_allclose(valued.errors, table[f"error_{name}"])
+
+
+def test_options_choose_set_domain_count_and_order(made_up, capsys):
+    rows = rows_of_csv(ranked(made_up, capsys, "--csv", "--set", "code", "--domain", "noise"))
+    assert {row["set"] for row in rows} == {"code"}
+    assert {row["domain"] for row in rows} == {"noise"}
+    assert len(rows) == sum(n % 3 == 2 for n in range(EXAMPLES))
+
+    rows = rows_of_csv(ranked(made_up, capsys, "--csv", "--set", "prose", "--count", "2"))
+    assert [row["rank"] for row in rows] == ["1", "2", str(EXAMPLES - 1), str(EXAMPLES)]
+
+    rows = rows_of_csv(ranked(made_up, capsys, "--csv", "--set", "prose", "--by", "mean"))
+    means = [float(row["mean"]) for row in rows]
+    assert means == sorted(means, reverse=True)
+
+
+def test_no_example_is_at_both_ends(made_up, capsys):
+    text = ranked(made_up, capsys, "--csv", "--set", "prose", "--count", "30")
+    names = [row["id"] for row in rows_of_csv(text)]
+    assert len(names) == len(set(names)) == EXAMPLES
+
+
+def test_tables_name_the_best_the_worst_and_the_domains(made_up, capsys):
+    out = ranked(made_up, capsys)
+    valued = read_values(read_run(made_up))["prose"].ranked()
+    helpful, rest = out.split("Most harmful: validation set prose")
+    harmful = rest.split("By domain: validation set prose")[0]
+    assert "Most helpful: validation set prose" in helpful
+    assert "Most helpful: validation set code" in rest
+    assert f"{valued.values[0]:+.2e} ± {valued.errors[0]:.1e}" in helpful
+    assert f"{valued.values[-1]:+.2e} ± {valued.errors[-1]:.1e}" in harmful
+    assert valued.ids[0] in helpful
+    assert valued.ids[-1] in harmful
+    assert valued.ids[0] not in harmful
+    for domain in DOMAINS:
+        assert domain in rest
+    assert "differ from zero by more than two standard errors" in out
+    assert "in nats per token" in out
+
+    quiet = ranked(made_up, capsys, "--quiet")
+    assert "Most helpful: validation set prose" in quiet
+    assert "standard error" not in quiet
+
+
+def test_by_domain_sums_up_what_the_rows_say(made_up, capsys):
+    rows = rows_of_csv(ranked(made_up, capsys, "--csv", "--set", "prose"))
+    own = [float(row["value"]) for row in rows if row["domain"] == "wiki"]
+    table = ranked(made_up, capsys, "--set", "prose").split("By domain")[1]
+    line = next(line for line in table.splitlines() if "wiki" in line)
+    for figure in (f"{sum(own):+.2e}", f"{np.mean(own):+.2e}", f"{np.median(own):+.2e}"):
+        assert figure in line
+
+
+def test_of_many_domains_the_best_are_printed(tmp_path, capsys):
+    path = write_run(tmp_path / "run", domains=tuple(f"d{n}" for n in range(EXAMPLES)))
+    table = ranked(path, capsys, "--set", "prose").split("By domain")[1]
+    assert "and 20 more domains with lower means" in table
+    best = read_values(read_run(path))["prose"].ranked().domains[:20]
+    rows = [line.split()[1] for line in table.splitlines() if " d" in line and "│" in line]
+    assert rows == list(best)
+
+
+def test_titles_do_not_claim_what_is_not_so():
+    def titles(*values):
+        return {title: list(n) for title, n in best_and_worst(np.array(values, float), 2)}
+
+    assert titles(3, 2, 1) == {"Most helpful": [0, 1], "Least helpful, as none hurt": [2]}
+    assert titles(-1, -2, -3) == {
+        "Least harmful, as none helped": [0],
+        "Most harmful": [2, 1],
+    }
+    assert titles(2, -1) == {"Most helpful": [0], "Most harmful": [1]}
+    assert titles(0) == {"Least harmful, as none helped": [0]}
+
+
+def test_examples_without_a_visit_come_last_and_have_no_rank(tmp_path, capsys):
+    path = write_run(tmp_path / "run", steps=3, finished=False)
+    rows = [row for row in json.loads(ranked(path, capsys, "--json")) if row["set"] == "prose"]
+    assert len(rows) == EXAMPLES
+    visited = [row for row in rows if row["visits"]]
+    assert rows[: len(visited)] == visited
+    assert len(visited) == 24
+    assert {row["rank"] for row in rows[len(visited) :]} == {None}
+    assert {row["mean"] for row in rows[len(visited) :]} == {None}
+    cells = rows_of_csv(ranked(path, capsys, "--csv"))[EXAMPLES - 1]
+    assert (cells["rank"], cells["visits"], cells["mean"]) == ("", "0", "")
+
+    out = ranked(path, capsys)
+    assert "The run is not over: these are the values after 3 of 30 steps." in out
+    assert "Not visited: 16." in out
+
+
+HOSTILE = {
+    0: "\x1b[31mred\x1b[0m\r\n[bold]text[/bold] \x9b5m \u202eevil\u200b",
+    1: '=HYPERLINK("http://x"), "quoted", plain',
+}
+
+
+def test_texts_cannot_forge_output(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    ids = ("a\x1b]0;title\x07", "+b,\n", *(f"c{n}" for n in range(EXAMPLES - 2)))
+    path = write_run(tmp_path / "run", excerpts=HOSTILE, ids=ids)
+    for options in ([], ["--csv"], ["--json"]):
+        out = ranked(path, capsys, "--count", str(EXAMPLES), *options)
+        for line in out.split("\n"):
+            assert line.isprintable(), line
+    assert json.loads(ranked(path, capsys, "--json"))[0]["id"]
+    by_id = {row["id"]: row for row in json.loads(ranked(path, capsys, "--json"))}
+    assert by_id[ids[0]]["excerpt"] == HOSTILE[0]
+    rows = rows_of_csv(ranked(path, capsys, "--csv"))
+    assert {row["id"] for row in rows} >= {"a\ufffd]0;title\ufffd", "+b, "}
+    assert HOSTILE[1] in {row["excerpt"] for row in rows}
+
+
+def test_markup_in_excerpts_is_text(tmp_path, capsys):
+    path = write_run(tmp_path / "run", excerpts=dict.fromkeys(range(EXAMPLES), "[bold]x[/bold]"))
+    assert "[bold]x[/bold]" in ranked(path, capsys)
+
+
+def test_a_stream_that_is_not_unicode_gets_what_it_can_hold(tmp_path, made_up):
+    path = write_run(tmp_path / "run", excerpts=dict.fromkeys(range(EXAMPLES), "schön" * 99))
+    done = subprocess.run(
+        [sys.executable, "-m", "ghostjax", "rank", str(path)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"sch?n" in done.stdout
+    assert b"+-" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_a_reader_that_goes_away_is_no_error(made_up):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ghostjax", "rank", str(made_up), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+BAD = {
+    "set": (["--set", "poems"], "no validation set 'poems' in the run: expected one of prose, c"),
+    "domain": (["--domain", "x"], "no domain 'x' in the run: expected one of noise, scripts, wiki"),
+    "count": (["--count", "0"], "--count must be at least 1, got 0"),
+    "formats": (["--csv", "--json"], "--csv and --json exclude each other"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_options_that_cannot_be_used(made_up, capsys, options, message):
+    before = files(made_up)
+    assert message in fails(["rank", made_up, *options], capsys)
+    assert files(made_up) == before
+
+
+def test_directories_that_cannot_be_used(tmp_path, capsys):
+    assert "none does not exist" in fails(["rank", tmp_path / "none"], capsys)
+    assert "not a run directory" in fails(["rank", tmp_path], capsys)
+    path = write_run(tmp_path / "run", steps=0, finished=False)
+    assert "no steps in the log yet" in fails(["rank", path], capsys)
+    assert "is not a directory" in fails(["rank", path / "run.json"], capsys)
+    (path / "examples.parquet").write_bytes(b"PAR1")
+    path = write_run(tmp_path / "broken")
+    (path / "examples.parquet").write_bytes(b"PAR1")
+    assert "examples.parquet cannot be read" in fails(["rank", path], capsys)
+
+
+def test_ranking_changes_nothing(made_up, capsys):
+    before = files(made_up)
+    ranked(made_up, capsys)
+    assert files(made_up) == before
+
+
+def test_help_has_examples_and_every_option(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["rank", "--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert "ghostjax rank run --set prose --domain wiki --count 5" in text
+    for field in dataclasses.fields(RankConfig):
+        assert field.name == "run" or "--" + field.name in text
+    assert "\x1b" not in text
+
+
+def test_run_is_a_function_of_its_options(made_up, capsys):
+    run(RankConfig(made_up, set="prose", count=1, json=True))
+    assert len(json.loads(capsys.readouterr().out)) == 2

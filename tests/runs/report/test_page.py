@@ -1,0 +1,351 @@
+import dataclasses
+import html.parser
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from ghostjax.cli import main
+from ghostjax.runs.analysis.judgement import judge
+from ghostjax.runs.analysis.scale import Scale, number
+from ghostjax.runs.analysis.summary import measure_fidelity
+from ghostjax.runs.analysis.values import read_values
+from ghostjax.runs.commands.report import ReportConfig
+from ghostjax.runs.report.html import DARK, LIGHT
+from ghostjax.runs.report.page import make_report
+from ghostjax.runs.report.pictures import ticks
+from ghostjax.runs.store.run import read_run
+from tests.runs.checks import fails, files
+from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
+
+VOID = {"meta", "line", "rect", "circle", "path"}  # circle and the like close themselves
+
+
+class Page(html.parser.HTMLParser):
+    """What a page is made of: (tag, attributes), texts by tag, and whether all tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def named(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def text(self):
+        return " ".join(data for tag, data in self.texts if tag != "style")
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("html") / "run")
+
+
+@pytest.fixture(scope="module")
+def report(made_up):
+    return make_report(read_run(made_up))
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page(report)
+
+
+def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
+    path = write_run(tmp_path / "run")
+    before = files(path)
+    assert main(["report", str(path)]) == 0
+    assert capsys.readouterr() == (f"{path / 'report.html'}\n", "")
+    after = files(path)
+    assert after.pop("report.html")
+    assert after == before
+    text = (path / "report.html").read_text(encoding="utf-8")
+    assert text == make_report(read_run(path))
+
+    assert main(["report", str(path), "--quiet", "--count", "3"]) == 0
+    assert capsys.readouterr() == ("", "")
+    shorter = (path / "report.html").read_text(encoding="utf-8")
+    assert shorter.count('<p class="excerpt"') == 2 * 3 * len(SETS)
+
+
+def test_everything_that_was_asked_for_is_there(page, made_up):
+    text = page.text()
+    for heading in (
+        "Can the values be trusted?",
+        "Distribution of the values",
+        "Values by domain",
+        "Values over training time",
+        "Predicted and actual decrease",
+        "Share by kind of layer",
+        "Examples: most helpful",
+        "Examples: most harmful",
+        "Losses",
+        "Options and versions",
+    ):
+        assert heading in text
+    for name in (*SETS, *DOMAINS, *KINDS):
+        assert name in text
+    for name, valued in read_values(read_run(made_up)).items():
+        ranked = valued.ranked()
+        assert f"Validation set {name}" in text
+        assert ranked.ids[0] in text
+        assert ranked.excerpts[-1] in text
+
+
+def test_the_figures_are_those_of_the_log(page, made_up):
+    source = read_run(made_up)
+    valued = read_values(source)["prose"]
+    scale, text = Scale.typical(valued.values), page.text()
+    ranked = valued.ranked()
+    for n in (0, -1):
+        assert f"{scale.signed(ranked.values[n])} ± {scale.plain(ranked.errors[n])}" in text
+    assert f"Of {EXAMPLES} examples that were visited, {(valued.values > 0).sum()} helped" in text
+    predicted, actual = (source.steps[f"{n}_prose"].to_numpy() for n in ("predicted", "actual"))
+    assert predicted.sum() > 0 < actual.sum()
+    assert f"lower the loss on prose by {number(predicted.astype(float).sum())}; they " in text
+    assert f"lowered it by {number(actual.astype(float).sum())} (on the" in text
+    mean = scale(valued.values[valued.domains == "wiki"].mean())
+    assert f"The domain with the highest mean is wiki ({number(float(mean))})" in text
+    kinds = source.kinds.to_pylist()
+    sums = {
+        kind: sum(row["score"] for row in kinds if (row["kind"], row["set"]) == (kind, "prose"))
+        for kind in KINDS
+    }
+    share = abs(sums["attention"]) / sum(map(abs, sums.values()))
+    assert f"attention {share:.0%}" in text
+
+
+def test_nothing_is_loaded_and_nothing_is_run(page, report):
+    policy = [tag for tag in page.named("meta") if "http-equiv" in tag]
+    assert [tag["http-equiv"] for tag in policy] == ["Content-Security-Policy"]
+    assert policy[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {n for n, _ in page.tags}
+    for name, attrs in page.tags:
+        assert not any(key.startswith("on") for key in attrs), name
+        assert "src" not in attrs
+        assert attrs.get("href", "#").startswith("#")
+    assert "@import" not in report
+    assert "url(" not in report
+    outside = re.findall(r"https?:[^\s\"'<]*", report)
+    assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a name, nothing is loaded from it
+
+
+def test_links_lead_to_places_on_the_page(page):
+    places = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(places) == len(set(places))
+    links = [attrs["href"] for attrs in page.named("a")]
+    assert links
+    assert {link.removeprefix("#") for link in links} <= set(places)
+
+
+def test_it_can_be_read_without_seeing_it(page):
+    assert page.named("html") == [{"lang": "en"}]
+    viewport = [tag["content"] for tag in page.named("meta") if tag.get("name") == "viewport"]
+    assert viewport == ["width=device-width, initial-scale=1"]
+    places = {attrs.get("id") for _, attrs in page.tags}
+    pictures = page.named("svg")
+    assert len(pictures) == 6 * len(SETS) + 1
+    for attrs in pictures:
+        assert attrs["role"] == "img"
+        assert set(attrs["aria-labelledby"].split()) <= places
+    count = sum(name in ("title", "desc") for name, _ in page.tags)
+    assert count == 2 * len(pictures) + 1
+    assert all(data.strip() for tag, data in page.texts if tag in ("title", "desc"))
+
+    levels = [int(name[1]) for name, _ in page.tags if re.fullmatch("h[1-6]", name)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+    tables = page.named("table")
+    assert len(tables) == len(page.named("caption")) == len(pictures) + 1
+    assert {attrs.get("scope") for attrs in page.named("th")} == {"col", "row"}
+    for name in ("main", "header", "footer", "nav"):
+        assert len(page.named(name)) == 1
+
+
+def luminance(colour):
+    """Relative luminance as WCAG 2 defines it."""
+    parts = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(first, second):
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_by_hand():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_contrast_is_enough_in_both_themes(theme):
+    for name in ("ink", "soft", "helps", "hurts", "good", "fair", "poor", "s1"):
+        for ground in (theme.page, theme.panel):
+            assert contrast(getattr(theme, name), ground) >= 4.5, name
+    for name in ("s1", "s2", "s3", "s4", "s5", "s6"):
+        assert contrast(getattr(theme, name), theme.page) >= 3, name
+
+
+def test_the_style_has_no_colours_but_those_of_the_themes(report):
+    style = report.split("<style>")[1].split("</style>")[0]
+    assert set(re.findall(r"#[0-9a-f]{3,8}\b", style)) == set(LIGHT) | set(DARK)
+    used = set(re.findall(r"var\(--(\w+)\)", style))
+    assert used == set(LIGHT._fields)
+    assert "@media (prefers-color-scheme: dark) { :root { --page: #14171c;" in style
+
+
+HOSTILE = "<script>alert(1)</script> \"double\" 'single' & </style></svg> \x1b[31m\u202eback"
+
+
+def test_texts_of_the_data_stay_texts(tmp_path):
+    domains = tuple(f"{HOSTILE}{n % 9}" for n in range(EXAMPLES))
+    path = write_run(
+        tmp_path / '<b onclick="x()">',
+        domains=domains,
+        excerpts=dict.fromkeys(range(EXAMPLES), HOSTILE),
+        unit="<i>nats</i>",
+        options={"steps": STEPS, HOSTILE: HOSTILE},
+    )
+    text = make_report(read_run(path))
+    page = Page(text)
+    names = {name for name, _ in page.tags}
+    assert not {"script", "b", "i"} & names
+    assert not any("onclick" in attrs for _, attrs in page.tags)
+    assert "<script>alert(1)</script> \"double\" 'single' & </style></svg> \ufffd[31mback" in (
+        page.text()
+    )
+    for line in text.split("\n"):
+        assert line.isprintable()
+
+
+def test_a_run_that_is_not_over(tmp_path):
+    path = write_run(tmp_path / "run", steps=17, finished=False)
+    text = Page(make_report(read_run(path))).text()
+    assert "The run is not over: these are the values after 17 of 30 steps." in text
+    assert "17 of 30" in text
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_few_steps(tmp_path, steps, finished):
+    path = write_run(tmp_path / "run", steps=steps, sets=("val",), finished=finished)
+    text = Page(make_report(read_run(path))).text()
+    assert "too few to tell" in text
+    assert "with caution" in text or "cannot" in text
+    assert "nan" not in re.findall(r"\w+", text)
+
+
+def test_a_run_without_any_differences(tmp_path):
+    path = write_run(tmp_path / "run", domains=("one",) * EXAMPLES, error=0.0, sets=("val",))
+    assert "cannot" not in Page(make_report(read_run(path))).text()
+
+
+def test_many_domains_and_kinds_of_values(tmp_path):
+    domains = tuple(f"domain-{n}" for n in range(EXAMPLES))
+    path = write_run(tmp_path / "run", domains=domains, changes={"domain-3:3": 5.0})
+    text = Page(make_report(read_run(path))).text()
+    assert f"Of {EXAMPLES} domains, the highest and lowest 4 are drawn." in text
+    assert "all others" in text
+
+
+def test_updates_that_rows_do_not_account_for_are_told(made_up, report, tmp_path):
+    assert "The scores add up to" not in report
+    path = write_run(tmp_path / "run", sets=("val",), memory=3.0)
+    source = read_run(path)
+    total = source.scores["score_val"].to_numpy().astype(float).sum()
+    assert f"The scores add up to {number(total)}: " in make_report(source)
+
+
+def test_warnings_of_the_summary_are_shown_once(tmp_path):
+    path = write_run(tmp_path / "run", error=0.1, sets=("prose",))
+    summary = json.loads((path / "summary.json").read_text())
+    own = judge_all(path)["prose"].reasons[0]
+    summary["warnings"] = [f"prose: {own}", "Something else is <odd>."]
+    (path / "summary.json").write_text(json.dumps(summary))
+    text = Page(make_report(read_run(path))).text()
+    assert text.count(own) == 1
+    assert "Something else is <odd>." in text
+
+
+def judge_all(path):
+    source = read_run(path)
+    return {
+        name: judge(measure_fidelity(source, name, valued), source.end)
+        for name, valued in read_values(source).items()
+    }
+
+
+def test_directories_that_cannot_be_used(tmp_path, capsys):
+    assert "does not exist" in fails(["report", tmp_path / "none"], capsys)
+    path = write_run(tmp_path / "run", steps=0, finished=False)
+    before = files(path)
+    assert "no steps in the log yet" in fails(["report", path], capsys)
+    assert "--count must be at least 1" in fails(["report", path, "--count", "0"], capsys)
+    assert files(path) == before
+
+
+def test_a_report_that_cannot_be_written_leaves_the_last_one(tmp_path, capsys, monkeypatch):
+    path = write_run(tmp_path / "run")
+    (path / "report.html").write_text("the last one")
+    before = files(path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert main(["report", str(path)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert files(path) == before
+
+
+def test_help_has_examples_and_every_option(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["report", "--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert "ghostjax report run" in text
+    for field in dataclasses.fields(ReportConfig):
+        assert field.name == "run" or "--" + field.name in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-7, 7, [-5, 0, 5]), (0, 23, [0, 5, 10, 15, 20])],
+)
+def test_ticks(low, high, expected):
+    np.testing.assert_allclose(ticks(low, high), expected, atol=1e-12)
+
+
+def test_numbers_and_scales():
+    assert number(1.23e-7) == "1.23\u00d710⁻⁷"
+    assert number(-0.5) == "\u22120.500"
+    scale = Scale.of(np.array([-2e-5, np.nan, 1e-6]))
+    assert scale.words == "10⁻⁶"
+    assert scale.signed(-2e-5) == "\u221220.0"
+    assert scale.signed(1e-6) == "+1.0"
+    assert scale.signed(1e-12) == scale.signed(-1e-12) == "0.0"
+    assert Scale.of(np.zeros(3)).words == Scale.typical(np.zeros(3)).words == ""
+    assert Scale.typical(np.array([*[0.001] * 19, 1e6])).words == "10⁻³"
+    assert scale.plain(float("nan")) == "undefined"

@@ -1,0 +1,26 @@
+"""What a training run prints in the end."""
+
+import dataclasses
+import io
+
+from ghostjax.runs.report.output import make_console
+from ghostjax.runs.report.terminal import print_summary
+
+
+def test_the_summary_ranks_what_was_visited(micro_run, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    print_summary(make_console(stream), micro_run)
+    text = stream.getvalue()
+    for name in micro_run.sets:
+        assert f"Most helpful: validation set {name}" in text
+        assert f"By domain: validation set {name}" in text
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_warnings_are_printed(micro_run):
+    stream = io.StringIO()
+    summary = {**micro_run.summary, "warnings": ["Beware."], "auc": {"held": 0.75}}
+    print_summary(make_console(stream), dataclasses.replace(micro_run, summary=summary))
+    assert "Warning: Beware." in stream.getvalue()
+    assert "by value for validation set held: 0.750" in stream.getvalue()

@@ -1,0 +1,263 @@
+"""The jitted step: training unchanged, and scores against per-row autodiff."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ghostjax import directions, testing
+from ghostjax.runs import models
+from ghostjax.runs.data.batches import make_rows
+from ghostjax.runs.data.text import TextTask
+from ghostjax.runs.models import GPT, SIZES
+from ghostjax.runs.training.optimizers import make_optimizer, make_schedule
+from ghostjax.runs.training.step import PARTS, TrainState, make_step
+
+# optax.adamw raises a Python float to the power of an int32 count.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+NUM_TRAIN, LENGTH, SETS = 4, 16, 2
+TEXTS = [
+    np.frombuffer(text, np.uint8)
+    for text in (b"one and two", b"two and three and four", b"x = y[0]", b"for x in y:", b"to, fro")
+]
+TASK = TextTask([], [], {}, GPT(SIZES["micro"]), LENGTH)
+ROW_LOSSES = jax.jit(TASK.row_losses)
+NOBODY = np.full(2, -1, np.int32)
+
+
+def rows_of(*indices):
+    return make_rows([TEXTS[n] for n in indices], [0] * len(indices), LENGTH)
+
+
+BATCHES = [rows_of(0, 1, 2, 3), rows_of(3, 4, 1, 0), rows_of(2, 1, 0, 4)]
+HELD_OUT = [rows_of(4, 1, 0, 2), rows_of(2, 2, 3, 0)]  # one for each of the validation sets
+VAL = jax.tree.map(
+    lambda *leaves: np.stack(leaves).reshape(SETS, PARTS, 2, *leaves[0].shape[1:]), *HELD_OUT
+)
+
+
+def mean_loss(params, rows):
+    return jnp.mean(TASK.row_losses(params, rows))
+
+
+MEAN_LOSS, GRADIENT = jax.jit(mean_loss), jax.jit(jax.grad(mean_loss))
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    params = jax.eval_shape(lambda: TASK.init_params(0))
+    with jax.numpy_dtype_promotion("standard"):
+        return make_optimizer("adamw", make_schedule(1e-2, len(BATCHES)), 1.0, params)
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    return list(range(len(jax.tree.leaves(TASK.init_params(0)))))
+
+
+@pytest.fixture(scope="module")
+def step(optimizer, kinds):
+    return make_step(TASK.row_losses, optimizer, kinds)
+
+
+def start(optimizer):
+    params = TASK.init_params(0)
+    return TrainState(params, optimizer.init(params))
+
+
+def difference(left, right):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), left, right)))
+
+
+def test_a_row_loss_is_the_mean_over_its_own_tokens():
+    params = TASK.init_params(0)
+    padded = ROW_LOSSES(params, rows_of(0))
+    exact = ROW_LOSSES(params, make_rows([TEXTS[0]], [0], len(TEXTS[0]) - 1))
+    np.testing.assert_allclose(padded, exact, rtol=1e-5)
+    np.testing.assert_allclose(padded, np.log(256), rtol=0.02)
+
+
+def test_the_step_is_that_without_scores(optimizer, step):
+    @jax.jit
+    def plain_step(params, opt_state, rows):
+        loss, grads = jax.value_and_grad(mean_loss)(params, rows)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    state, plain = start(optimizer), TASK.init_params(0)
+    opt_state = optimizer.init(plain)
+    for rows in BATCHES:
+        plain, opt_state, loss = plain_step(plain, opt_state, rows)
+        before = [MEAN_LOSS(state.params, held_out) for held_out in HELD_OUT]
+        state, record = step(state, rows, VAL, NOBODY)
+        after = [MEAN_LOSS(state.params, held_out) for held_out in HELD_OUT]
+        np.testing.assert_allclose(record.steps["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(record.steps["val_loss"], before, rtol=1e-5)
+        np.testing.assert_allclose(record.steps["actual"], np.subtract(before, after), atol=2e-6)
+        assert record.steps["conservation_error"] < 1e-4
+        assert np.isnan(record.steps["audit_error"])
+    assert difference(plain, TASK.init_params(0)) > 1e-3
+    # Adam divides by the root of squares, which makes much of rounding where gradients vanish.
+    assert difference(plain, state.params) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def warm(optimizer, step):
+    """Makes states after two steps: at the first, Adam's derivative is rounding."""
+    with jax.numpy_dtype_promotion("standard"):
+
+        def make():
+            state = start(optimizer)
+            for rows in BATCHES[:2]:
+                state, _ = step(state, rows, VAL, NOBODY)
+            return state
+
+        yield make
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decrease(optimizer, state, grads, val_grads, row):
+    """The decrease of the validation loss per share of a row in the update, by forward mode."""
+
+    def update(grads):
+        return optimizer.update(grads, state.opt_state, state.params)[0]
+
+    share = jax.tree.map(lambda leaf: leaf / NUM_TRAIN, row)
+    moved = jax.jvp(update, (grads,), (share,))[1]
+    # Bytes that have not occurred yet: 0 * inf, by definition zero.
+    moved = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), moved)
+    return -optax.tree.vdot(val_grads, moved)
+
+
+def expected_scores(optimizer, state, val_grads):
+    rows = testing.per_example_grads(TASK.row_losses, state.params, BATCHES[2])
+    grads = jax.tree.map(lambda leaf: leaf.mean(0), rows)
+    each = [jax.tree.map(lambda leaf, n=n: leaf[n], rows) for n in range(NUM_TRAIN)]
+    return np.array([decrease(optimizer, state, grads, val_grads, row) for row in each])
+
+
+def plain_scores(params, held_out):
+    val_grads = GRADIENT(params, held_out)
+    rows = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], BATCHES[2]) for n in range(NUM_TRAIN)]
+    return [optax.tree.vdot(val_grads, GRADIENT(params, one)) for one in rows]
+
+
+def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
+    state = warm()
+    expected = [
+        expected_scores(optimizer, state, GRADIENT(state.params, held_out)) for held_out in HELD_OUT
+    ]
+    half = jax.tree.map(lambda leaf: leaf[:2], HELD_OUT[0])
+    of_half = expected_scores(optimizer, state, GRADIENT(state.params, half))
+    val_grads = GRADIENT(state.params, HELD_OUT[0])
+    plain = plain_scores(state.params, HELD_OUT[0])
+    before = jax.tree.map(jnp.copy, state.params)
+    after, record = step(state, BATCHES[2], VAL, np.array([1, 3], np.int32))
+    for scores, wanted in zip(record.scores["score"], expected):
+        testing.assert_dots_close(scores, wanted, rtol=1e-4)
+    # Of two halves, the standard error of their mean is half of their difference.
+    testing.assert_dots_close(record.scores["error"][0], np.abs(of_half - expected[0]), rtol=1e-3)
+    np.testing.assert_allclose(
+        record.kinds.sum(axis=1), np.abs(record.scores["score"]).sum(axis=1), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        record.steps["correlation"][0],
+        np.corrcoef(plain, record.scores["score"][0])[0, 1],
+        rtol=1e-4,
+    )
+    updates = jax.tree.map(jnp.subtract, after.params, before)
+    np.testing.assert_allclose(
+        record.steps["predicted"][0], -optax.tree.vdot(val_grads, updates), rtol=1e-3
+    )
+    np.testing.assert_allclose(record.scores["loss"], ROW_LOSSES(before, BATCHES[2]), rtol=1e-5)
+    assert record.steps["audit_error"] < 1e-4
+
+
+@pytest.mark.parametrize(("remat", "passes"), [(False, 1), (True, 2)])
+def test_forward_passes_over_the_training_rows(optimizer, kinds, remat, passes):
+    """Told by the activations of the perceptrons."""
+    step = make_step(TASK.row_losses, optimizer, kinds, order=2, remat=remat)
+    jaxpr = jax.make_jaxpr(step)(start(optimizer), BATCHES[0], VAL, NOBODY)
+    hidden = rf"f32\[{NUM_TRAIN},{LENGTH},{4 * SIZES['micro'].features}\] = tanh"
+    assert len(re.findall(hidden, str(jaxpr))) == passes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"microbatches": 2}, {"remat": True}], ids=str)
+def test_saving_memory_changes_nothing_else(optimizer, step, warm, kinds, options):
+    split = make_step(TASK.row_losses, optimizer, kinds, **options)
+    state, record = step(warm(), BATCHES[2], VAL, NOBODY)
+    found_state, found = split(warm(), BATCHES[2], VAL, NOBODY)
+    for name in ("scores", "errors"):
+        for one, other in zip(getattr(found, name), getattr(record, name)):
+            testing.assert_dots_close(one, other, rtol=1e-4)
+    np.testing.assert_allclose(found.scores["loss"], record.scores["loss"], rtol=1e-5)
+    assert found.conservation_error < 1e-4
+    assert difference(found_state.params, state.params) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_rematerialized_loop_over_layers_changes_nothing(optimizer, monkeypatch):
+    size = dataclasses.replace(SIZES["micro"], layers=3)
+    records = []
+    for few, remat in ((3, False), (0, True)):
+        monkeypatch.setattr(models, "FEW_LAYERS", few)  # compiled one by one
+        task = TextTask([], [], {}, GPT(size, remat=remat), LENGTH)
+        params = task.init_params(0)
+        state = TrainState(params, optimizer.init(params))
+        step = make_step(task.row_losses, optimizer, [0] * len(jax.tree.leaves(params)), order=2)
+        lowered = jax.jit(task.row_losses).lower(params, BATCHES[0])
+        has_loop = "while" in lowered.as_text()
+        assert has_loop == (few == 0)
+        for rows in BATCHES:
+            state, record = step(state, rows, VAL, np.array([1, 3], np.int32))
+        records.append(record)
+    one_by_one, loop = records
+    for name in ("scores", "errors"):
+        for own, expected in zip(getattr(loop, name), getattr(one_by_one, name)):
+            testing.assert_dots_close(own, expected, rtol=1e-3)
+    np.testing.assert_allclose(loop.row_losses, one_by_one.row_losses, rtol=1e-5)
+    assert loop.conservation_error < 1e-4
+    assert loop.audit_error < 1e-4
+
+
+def test_order_2_goes_half_way_along_the_update(optimizer, warm, kinds):
+    step = make_step(TASK.row_losses, optimizer, kinds, order=2)
+    state = warm()
+    grads = GRADIENT(state.params, BATCHES[2])
+    updates = jax.jit(optimizer.update)(grads, state.opt_state, state.params)[0]
+    midpoint = jax.jit(functools.partial(directions.midpoint, mean_loss))
+    expected, predicted = [], []
+    plain = [plain_scores(state.params, held_out) for held_out in HELD_OUT]
+    for held_out in HELD_OUT:
+        middle = midpoint(state.params, updates, held_out)
+        expected.append(expected_scores(optimizer, state, middle))
+        predicted.append(-optax.tree.vdot(middle, updates))
+    _, record = step(state, BATCHES[2], VAL, NOBODY)
+    for scores, wanted in zip(record.scores["score"], expected):
+        testing.assert_dots_close(scores, wanted, rtol=1e-4)
+    np.testing.assert_allclose(record.steps["predicted"], predicted, rtol=1e-3)
+    correlations = [np.corrcoef(pair)[0, 1] for pair in zip(plain, record.scores["score"])]
+    np.testing.assert_allclose(record.steps["correlation"], correlations, rtol=1e-4)
+    # Better than at the parameters, where nothing is known of the curvature.
+    params = warm().params
+    first = np.array([-optax.tree.vdot(GRADIENT(params, rows), updates) for rows in HELD_OUT])
+    assert (
+        np.abs(record.steps["predicted"] - record.steps["actual"])
+        < np.abs(first - record.steps["actual"])
+    ).all()
+
+
+def test_kinds_are_sums_over_their_parameters(optimizer, step, warm, kinds):
+    halves = [number % 2 for number in kinds]
+    grouped = make_step(TASK.row_losses, optimizer, halves)
+    _, each = step(warm(), BATCHES[2], VAL, NOBODY)
+    _, both = grouped(warm(), BATCHES[2], VAL, NOBODY)
+    expected = np.stack([each.kinds[:, ::2].sum(1), each.kinds[:, 1::2].sum(1)], axis=1)
+    np.testing.assert_allclose(both.kinds, expected, rtol=1e-3, atol=1e-7)
