@@ -1,5 +1,6 @@
 """Prose that comes with Python, noise for it, and a small model of the next byte."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ghostjax.runs.builtin import cut, default_documents
+from ghostjax.runs.data.builtin import cut, default_documents
 
 POSITIONS, CONTEXT = 64, 4
 WORD = 4  # bytes of what boilerplate repeats
@@ -30,9 +31,7 @@ def draw(seed: int, noise: str, share: float, val_rows: int, test_rows: int) -> 
     over again.
     """
     generator = np.random.default_rng(seed)
-    documents, held_out = default_documents(16 * (POSITIONS + 1))
-    train = _rows([document for document in documents if document.domain == "prose"])
-    held = _rows(held_out["prose"])
+    train, held = (rows.copy() for rows in _prose())
     held = held[generator.permutation(len(held))[: val_rows + test_rows]]
     is_noise = np.zeros(len(train), bool)
     count = round(share * len(train))
@@ -44,6 +43,13 @@ def draw(seed: int, noise: str, share: float, val_rows: int, test_rows: int) -> 
             start = generator.integers(POSITIONS - WORD)
             train[place] = np.resize(train[place][start : start + WORD], POSITIONS + 1)
     return Data(train, held[:val_rows], held[val_rows:], is_noise)
+
+
+@functools.cache
+def _prose() -> tuple[np.ndarray, np.ndarray]:
+    documents, held_out = default_documents(16 * (POSITIONS + 1))
+    train = [document for document in documents if document.domain == "prose"]
+    return _rows(train), _rows(held_out["prose"])
 
 
 def _rows(documents) -> np.ndarray:

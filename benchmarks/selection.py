@@ -137,12 +137,12 @@ def trainer(method: str, steps: int):
 def measure(noise: str, share: float, cost: dict[str, float]) -> dict:
     budgets = {name: round(STEPS / own / EVERY) * EVERY for name, own in cost.items()}
     fewest = min(budgets.values())
+    drawn = {seed: draw(seed, noise, share, VAL_ROWS, TEST_ROWS) for seed in (*CHOOSE, *REPORT)}
     table = {}
     for method, steps in budgets.items():
         run = trainer(method, steps)
-        drawn = {seed: draw(seed, noise, share, VAL_ROWS, TEST_ROWS) for seed in (*CHOOSE, *REPORT)}
 
-        def last(rate, run=run, drawn=drawn):
+        def last(rate, run=run):
             found = np.mean([run(drawn[seed], seed, np.float32(rate))[0][-1] for seed in CHOOSE])
             return np.where(np.isfinite(found), found, np.inf)
 
