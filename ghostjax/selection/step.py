@@ -67,8 +67,9 @@ def select_step(
         paths like "layers_0/kernel". Scores are then those of a step in which these parameters
         have a gradient of zero and stay. All are trained.
       through_optimizer: whether scores go through the optimizer; if not, they are plain inner
-        products with the validation gradient, for optimizers without a derivative (lion) and at
-        Adam's first step, whose derivative is rounding.
+        products with the validation gradient, for optimizers without a derivative (lion), those
+        that gather gradients (through optax.MultiSteps scores are 0 where it does not update, and
+        the first k rows are taken), and Adam's first step, whose derivative is rounding.
       remat: for scores through the optimizer, keep no factors but make the passes again.
 
     Returns:

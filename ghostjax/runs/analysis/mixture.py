@@ -40,11 +40,10 @@ def domain_mixture(values: dict[str, Valued], rate: float) -> list[Share]:
     by_set = [sorted(by_domain(valued)) for valued in values.values()]
     names = [one.name for one in by_set[0]]
     visits = np.array([one.visits for one in by_set[0]])
-    unknown = [name for name, count in zip(names, visits) if not count]
-    if unknown:
+    unvisited = ", ".join(name for name, count in zip(names, visits) if not count)
+    if unvisited:
         raise UsageError(
-            f"no example of domain {', '.join(unknown)} was visited so far, so that it has no value "
-            "for a mixture"
+            f"no example of domain {unvisited} was visited so far: without a value, no mixture"
         )
     per_visit = np.mean([[one.total for one in found] for found in by_set], axis=0) / visits
     found = visits.sum() * per_visit
