@@ -81,7 +81,7 @@ def select_step(
     policy does not ask for is not computed.
 
     Cost in plain steps on k rows (XLA's FLOPs, GPT-2 shape of ``benchmarks``, N = 16, V = 8,
-    k = 8): ``at_random`` 1.00, ``by_loss`` 1.67, ``by_norm`` 2.74; ``by_score``
+    k = 8): ``at_random`` 1.00, ``by_loss`` 1.67, ``by_norm`` 2.82; ``by_score``
     4.62, and without the optimizer, whose gradient at all candidates is then not needed, 4.00.
     Leaving out the tied embedding of 2048 tokens makes that 3.87, leaving out all but the last
     block 2.57. Scores take 3.4 times the scratch memory of the plain step, through the optimizer
