@@ -18,10 +18,11 @@ FLOPs are XLA's; those of greedy selection, which loops, are those of the jaxpr.
 the better of two learning rates at equal compute, chosen on another seed.
 
 What came out: scores are ahead of random rows, and of all rows, for either noise and even at equal
-compute, most of all without embedding and head, which costs less. Low loss is better yet where noise
-has a high loss, and far worse than random where it has a low one, as large gradients are for both.
-Without noise nothing beats random rows at equal compute. Greedy selection chooses no better than
-scores alone, and costs the most.
+compute, most of all without embedding and head, which costs less. Low loss is better yet where
+noise has a high loss, and far worse than random where it has a low one, as large gradients are for
+both. Without noise nothing beats random rows at equal compute. Greedy selection chooses about as
+well as scores alone, and costs the most. The learning rates are coarse: in most rows the larger of
+them was chosen.
 """
 
 import functools
