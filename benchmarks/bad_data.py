@@ -9,7 +9,7 @@ clean. At every step a method gives each row of the batch a weight:
   the same clean labels), and on these 64 rows alone;
 - low loss: the 60% of the batch with the lowest loss, that is, it is told the share of wrong
   labels; from the start, and after 100 steps on all rows;
-- positive score: ``weights.drop_negative`` of the scores, which are told nothing. They go through
+- positive score: ``selection.threshold`` of the scores, which are told nothing. They go through
   the optimizer at the previous gradient; the rows below vary that.
 
 Settings (learning rate and number of steps) are chosen on five seeds, figures are from five others,
@@ -42,8 +42,8 @@ import optax
 from benchmarks._common import save
 from benchmarks._digits import Rows, accuracy, batches, draw, init, mean_loss, row_losses
 from ghostjax import directions, value_grad_and_dots
+from ghostjax.selection import softmax, threshold, top_k
 from ghostjax.values import InRunValues
-from ghostjax.weights import drop_negative, softmax, top_k
 
 STEPS, EVERY, BATCH, VAL_ROWS, WRONG, WARM_UP = 600, 50, 64, 64, 0.4, 100
 CHOOSE, REPORT = range(100, 105), range(200, 205)
@@ -63,15 +63,15 @@ def low_loss_later(scores, losses, values, number):
 
 
 def positive(scores, losses, values, number):
-    return drop_negative(scores())
+    return threshold(scores())
 
 
 def positive_plain(scores, losses, values, number):
-    return drop_negative(scores(through=False))
+    return threshold(scores(through=False))
 
 
 def positive_value(scores, losses, values, number):
-    return drop_negative(values(scores()))
+    return threshold(values(scores()))
 
 
 def softmax_of_score(scores, losses, values, number):
@@ -80,7 +80,7 @@ def softmax_of_score(scores, losses, values, number):
 
 def positive_then_low_loss(scores, losses, values, number):
     later = low_loss(scores, losses, values, number)
-    return jnp.where(number < WARM_UP, drop_negative(scores()), later)
+    return jnp.where(number < WARM_UP, threshold(scores()), later)
 
 
 METHODS = {  # name: rule, rows to train on

@@ -3,8 +3,8 @@
 from ghostjax import directions as directions
 from ghostjax import fidelity as fidelity
 from ghostjax import linen as linen
+from ghostjax import selection as selection
 from ghostjax import testing as testing
-from ghostjax import weights as weights
 from ghostjax._aggregate import aggregate as aggregate
 from ghostjax._dots import GradDots as GradDots
 from ghostjax._dots import conservation_error as conservation_error

@@ -36,11 +36,11 @@ RANKS = {
     "linen": 3,
     "fidelity": 5,
     "values": 4,
-    "weights": 4,
-    "runs": 9,
-    "cli": 10,
-    "__main__": 11,
-    "": 11,  # the package itself re-exports
+    "selection": 9,
+    "runs": 10,
+    "cli": 11,
+    "__main__": 12,
+    "": 12,  # the package itself re-exports
 }
 # The rooms of ghostjax.runs, and which others each may import.
 ROOMS = {

@@ -1,6 +1,7 @@
 """``ghostjax rank``: the training examples that helped most and those that hurt most."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from ghostjax.runs.analysis.mixture import domain_mixture
 from ghostjax.runs.analysis.values import (
     By,
     Valued,
@@ -18,7 +20,8 @@ from ghostjax.runs.analysis.values import (
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
-from ghostjax.runs.report.terminal import print_meaning, print_values
+from ghostjax.runs.report.terminal import print_meaning, print_mixture, print_values
+from ghostjax.runs.store.files import write_json
 from ghostjax.runs.store.run import read_run
 
 DEFAULT_COUNT = 10
@@ -35,6 +38,7 @@ class RankConfig:
         ghostjax rank run --set prose --domain wiki --count 5
         ghostjax rank run --by mean --csv > values.csv
         ghostjax rank run --json | jq -r '.[] | select(.value < -2 * .error) | .id'
+        ghostjax rank run --set prose --mixture weights.json
 
     The value of an example sums, over its visits, the decrease of the validation loss by its share
     of the update. Positive helps. What follows the value is its standard error: how much it would
@@ -44,6 +48,12 @@ class RankConfig:
     set, rank, id, domain, visits, value, error, mean (value per visit), mean_error and excerpt.
     Examples that were not visited come last and have no rank.
 
+    --mixture writes {"domain": weight, ...}, with sum 1 and none 0: the share that each domain
+    should have in the data of a next run, for the mean of the validation sets or that of --set. It
+    is the share of the visits it had, times exp(rate * what the run would have taken off the
+    validation loss with all visits in this domain), DoGE's rule. Levanter takes the file's content
+    as train_weights; for Grain it is weights of MapDataset.mix, in the order of your data sets.
+
     Attributes:
       run: The run directory.
       set: The validation set to rank for. None: each of them.
@@ -52,6 +62,8 @@ class RankConfig:
       by: value: the sum over the visits; mean: the value per visit.
       csv: Print CSV.
       json: Print JSON.
+      mixture: Also write mixture weights of the domains to this file, JSON; replaces it.
+      mixture_rate: One over the unit of the loss: how much the values count in the mixture.
       quiet: Print the tables without notes.
     """
 
@@ -62,12 +74,18 @@ class RankConfig:
     by: By = "value"
     csv: bool = False
     json: bool = False
+    mixture: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    mixture_rate: float = 1.0
     quiet: bool = False
 
     def check(self) -> None:
         """Raises ``UsageError`` for the first option that cannot be used."""
         check_count(self.count)
         check_formats(self.csv, self.json)
+        if self.mixture is not None and self.domain is not None:
+            raise UsageError("--mixture is of all domains: leave out --domain")
+        if not 0 < self.mixture_rate < math.inf:
+            raise UsageError(f"--mixture-rate must be positive, got {self.mixture_rate}")
 
 
 def run(config: RankConfig) -> None:
@@ -75,6 +93,7 @@ def run(config: RankConfig) -> None:
 
     Raises:
       UsageError: an option, or the run directory, cannot be used.
+      OSError: the mixture cannot be written.
     """
     config.check()
     source = read_run(config.run)
@@ -92,6 +111,10 @@ def run(config: RankConfig) -> None:
         which = f" of domain {config.domain}" if config.domain is not None else ""
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
 
+    shares = None
+    if config.mixture is not None:
+        shares = domain_mixture(values, config.mixture_rate)
+        write_json(config.mixture, {share.name: share.weight for share in shares})
     if config.csv:
         output.print_csv(_rows(values, config))
     elif config.json:
@@ -108,6 +131,8 @@ def run(config: RankConfig) -> None:
                 domain=config.domain,
                 quiet=config.quiet,
             )
+        if shares is not None:
+            print_mixture(console, shares)
         if not config.quiet:
             if not source.is_finished:
                 output.print_text(console, output.progress_note(source))

@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ghostjax.runs.analysis.domains import by_domain
+from ghostjax.runs.analysis.mixture import Share
 from ghostjax.runs.analysis.values import By, Valued, best_and_worst, read_values
 from ghostjax.runs.report import output
 from ghostjax.runs.store.run import Run
@@ -55,6 +56,20 @@ def print_meaning(console: Console, run: Run) -> None:
         "error."
     )
     output.print_text(console, text, "dim")
+
+
+def print_mixture(console: Console, shares: list[Share]) -> None:
+    """Prints the weights of the domains beside the shares that they had."""
+    right = {"justify": "right"}
+    columns = {"domain": {"ratio": 1, "min_width": 12}, "share of visits": right}
+    columns |= {"value of all visits": right, "weight": right}
+    table = output.plain_table("Mixture", columns, console)
+    for share in shares[:MAX_DOMAINS]:
+        figures = f"{share.visited:.3f}", f"{share.value:+.2e}", f"{share.weight:.3f}"
+        table.add_row(output.plain_cell(share.name, console), *figures)
+    if len(shares) > MAX_DOMAINS:
+        table.caption = f"and {len(shares) - MAX_DOMAINS} more domains with smaller weights"
+    console.print(table)
 
 
 def print_summary(console: Console, run: Run) -> None:

@@ -245,7 +245,7 @@ def test_help_has_examples_and_every_option(capsys):
     text = capsys.readouterr().out
     assert "ghostjax rank run --set prose --domain wiki --count 5" in text
     for field in dataclasses.fields(RankConfig):
-        assert field.name == "run" or "--" + field.name in text
+        assert field.name == "run" or "--" + field.name.replace("_", "-") in text
     assert "\x1b" not in text
 
 

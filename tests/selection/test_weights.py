@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from ghostjax import value_grad_and_dots
-from ghostjax.weights import drop_negative, softmax, top_k
+from ghostjax.selection import softmax, threshold, top_k
 
 NAN, INF = np.nan, np.inf
 RULES = {
-    "drop_negative": drop_negative,
+    "threshold": threshold,
     "top_k": lambda scores: top_k(scores, 2),
     "softmax": softmax,
 }
@@ -29,8 +29,8 @@ RULES = {
     ],
     ids=["all", "some", "zeros stay", "nan", "infinite", "none", "subnormal"],
 )
-def test_drop_negative(scores, expected):
-    np.testing.assert_array_equal(drop_negative(jnp.array(scores)), np.float32(expected))
+def test_threshold(scores, expected):
+    np.testing.assert_array_equal(threshold(jnp.array(scores)), np.float32(expected))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def trained(drop, params, train, val, test, places):
         batch = jax.tree.map(lambda leaf: leaf[places], train)
         direction = jax.grad(mean_loss)(params, val)
         scores = value_grad_and_dots(mean_loss)(params, batch, direction=direction).total()
-        weights = jnp.where(drop, drop_negative(scores), 1.0)
+        weights = jnp.where(drop, threshold(scores), 1.0)
         grads = jax.grad(lambda params: jnp.mean(weights * row_losses(params, batch)))(params)
         return jax.tree.map(lambda leaf, grad: leaf - RATE * grad, params, grads), weights > 0
 
