@@ -13,6 +13,7 @@ import tyro
 from ghostjax.runs.analysis.values import (
     best_and_worst,
     read_values,
+    visited_examples,
 )
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.config import TrainConfig
@@ -161,7 +162,14 @@ def _groups(
             )
     if config.id:
         chosen = list(dict.fromkeys(places[name] for name in config.id))
-        return {which: [("Chosen documents", chosen)] for which in sets}
+        visited = set(visited_examples(source).tolist())
+        lists = {
+            "Chosen documents": [index for index in chosen if index in visited],
+            "Chosen documents that were not visited, so without a value": [
+                index for index in chosen if index not in visited
+            ],
+        }
+        return {which: [(title, own) for title, own in lists.items() if own] for which in sets}
     values = read_values(source)
     groups = {}
     for which in sets:

@@ -141,6 +141,8 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> No
                 _append(writer, task, trainer, step)
                 show.step(step)
                 end = step.number + 1
+                if step.fault:
+                    raise StoppedError(step.fault)
                 is_last = end == config.steps
                 if end % config.checkpoint_every == 0 or is_last or is_interrupted():
                     writer.flush(end)
@@ -158,6 +160,8 @@ def _append(writer: LogWriter, task: Task, trainer: Trainer, step: Step) -> None
     ids = [task.examples[index].id for index in batch.indices]
     writer.append("scores", {**common, "id": ids, "start": batch.starts, **record.scores})
     writer.append("steps", {**common, **record.steps})
+    if not trainer.is_scored(step.number):
+        return
     writer.append(
         "kinds",
         {
