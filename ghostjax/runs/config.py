@@ -69,6 +69,8 @@ class TrainConfig:
       audit_every: Every so many scored steps, two rows are redone by plain autodiff. 0: never.
       checkpoint_every: Every so many steps, the log and a checkpoint are written to disk.
       seed: Seed of the initial parameters, the order of the examples and all sampling.
+      compilation_cache: Keep compiled programs in the user's cache directory
+        (XDG_CACHE_HOME or ~/.cache, ghostjax/compiled), so that the next run starts at once.
       quiet: Print nothing but errors.
     """
 
@@ -94,6 +96,7 @@ class TrainConfig:
     audit_every: int = 64
     checkpoint_every: int = 64
     seed: int = 0
+    compilation_cache: bool = True
     quiet: bool = False
 
     @property
@@ -164,7 +167,7 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """The options that make the run what it is, as ``run.json`` keeps them."""
         options = dataclasses.asdict(self)
-        for name in ("out", "resume", "quiet"):
+        for name in ("out", "resume", "compilation_cache", "quiet"):
             del options[name]
         options["train"] = [str(path) for path in self.train]
         options["val"] = list(self.val)

@@ -15,7 +15,12 @@ from ghostjax.runs.analysis.values import (
     read_values,
     visited_examples,
 )
-from ghostjax.runs.commands.options import check_choice, check_count, check_formats
+from ghostjax.runs.commands.options import (
+    check_choice,
+    check_count,
+    check_formats,
+    use_compilation_cache,
+)
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.text import TextTask
@@ -67,6 +72,7 @@ class TokensConfig:
       print: Show the texts in the terminal and write nothing.
       csv: Print CSV and write nothing.
       json: Print JSON and write nothing.
+      compilation_cache: Keep compiled programs, as ghostjax train does.
       quiet: Do not print the path.
     """
 
@@ -80,6 +86,7 @@ class TokensConfig:
     print: bool = False
     csv: bool = False
     json: bool = False
+    compilation_cache: bool = True
     quiet: bool = False
 
     def check(self) -> None:
@@ -106,6 +113,7 @@ def run(config: TokensConfig) -> None:
       OSError: the page cannot be written; an earlier one is unchanged.
     """
     config.check()
+    use_compilation_cache(config.compilation_cache)
     source = read_run(config.run)
     if source.metadata.get("task") != TextTask.name:
         raise UsageError(

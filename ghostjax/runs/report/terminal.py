@@ -93,6 +93,15 @@ def print_summary(console: Console, run: Run) -> None:
     for warning in summary["warnings"]:
         output.print_text(console, f"Warning: {warning}", "bold")
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in summary["val_loss"].items())
+    cost = summary.get("cost")
+    if cost:
+        output.print_text(
+            console,
+            f"A scored step took {1e3 * cost['scored_step']:.1f} ms, a step of plain training "
+            f"{1e3 * cost['plain_step']:.1f} ms: training with scores every "
+            f"{cost['score_every']} steps costs {cost['ratio']:.2f} times plain training. "
+            "--score-every lowers it.",
+        )
     output.print_text(console, f"loss {summary['loss']:.3f}  validation loss {losses}")
 
 
