@@ -32,9 +32,7 @@ def main() -> None:
     config = TrainConfig(pathlib.Path("unused"))
     task = load_task(config)
     batch = next(batches(config, task))
-    trainers = {
-        order: Trainer(dataclasses.replace(config, order=order), task) for order in (1, 2)
-    }
+    trainers = {order: Trainer(dataclasses.replace(config, order=order), task) for order in (1, 2)}
     trainer = trainers[2]
     params = trainer.init_params()
     sets = len(task.val_sizes)

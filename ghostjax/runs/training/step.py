@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 from ghostjax import fidelity
-from ghostjax._dots import GradDots, conservation_error, value_grad_and_dots
+from ghostjax._dots import GradDots, conservation_error
+from ghostjax._early import value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
 from ghostjax.runs.training.gradients import (
     PARTS,
