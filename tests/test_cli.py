@@ -187,7 +187,8 @@ def test_version_and_help(capsys):
     text = capsys.readouterr().out
     assert "ghostjax train --out run --train forum.jsonl" in text
     for field in dataclasses.fields(TrainConfig):
-        assert "--" + field.name.replace("_", "-") in text
+        no = "no-" if field.default is True else ""
+        assert f"--{no}" + field.name.replace("_", "-") in text
     assert "\x1b" not in text
 
 

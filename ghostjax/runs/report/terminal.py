@@ -95,12 +95,12 @@ def print_summary(console: Console, run: Run) -> None:
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in summary["val_loss"].items())
     cost = summary.get("cost")
     if cost:
+        every = "every step" if cost["score_every"] == 1 else f"1 step in {cost['score_every']}"
         output.print_text(
             console,
             f"A scored step took {1e3 * cost['scored_step']:.1f} ms, a step of plain training "
-            f"{1e3 * cost['plain_step']:.1f} ms: training with scores every "
-            f"{cost['score_every']} steps costs {cost['ratio']:.2f} times plain training. "
-            "--score-every lowers it.",
+            f"{1e3 * cost['plain_step']:.1f} ms: a run that scores {every} "
+            f"costs {cost['ratio']:.2f} times plain training. --score-every lowers it.",
         )
     output.print_text(console, f"loss {summary['loss']:.3f}  validation loss {losses}")
 

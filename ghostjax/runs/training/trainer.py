@@ -40,16 +40,16 @@ class Step:
 
     Attributes:
       number: from 0.
-      seconds: that it took, None where something was compiled.
       record: of a step that is not scored, the losses and NaN or nothing.
+      seconds: that it took, None where something was compiled.
       fault: why training cannot go on, although the step can be logged.
     """
 
     number: int
     learning_rate: float
-    seconds: float | None
     batch: Batch
     record: StepRecord
+    seconds: float | None = None
     fault: str | None = None
 
 
@@ -144,7 +144,7 @@ class Trainer:
             seconds = time.perf_counter() - begin if kind in made else None
             made.add(kind)
             rate = float(self._learning_rates[number])
-            step = Step(number, rate, seconds, batch, record)
+            step = Step(number, rate, batch, record, seconds)
             self._check(step)
             yield state, dataclasses.replace(step, fault=self._fault(step))
 

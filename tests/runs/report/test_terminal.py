@@ -27,5 +27,5 @@ def test_warnings_are_printed(micro_run):
     assert "Warning: Beware." in stream.getvalue()
     assert "by value for validation set held: 0.000" in stream.getvalue()
     text = " ".join(stream.getvalue().split())
-    assert "A scored step took 60.0 ms, a step of plain training 12.0 ms: training with" in text
-    assert "scores every 4 steps costs 2.00 times plain training" in text
+    assert "A scored step took 60.0 ms, a step of plain training 12.0 ms: a run" in text
+    assert "that scores 1 step in 4 costs 2.00 times plain training" in text

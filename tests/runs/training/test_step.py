@@ -54,6 +54,7 @@ def mean_loss(params, rows):
     return jnp.mean(TASK.row_losses(params, rows))
 
 
+ROWS_GRADIENTS = jax.jit(functools.partial(testing.per_example_grads, TASK.row_losses))
 MEAN_LOSS, GRADIENT = jax.jit(mean_loss), jax.jit(jax.grad(mean_loss))
 
 
@@ -144,7 +145,7 @@ def decrease(optimizer, state, grads, val_grads, row):
 
 
 def expected_scores(optimizer, state, val_grads):
-    rows = testing.per_example_grads(TASK.row_losses, state.params, BATCHES[2])
+    rows = ROWS_GRADIENTS(state.params, BATCHES[2])
     grads = jax.tree.map(lambda leaf: leaf.mean(0), rows)
     each = [jax.tree.map(lambda leaf, n=n: leaf[n], rows) for n in range(NUM_TRAIN)]
     return np.array([decrease(optimizer, state, grads, val_grads, row) for row in each])
