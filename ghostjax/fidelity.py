@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghostjax._predictions import far_off as far_off
+from ghostjax._predictions import step_weights as step_weights
+
 MAX_CONSERVATION_ERROR = 0.03  # bfloat16 models are at a hundredth, float32 ones at 1e-5
 MAX_AUDIT_ERROR = MAX_CONSERVATION_ERROR
 MAX_PREDICTION_ERROR = 0.5  # of the actual decrease, in the median step
 MIN_PREDICTION_CORRELATION = 0.5
+MAX_FAR_OFF = 0.1  # of the steps; fewer are told as single ones
 MAX_SAMPLING_ERROR = 1.0  # of the spread of the values
 
 
@@ -232,7 +236,8 @@ class Fidelity:
     Attributes:
       prediction_correlation: Pearson, over the steps, of predicted and actual decrease.
       prediction_error: median of |predicted - actual| over the median of |actual|.
-      prediction_ratio: sum of the actual decreases over that of the predicted ones.
+      prediction_ratio: sum of the actual decreases over that of the predicted ones. It and the
+        correlation leave out steps that are far off, where these are few.
       plain_correlation: median over the steps of the correlation of the scores with plain dots.
       sampling_error: root mean square of the values' standard errors over the values' spread.
       conservation_error: the largest of any step.
@@ -240,6 +245,8 @@ class Fidelity:
       undefined_steps: how many of ``steps`` have a predicted or actual decrease or a conservation
         error that is not finite; the figures leave out what is not.
       undefined_examples: likewise, of ``examples``, for values and their standard errors.
+      far_off_steps: how many steps did something else than was predicted; see ``far_off``.
+      tolerance: what conservation and audit error may be.
     """
 
     prediction_correlation: float
@@ -253,6 +260,17 @@ class Fidelity:
     steps: int = 0
     undefined_examples: int = 0
     examples: int = 0
+    far_off_steps: int = 0
+    tolerance: float = MAX_CONSERVATION_ERROR
+
+    @property
+    def is_off_often(self) -> bool:
+        """Whether so many steps are far off that it is not for a few rows."""
+        return (
+            self.prediction_error > MAX_PREDICTION_ERROR
+            or self.far_off_steps > MAX_FAR_OFF * self.steps
+            or self.prediction_correlation < MIN_PREDICTION_CORRELATION
+        )
 
     def warnings(self) -> list[str]:
         """Plain sentences, one for every reason not to trust the scores."""
@@ -267,28 +285,31 @@ class Fidelity:
                 f"Of {self.examples} examples, {self.undefined_examples} have a value or standard "
                 "error that is not finite: the figures are of the others."
             )
-        if not self.conservation_error <= MAX_CONSERVATION_ERROR:
+        if not self.conservation_error <= self.tolerance:
             found.append(
                 "The scores do not add up to what the gradient says: the conservation error "
                 f"reached {self.conservation_error:.1e}. Numbers may be out of range, or a use of "
                 "a parameter is missing."
             )
-        if self.audit_error is not None and not self.audit_error <= MAX_AUDIT_ERROR:
+        if self.audit_error is not None and not self.audit_error <= self.tolerance:
             found.append(
                 "Rows that were redone by plain autodiff came out differently: the audit error "
                 f"reached {self.audit_error:.1e} of the largest score."
             )
         # NaN, where there is too little to tell, is no reason by itself.
-        if (
-            self.prediction_error > MAX_PREDICTION_ERROR
-            or self.prediction_correlation < MIN_PREDICTION_CORRELATION
-        ):
+        if self.is_off_often:
             found.append(
                 "The validation loss did not do what the scores predict (correlation over the "
                 f"steps {self.prediction_correlation:.2f}, typical error "
                 f"{self.prediction_error:.0%} of the actual decrease): the steps are too large. "
                 "Lower the learning rate or, where the scores are of order 1, take the validation "
                 "gradient half-way along the update (--order 2; directions.midpoint)."
+            )
+        elif self.far_off_steps:
+            found.append(
+                f"In {self.far_off_steps} of {self.steps} steps, the validation loss did something "
+                "far from what was predicted: give their scores less weight (step_weights), and "
+                "look at the rows of these steps."
             )
         if self.sampling_error > MAX_SAMPLING_ERROR:
             found.append(
@@ -308,6 +329,7 @@ def summarize(
     audit_errors: np.ndarray,
     values: np.ndarray,
     value_errors: np.ndarray,
+    tolerance: float = MAX_CONSERVATION_ERROR,
 ) -> Fidelity:
     """Sums up what the steps of a run measured, outside ``jax.jit``.
 
@@ -317,6 +339,7 @@ def summarize(
       conservation_errors: [steps].
       audit_errors: [steps], NaN where there was no audit.
       values, value_errors: [n], of the examples that were visited.
+      tolerance: what conservation and audit error may be, for ``warnings``.
 
     Returns:
       The figures. What is not finite is left out and counted: a step without both decreases is
@@ -339,15 +362,17 @@ def summarize(
     has_certificate = np.isfinite(conservation_errors)
     has_value = np.isfinite(values) & np.isfinite(value_errors)
     predicted, actual = predicted[has_both], actual[has_both]
+    error = _ratio(_of(np.median, np.abs(predicted - actual)), _of(np.median, np.abs(actual)))
+    is_off = far_off(predicted, actual)
+    if is_off.sum() <= MAX_FAR_OFF * len(is_off):
+        predicted, actual = predicted[~is_off], actual[~is_off]
     values, value_errors = values[has_value], value_errors[has_value]
     audited = audit_errors[~np.isnan(audit_errors)]
     together = _of(np.std, predicted) * _of(np.std, actual)
     moved = _of(np.mean, (predicted - _of(np.mean, predicted)) * (actual - _of(np.mean, actual)))
     return Fidelity(
         prediction_correlation=float(moved / together) if together > 0 else float("nan"),
-        prediction_error=_ratio(
-            _of(np.median, np.abs(predicted - actual)), _of(np.median, np.abs(actual))
-        ),
+        prediction_error=error,
         prediction_ratio=_ratio(actual.sum(), predicted.sum()),
         plain_correlation=_of(np.median, correlations[np.isfinite(correlations)]),
         sampling_error=_ratio(np.sqrt(_of(np.mean, value_errors**2)), _of(np.std, values)),
@@ -357,6 +382,8 @@ def summarize(
         steps=len(has_both),
         undefined_examples=int(np.sum(~has_value)),
         examples=len(has_value),
+        far_off_steps=int(is_off.sum()),
+        tolerance=tolerance,
     )
 
 

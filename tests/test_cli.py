@@ -29,7 +29,8 @@ def command(config: TrainConfig, **changes) -> list[str]:
     for name, value in dataclasses.asdict(dataclasses.replace(config, **changes)).items():
         option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            argv += [option] if value else []
+            is_default = value == getattr(TrainConfig(config.out), name)
+            argv += [] if is_default else [option if value else f"--no-{option[2:]}"]
         elif isinstance(value, tuple):
             argv += [option, *map(str, value)] if value else []
         elif value is not None:
@@ -38,6 +39,8 @@ def command(config: TrainConfig, **changes) -> list[str]:
 
 
 BAD_OPTIONS = {
+    "score every": ({"score_every": 0}, "--score-every must be at least 1, got 0"),
+    "nothing scored": ({"score_every": 7}, "--score-every 7 is more than --steps 6: no step would"),
     "no steps": ({"steps": 0}, "--steps must be at least 1, got 0"),
     "negative steps": ({"steps": -3}, "--steps must be at least 1, got -3"),
     "no batch": ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
@@ -184,7 +187,8 @@ def test_version_and_help(capsys):
     text = capsys.readouterr().out
     assert "ghostjax train --out run --train forum.jsonl" in text
     for field in dataclasses.fields(TrainConfig):
-        assert "--" + field.name.replace("_", "-") in text
+        no = "no-" if field.default is True else ""
+        assert f"--{no}" + field.name.replace("_", "-") in text
     assert "\x1b" not in text
 
 

@@ -244,12 +244,14 @@ GOOD = fidelity.Fidelity(
     sampling_error=0.5,
     conservation_error=1e-5,
     audit_error=None,
+    steps=30,
 )
 BAD = {
     "prediction_correlation": (0.1, "the steps are too large. Lower the learning rate"),
     "prediction_error": (3.0, "typical error 300% of the actual decrease"),
     "sampling_error": (4.0, "4.0 times as large as the differences between examples"),
     "conservation_error": (0.2, "conservation error reached 2.0e-01"),
+    "far_off_steps": (2, "In 2 of 30 steps, the validation loss did something far from what was"),
     "audit_error": (0.9, "redone by plain autodiff came out differently: the audit error"),
 }
 
@@ -370,3 +372,34 @@ def test_an_audit_that_failed_is_no_missing_one():
 def test_sizes_of_float32_do_not_overflow():
     found = summarized(values=np.float32([3e38, -3e38, 0]), value_errors=np.float32([1e38] * 3))
     assert found.sampling_error == pytest.approx(1 / np.sqrt(6))
+
+
+def test_one_step_that_is_far_off_is_not_taken_for_steps_too_large():
+    rng = np.random.default_rng(0)
+    actual = rng.normal(0.1, 0.02, 40)
+    predicted = actual + rng.normal(0, 0.002, 40)
+    others = {name: np.zeros(40) for name in ("correlations", "conservation_errors")}
+
+    def found(predicted):
+        return summarized(predicted=predicted, actual=actual, audit_errors=[np.nan], **others)
+
+    one = predicted.copy()
+    one[7] = -6.7
+    assert fidelity.far_off(one, actual).tolist() == [n == 7 for n in range(40)]
+    assert (found(predicted).far_off_steps, found(one).far_off_steps) == (0, 1)
+    assert found(one).prediction_correlation > 0.9
+    (sentence,) = found(one).warnings()
+    assert "In 1 of 40 steps" in sentence
+    many = np.where(np.arange(40) % 4, predicted, -6.7)
+    assert found(many).far_off_steps == 10
+    assert "the steps are too large" in found(many).warnings()[0]
+
+
+def test_weights_of_steps():
+    actual = np.array([0.1, -0.1, 0.3, 0.0, np.nan])
+    predicted = np.array([0.2, 0.4, -0.3, -6.0, 1.0])
+    # The typical size is 0.1.
+    expected = [1, 0.3 / 0.4, 1, 0.2 / 6, 1]
+    np.testing.assert_allclose(fidelity.step_weights(predicted, actual), expected)
+    assert fidelity.step_weights([0.0], [0.0]).tolist() == [1]
+    assert fidelity.step_weights([], []).tolist() == []

@@ -19,6 +19,7 @@ RANKS = {
     "_scalars": 2,
     "core": 2,
     "_explanation": 3,
+    "_predictions": 1,
     "_loss": 3,
     "_labels": 4,
     "_dots": 5,
@@ -49,12 +50,12 @@ ROOMS = {
     "store": ("errors",),
     "config": ("errors", "models", "store"),
     "data": ("errors", "models", "config"),
-    "training": ("errors", "models", "config", "data"),
+    "training": ("errors", "models", "config", "data", "analysis"),
     "analysis": ("errors", "store"),
     "report": ("errors", "config", "store", "data", "training", "analysis"),
     "commands": ("errors", "config", "store", "data", "training", "analysis", "report"),
 }
-EXTRAS = ("orbax", "pyarrow", "rich", "tokenizers", "tyro")
+EXTRAS = ("orbax", "pyarrow", "rich", "scipy", "tokenizers", "tyro")
 # What rich itself calls may import it there, and only there.
 INSIDE_FUNCTIONS = {"_explanation": "rich"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -57,14 +57,20 @@ class TrainConfig:
       learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
         model's own.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
-      order: Where the validation gradient is taken. 1: at the parameters. 2: half-way along the
-        update, so that scores know about curvature, for one more gradient of the validation rows.
+      order: Where the validation gradient is taken. 2: at the midpoint of the update, so that
+        scores know about curvature. 1: at the parameters; it saves a forward pass over the
+        validation rows.
+      score_every: Score every so many steps; those between are plain training steps, whose rows
+        have losses in the log but no scores, and which cost nothing extra. A value sums the scored
+        visits.
       dtype: What is computed in. Parameters, sums and scores are float32.
       remat: Recompute activations in the backward pass, to save memory; takes a second pass for the
         scores.
-      audit_every: Every so many steps, two rows are redone by plain autodiff. 0: never.
+      audit_every: Every so many scored steps, two rows are redone by plain autodiff. 0: never.
       checkpoint_every: Every so many steps, the log and a checkpoint are written to disk.
       seed: Seed of the initial parameters, the order of the examples and all sampling.
+      compilation_cache: Keep compiled programs in the user's cache directory
+        (XDG_CACHE_HOME or ~/.cache, ghostjax/compiled), so that the next run starts at once.
       quiet: Print nothing but errors.
     """
 
@@ -84,11 +90,13 @@ class TrainConfig:
     learning_rate: float | None = None
     clip: float = 1.0
     order: Literal[1, 2] = 2
+    score_every: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     audit_every: int = 64
     checkpoint_every: int = 64
     seed: int = 0
+    compilation_cache: bool = True
     quiet: bool = False
 
     @property
@@ -122,11 +130,16 @@ class TrainConfig:
         if self.model not in SIZES:
             raise UsageError(f"unknown model {self.model!r}: expected one of {', '.join(SIZES)}")
         least = {"steps": 1, "batch_size": 1, "microbatches": 1, "val_batch_size": 2}
-        least |= {"audit_every": 0, "checkpoint_every": 1}
+        least |= {"score_every": 1, "audit_every": 0, "checkpoint_every": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must be at least {bound}, got {getattr(self, name)}")
+        if self.score_every > self.steps:
+            raise UsageError(
+                f"--score-every {self.score_every} is more than --steps {self.steps}: no step "
+                "would be scored"
+            )
         if self.val_batch_size % 2:
             raise UsageError(f"--val-batch-size must be even, got {self.val_batch_size}")
         if self.batch_size % self.microbatches:
@@ -154,7 +167,7 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """The options that make the run what it is, as ``run.json`` keeps them."""
         options = dataclasses.asdict(self)
-        for name in ("out", "resume", "quiet"):
+        for name in ("out", "resume", "compilation_cache", "quiet"):
             del options[name]
         options["train"] = [str(path) for path in self.train]
         options["val"] = list(self.val)

@@ -93,10 +93,22 @@ def write_run(
         "seed": seed,
         **metadata,
     }
+    record["options"] = {**options, **metadata.get("options", {})}
     (path / "run.json").write_text(json.dumps(record))
     if finished:
         _finish(path, sets, ids, domains, log, options)
     return path
+
+
+def changed_steps(path: Path, step: int, **columns: float) -> None:
+    """Changes columns of a step in the log of a run."""
+    for part in (path / "log").glob("steps-*.parquet"):
+        table = pq.read_table(part)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["step"] == step:
+                row.update(columns)
+        pq.write_table(pa.Table.from_pylist(rows, table.schema), part)
 
 
 def _make_log(
@@ -118,8 +130,6 @@ def _make_log(
         "step": step,
         "loss": 2 + fading,
         "learning_rate": np.full(steps, 1e-3),
-        "conservation_error": rng.uniform(1e-7, 3e-6, steps),
-        "audit_error": np.where(step % 10 == 0, 1e-6, None),
         "undefined": np.zeros(steps, int),
     }
     kinds = {"step": [], "kind": [], "set": [], "score": []}
@@ -134,6 +144,8 @@ def _make_log(
         table[f"val_loss_{name}"] = 3.0 + k + fading
         table[f"predicted_{name}"] = predicted
         table[f"actual_{name}"] = 0.9 * predicted + rng.normal(0, 1e-3, steps)
+        table[f"conservation_error_{name}"] = rng.uniform(1e-7, 3e-6, steps)
+        table[f"audit_error_{name}"] = np.where(step % 10 == 0, 1e-6, None)
         table[f"correlation_{name}"] = rng.uniform(0.5, 0.9, steps)
         for kind, part in zip(KINDS, (0.5, 0.35, -0.05, 0.2), strict=True):
             kinds["step"].append(step)
@@ -156,6 +168,7 @@ def _finish(path, sets, ids, domains, log, options) -> None:
         error = log["scores"][f"error_{name}"].astype(np.float32).astype(float)
         columns[f"value_{name}"] = value
         columns[f"error_{name}"] = np.sqrt(np.bincount(which, error**2, len(ids)))
+        columns[f"verdict_{name}"] = ["unclear"] * len(ids)
         by_domain[name] = {
             domain: {
                 "examples": domains.count(domain),

@@ -29,7 +29,8 @@ def rows(table, step):
     elif table == "steps":
         names = schema.table_schema(table, SETS).names
         columns = {name: float(numbers()) for name in names if name != "step"}
-        columns |= {"undefined": 3, "audit_error": None if step % 2 else 0.5}
+        columns["undefined"] = 3
+        columns |= {f"audit_error_{name}": None if step % 2 else 0.5 for name in SETS}
     else:
         columns = {"kind": ["Dense", "Dense", "Embed", "Embed"], "set": SETS * 2}
         columns["score"] = numbers(4)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ghostjax.runs.analysis.statistics import ranks, reliability, spearman
+from ghostjax.runs.analysis.statistics import differs, freedom, ranks, reliability, spearman
 from ghostjax.runs.analysis.values import By, Valued, find
 
 
@@ -18,6 +18,9 @@ class Comparison:
       value_a, value_b, error_a, error_b: [m], values (or values per visit) and standard errors.
       rank_a, rank_b: [m], ranks among these m examples, 1 for the most helpful.
       only_a, only_b: Examples that only this run visited, or only this run has.
+      missing_a, missing_b: Of each of ``only_b`` and ``only_a``, why it is not in the other run:
+        "not visited" or "absent".
+      unvisited: Ids of examples that are in both runs and that neither visited.
     """
 
     a: Valued
@@ -30,6 +33,9 @@ class Comparison:
     rank_b: np.ndarray
     only_a: Valued
     only_b: Valued
+    missing_a: np.ndarray
+    missing_b: np.ndarray
+    unvisited: list[str]
 
     @property
     def change(self) -> np.ndarray:
@@ -43,8 +49,18 @@ class Comparison:
 
     @property
     def beyond(self) -> np.ndarray:
-        """[m] bool: the change is more than two standard errors."""
-        return np.abs(self.change) > 2 * self.error
+        """[m] bool: the change differs from zero by the t test of ``Valued.apart``."""
+        parts = (self.a, self.error_a), (self.b, self.error_b)
+        # Per visit, errors are smaller by one factor, and their fourth powers by its fourth.
+        shrunk = [each / np.where(own.errors > 0, own.errors, 1) for own, each in parts]
+        fourths = sum(own.fourths * by**4 for (own, _), by in zip(parts, shrunk))
+        degrees = freedom(self.error**2, fourths, self.a.visits + self.b.visits)
+        return self.is_told & differs(self.change, self.error, degrees)
+
+    @property
+    def is_told(self) -> np.ndarray:
+        """[m] bool: both runs have visits enough to claim something."""
+        return self.a.is_told & self.b.is_told
 
     @property
     def sign_changed(self) -> np.ndarray:
@@ -77,6 +93,8 @@ class Comparison:
             "only_b": len(self.only_b),
             "correlation": spearman(self.value_a, self.value_b),
             "expected_correlation": float(np.sqrt(kept)),
+            "unvisited": len(self.unvisited),
+            "told": int(self.is_told.sum()),
             "changed_beyond_errors": int(self.beyond.sum()),
             "sign_changed": int(self.sign_changed.sum()),
             "sign_changed_beyond_errors": int((self.sign_changed & self.beyond).sum()),
@@ -95,6 +113,7 @@ def compare(a: Valued, b: Valued, by: By = "value") -> Comparison:
     both_a, both_b = a.select(in_a), b.select(in_b)
     value_a, error_a = both_a.measured(by)
     value_b, error_b = both_b.measured(by)
+    only_a, only_b = _rest(a, in_a), _rest(b, in_b)
     return Comparison(
         a=both_a,
         b=both_b,
@@ -104,14 +123,21 @@ def compare(a: Valued, b: Valued, by: By = "value") -> Comparison:
         error_b=error_b,
         rank_a=ranks(-value_a),
         rank_b=ranks(-value_b),
-        only_a=_rest(a, in_a),
-        only_b=_rest(b, in_b),
+        only_a=only_a,
+        only_b=only_b,
+        missing_a=_missing(only_b, a),
+        missing_b=_missing(only_a, b),
+        unvisited=list(a.ids[~a.visited & (place >= 0) & ~np.append(b.visited, True)[place]]),
     )
+
+
+def _missing(alone: Valued, other: Valued) -> np.ndarray:
+    return np.where(find(alone.ids, other.ids) >= 0, "not visited", "absent").astype(object)
 
 
 def _rest(valued: Valued, matched: np.ndarray) -> Valued:
     """The examples that were visited and not matched."""
-    rest = valued.visits > 0
+    rest = valued.visited.copy()
     rest[matched] = False
     return valued.select(rest)
 

@@ -1,22 +1,34 @@
-"""Whether the scores of a run can be trusted, in plain words."""
+"""Whether the scores of a run can be trusted, in plain words.
+
+What is wrong with them is worded here alone: ``train``, ``rank`` and the report say the same.
+"""
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ghostjax.fidelity import (
-    MAX_AUDIT_ERROR,
     MAX_CONSERVATION_ERROR,
     MIN_PREDICTION_CORRELATION,
     Fidelity,
+    far_off,
+    step_weights,
 )
 from ghostjax.runs.analysis.scale import number
+from ghostjax.runs.analysis.values import scored_steps
+from ghostjax.runs.store.run import Run
 
 FEW_STEPS = 10  # fewer tell little about how predictions and the loss go together
 GOOD_CORRELATION = 0.7
 GOOD_RATIO = (0.5, 1.5)
 GOOD_SAMPLING_ERROR = 0.5
 USELESS_SAMPLING_ERROR = 2.0
+# What certificate and audit may be off by: rounding is far below, a missing part far above.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+MAX_NAMED = 3  # steps by their number
 
 
 class Judgement(NamedTuple):
@@ -35,12 +47,92 @@ _VERDICTS = {
 }
 
 
-def judge(fidelity: Fidelity, steps: int) -> Judgement:
-    """Judges the values for one validation set after so many steps."""
-    told = fidelity
+def tolerance_of(metadata: dict[str, Any]) -> float:
+    """What certificate and audit of a run may be off by, by the dtype it computes in."""
+    options = metadata.get("options")
+    dtype = options.get("dtype") if isinstance(options, dict) else None
+    return TOLERANCES.get(dtype, MAX_CONSERVATION_ERROR)
+
+
+def broken_check(
+    step: int, name: str, tolerance: float, conservation: float, audit: float
+) -> str | None:
+    """What is wrong where certificate or audit of a step failed, in one line; else None.
+
+    Args:
+      audit: NaN where there was none.
+
+    >>> broken_check(7, "prose", 1e-3, 1e-6, 0.02)
+    'step 7, validation set prose: the audit error is 2.0e-02, more than the tolerance 1.0e-03'
+    >>> broken_check(7, "prose", 1e-3, 1e-6, float("nan"))
+    """
+    found = {} if conservation <= tolerance else {"conservation": conservation}
+    found |= {"audit": audit} if audit > tolerance else {}
+    for what, error in found.items():
+        return (
+            f"step {step}, validation set {name}: the {what} error is {error:.1e}, more than the "
+            f"tolerance {tolerance:.1e}"
+        )
+    return None
+
+
+def warnings(run: Run, name: str, fidelity: Fidelity) -> list[str]:
+    """Every reason not to trust the values for validation set ``name``, in a sentence each.
+
+    Steps that are far from their prediction, and those at which certificate or audit failed, are
+    told by their numbers.
+    """
+    steps, tolerance = np.flatnonzero(scored_steps(run)), tolerance_of(run.metadata)
+    checks = (
+        run.numbers("steps", f"{what}_error_{name}")[steps] for what in ("conservation", "audit")
+    )
+    broken = [broken_check(step, name, tolerance, *errors) for step, *errors in zip(steps, *checks)]
+    return [
+        *fidelity.warnings(),
+        *_first(f"Broken at {line}." for line in broken if line),
+        *_first(_far_off_steps(run, name)),
+    ]
+
+
+def _first(lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
+    rest = len(lines) - MAX_NAMED
+    return lines[:MAX_NAMED] + ([f"So it is in {rest} more steps."] if rest > 0 else [])
+
+
+def _far_off_steps(run: Run, name: str) -> list[str]:
+    """One sentence each, that with the largest difference first."""
+    predicted, actual = (run.numbers("steps", f"{what}_{name}") for what in ("predicted", "actual"))
+    steps = np.flatnonzero(far_off(predicted, actual))
+    if not len(steps):
+        return []
+    weights = step_weights(predicted, actual)
+    of_visit = run.scores["step"].to_numpy()
+    scores = np.abs(run.numbers("scores", f"score_{name}"))
+    found = []
+    for step in steps[np.argsort(-np.abs(predicted - actual)[steps], kind="stable")]:
+        first, end = np.searchsorted(of_visit, [step, step + 1])
+        row = int(np.argmax(scores[first:end]))
+        found.append(
+            f"Step {step}, validation set {name}: predicted a decrease of "
+            f"{number(predicted[step])}, actual {number(actual[step])}; the largest score is that "
+            f"of row {row}, {run.scores['id'][int(first) + row]}; the step's scores count "
+            f"{number(weights[step], 2)} in the values."
+        )
+    return found
+
+
+def judge(fidelity: Fidelity, steps: int, warnings: list[str] | None = None) -> Judgement:
+    """Judges the values for one validation set after so many steps.
+
+    Args:
+      warnings: those of the run; by default those of ``fidelity`` alone.
+    """
+    reasons = fidelity.warnings() if warnings is None else list(warnings)
     if steps < FEW_STEPS:  # neither for nor against
-        told = dataclasses.replace(fidelity, prediction_correlation=1.0, prediction_error=0.0)
-    reasons = told.warnings()
+        calm = {"prediction_correlation": 1.0, "prediction_error": 0.0, "far_off_steps": 0}
+        left = dataclasses.replace(fidelity, **calm).warnings()
+        reasons = [line for line in reasons if line in left or line not in fidelity.warnings()]
     poor = _is_poor(fidelity, steps)
     if steps < FEW_STEPS:
         reasons.append(
@@ -59,8 +151,8 @@ def _is_poor(fidelity: Fidelity, steps: int) -> bool:
     return (
         fidelity.undefined_steps > 0
         or fidelity.undefined_examples > 0
-        or not fidelity.conservation_error <= MAX_CONSERVATION_ERROR
-        or _exceeds(fidelity.audit_error, MAX_AUDIT_ERROR)
+        or not fidelity.conservation_error <= fidelity.tolerance
+        or _exceeds(fidelity.audit_error, fidelity.tolerance)
         or not fidelity.sampling_error <= USELESS_SAMPLING_ERROR
         or (steps >= FEW_STEPS and unrelated)
     )
@@ -115,7 +207,8 @@ def _findings(fidelity: Fidelity) -> list[str]:
         found.append("The values do not differ between examples, so their error means little.")
     found.append(
         "The certificate, that the scores add up to what the gradient says, was checked at every "
-        f"step: the largest conservation error is {number(fidelity.conservation_error, 2)}."
+        f"scored step, for all parts of the validation rows: the largest conservation error is "
+        f"{number(fidelity.conservation_error, 2)}."
     )
     if fidelity.audit_error is not None:
         found.append(

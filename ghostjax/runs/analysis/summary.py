@@ -1,16 +1,16 @@
 """What a run comes to: values by domain, how well they tell domains apart, and their fidelity."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import pyarrow as pa
 
 from ghostjax import fidelity
+from ghostjax.runs.analysis import judgement
 from ghostjax.runs.analysis.domains import by_domain
 from ghostjax.runs.analysis.statistics import roc_auc
-from ghostjax.runs.analysis.values import Valued, read_values
+from ghostjax.runs.analysis.values import Valued, read_values, scored_steps
 from ghostjax.runs.store.run import Run
 from ghostjax.runs.store.schema import SCHEMA_VERSION, table_schema
 
@@ -18,44 +18,65 @@ from ghostjax.runs.store.schema import SCHEMA_VERSION, table_schema
 def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
     """What ``summary.json`` and ``values.parquet`` hold.
 
-    Losses are those of the last step, before its update.
+    Losses are those of the last step, before its update; on validation sets, of the last one that
+    was scored.
     """
     valued = read_values(run)
     measured = {name: measure_fidelity(run, name, own) for name, own in valued.items()}
-    several = len(measured) > 1
-    warnings = [
-        f"{name}: {sentence}" if several else sentence
-        for name, found in measured.items()
-        for sentence in found.warnings()
-    ]
+    aucs = {name: own_above(name, own) for name, own in valued.items()}
+    aucs = {name: auc for name, auc in aucs.items() if auc is not None}
     summary = {
         "schema_version": SCHEMA_VERSION,
         "finished": True,
         "steps": run.end,
+        "scored_steps": int(scored_steps(run).sum()),
         "loss": run.steps["loss"][-1].as_py(),
-        "val_loss": {name: run.steps[f"val_loss_{name}"][-1].as_py() for name in run.sets},
+        "val_loss": {name: last_loss(run, name) for name in run.sets},
         "unit": run.unit,
         "domains": {name: values_by_domain(own) for name, own in valued.items()},
-        "auc": {name: auc for name, own in valued.items() if (auc := own_above(name, own))} or None,
+        "auc": aucs or None,
         "fidelity": {name: _finite(dataclasses.asdict(found)) for name, found in measured.items()},
-        "warnings": warnings,
+        "warnings": run_warnings(run, measured),
         "seconds": round(seconds, 1),
     }
     return summary, _values_table(run, valued)
 
 
+def last_loss(run: Run, name: str) -> float | None:
+    """The loss on a validation set at the last scored step."""
+    losses = run.steps[f"val_loss_{name}"].drop_null()
+    return losses[-1].as_py() if len(losses) else None
+
+
+def run_warnings(run: Run, measured: dict[str, fidelity.Fidelity]) -> list[str]:
+    """Why the values should not be trusted: the same lines in ``train``, ``rank`` and ``report``.
+
+    Where there are several validation sets, every line begins with the name of its own.
+    """
+    return [
+        f"{name}: {sentence}" if len(measured) > 1 else sentence
+        for name, found in measured.items()
+        for sentence in judgement.warnings(run, name, found)
+    ]
+
+
 def measure_fidelity(run: Run, name: str, valued: Valued) -> fidelity.Fidelity:
     """The fidelity of the values for validation set ``name``, from the log."""
-    column = functools.partial(run.numbers, "steps")
-    visited = valued.select(valued.visits > 0)
+    scored = scored_steps(run)
+
+    def column(name):
+        return run.numbers("steps", name)[scored]
+
+    visited = valued.select(valued.visited)
     return fidelity.summarize(
         predicted=column(f"predicted_{name}"),
         actual=column(f"actual_{name}"),
         correlations=column(f"correlation_{name}"),
-        conservation_errors=column("conservation_error"),
-        audit_errors=column("audit_error"),
+        conservation_errors=column(f"conservation_error_{name}"),
+        audit_errors=column(f"audit_error_{name}"),
         values=visited.values,
         value_errors=visited.errors,
+        tolerance=judgement.tolerance_of(run.metadata),
     )
 
 
@@ -73,7 +94,7 @@ def own_above(name: str, valued: Valued) -> float | None:
 
     None where there is no such domain, or no other.
     """
-    visited = valued.select(valued.visits > 0)
+    visited = valued.select(valued.visited)
     own = visited.domains == name
     if not own.any() or own.all():
         return None
@@ -85,8 +106,14 @@ def _values_table(run: Run, valued: dict[str, Valued]) -> pa.Table:
     columns = {"id": first.ids, "domain": first.domains, "visits": first.visits}
     for name, own in valued.items():
         columns |= {f"value_{name}": own.values, f"error_{name}": own.errors}
+        columns[f"verdict_{name}"] = own.verdicts
     schema = table_schema("values", run.sets)
-    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    arrays = [
+        # from_pandas: NaN is null.
+        pa.array(columns[field.name], field.type, from_pandas=field.nullable)
+        for field in schema
+    ]
+    return pa.table(arrays, schema=schema)
 
 
 def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:

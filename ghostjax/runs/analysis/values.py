@@ -1,17 +1,30 @@
-"""The training examples of a run with their values, and their order."""
+"""The training examples of a run with their values, and their order.
+
+Values are computed here alone, in ``sum_visits``.
+"""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ghostjax.fidelity import step_weights
+from ghostjax.runs.analysis.statistics import differs, freedom
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store.run import Run
 
 By = Literal["value", "mean"]
+Verdict = Literal["helps", "hurts", "unclear", "few visits", "not visited"]
+
+MIN_VISITS = 8  # an error from fewer tells too little to claim anything
+VERDICTS = (
+    "helps and hurts: the value differs from zero by a t test at 5%, so that of examples without "
+    f"any effect, one in twenty is among them; unclear: it does not; few visits: less than "
+    f"{MIN_VISITS}, too few to tell; not visited: there is no value"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +33,9 @@ class Valued:
 
     Attributes:
       ids, domains, excerpts: [n], texts.
-      visits: int64 [n].
-      values, errors: float64 [n], the values and their standard errors.
+      visits: int64 [n], how many of their visits were scored.
+      values, errors: float64 [n], the values and their standard errors; NaN without a visit.
+      fourths: float64 [n], the summed fourth powers of the visits' errors.
     """
 
     ids: np.ndarray
@@ -30,6 +44,7 @@ class Valued:
     visits: np.ndarray
     values: np.ndarray
     errors: np.ndarray
+    fourths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,9 +60,32 @@ class Valued:
         visits = np.where(self.visits > 0, self.visits, np.nan)
         return self.values / visits, self.errors / visits
 
+    @property
+    def visited(self) -> np.ndarray:
+        """[n] bool."""
+        return self.visits > 0
+
+    @property
+    def is_told(self) -> np.ndarray:
+        """[n] bool: there are visits enough to claim something."""
+        return self.visits >= MIN_VISITS
+
+    @property
+    def apart(self) -> np.ndarray:
+        """[n] bool: the value differs from zero; never with fewer than ``MIN_VISITS`` visits."""
+        degrees = freedom(self.errors**2, self.fourths, self.visits)
+        return self.is_told & differs(self.values, self.errors, degrees)
+
+    @property
+    def verdicts(self) -> np.ndarray:
+        """[n], of type ``Verdict``: what can be said of each example."""
+        told = np.where(self.values > 0, "helps", "hurts")
+        found = np.where(self.apart, told, np.where(self.is_told, "unclear", "few visits"))
+        return np.where(self.visited, found, "not visited").astype(object)
+
     def ranked(self, by: By = "value") -> "Valued":
         """The examples that were visited, the most helpful first; ties in their old order."""
-        visited = self.select(self.visits > 0)
+        visited = self.select(self.visited)
         # NaN goes last.
         return visited.select(np.argsort(-visited.measured(by)[0], kind="stable"))
 
@@ -80,13 +118,40 @@ def visited_examples(run: Run) -> np.ndarray:
     return found
 
 
-def sum_visits(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The value of every training example so far.
+class Sums(NamedTuple):
+    """What the visits of n examples add up to, for K validation sets.
 
-    Returns:
-      ``visits`` int64 [n], ``values`` float64 [n, K] and ``errors`` float64 [n, K] in the order
-      of ``run.examples`` and ``run.sets``. A value is the sum of the scores of the example's
-      visits, its error the root of their summed squared errors.
+    Attributes:
+      visits: int64 [n], how many were scored.
+      values, errors: float64 [n, K], NaN without a visit.
+      fourths: float64 [n, K], the summed fourth powers of the visits' errors.
+    """
+
+    visits: np.ndarray
+    values: np.ndarray
+    errors: np.ndarray
+    fourths: np.ndarray
+
+
+def scored_steps(run: Run) -> np.ndarray:
+    """Which steps were scored, [steps] bool."""
+    return np.isfinite(run.numbers("steps", f"predicted_{run.sets[0]}"))
+
+
+def visit_weights(run: Run, name: str) -> np.ndarray:
+    """What each of ``run.scores`` counts for a validation set: the weight of its step.
+
+    See ``fidelity.step_weights``.
+    """
+    decreases = (run.numbers("steps", f"{which}_{name}") for which in ("predicted", "actual"))
+    return step_weights(*decreases)[run.scores["step"].to_numpy()]
+
+
+def sum_visits(run: Run) -> Sums:
+    """The values so far, in the order of ``run.examples`` and ``run.sets``.
+
+        value = sum over visits of weight[step] * score
+        error = sqrt( sum over visits of (weight[step] * error)^2 )
 
     Raises:
       UsageError: the log holds no steps yet, or as ``visited_examples``.
@@ -94,12 +159,21 @@ def sum_visits(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not run.end:
         raise UsageError(f"{run.path}: no steps in the log yet, so there are no values")
     indices, count = visited_examples(run), len(run.examples)
-    values, errors = np.zeros((2, count, len(run.sets)))
+    values, errors, fourths = np.zeros((3, count, len(run.sets)))
+    scored = np.isfinite(run.numbers("scores", f"score_{run.sets[0]}"))
+    visits = np.bincount(indices[scored], minlength=count)
     for k, name in enumerate(run.sets):
-        values[:, k] = np.bincount(indices, run.numbers("scores", f"score_{name}"), count)
-        squares = run.numbers("scores", f"error_{name}") ** 2
-        errors[:, k] = np.sqrt(np.bincount(indices, squares, count))
-    return np.bincount(indices, minlength=count), values, errors
+        weights = visit_weights(run, name)
+        scores, own = (
+            (weights * run.numbers("scores", f"{what}_{name}"))[scored]
+            for what in ("score", "error")
+        )
+        values[:, k], squares, fourths[:, k] = (
+            np.bincount(indices[scored], each, count) for each in (scores, own**2, own**4)
+        )
+        errors[:, k] = np.sqrt(squares)
+    values[visits == 0] = errors[visits == 0] = np.nan
+    return Sums(visits, values, errors, fourths)
 
 
 def read_values(run: Run) -> dict[str, Valued]:
@@ -108,12 +182,13 @@ def read_values(run: Run) -> dict[str, Valued]:
     Raises:
       UsageError: as ``sum_visits``.
     """
-    visits, values, errors = sum_visits(run)
+    visits, *sums = sum_visits(run)
     texts = [
         np.array(run.examples[name].to_pylist(), object) for name in ("id", "domain", "excerpt")
     ]
     return {
-        name: Valued(*texts, visits, values[:, k], errors[:, k]) for k, name in enumerate(run.sets)
+        name: Valued(*texts, visits, *(each[:, k] for each in sums))
+        for k, name in enumerate(run.sets)
     }
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ghostjax.runs.analysis.compare import Comparison, compare, differing_fingerprints
 from ghostjax.runs.analysis.values import (
+    MIN_VISITS,
     By,
     read_values,
 )
@@ -29,8 +30,9 @@ class DiffConfig:
     """Compares the values of the training examples in two runs.
 
     Matches the examples by id and says which changed their sign or rank, and how much of that is
-    within the error bars: a change counts as beyond them if it is more than twice its standard
-    error, the root of the summed squares of the two values' errors. Changes nothing in the runs.
+    within the error bars: a change counts as beyond them if it differs from zero by a t test at 5%,
+    with the root of the summed squares of the two values' errors; and nothing is claimed of
+    examples with fewer than 8 visits in either run. Changes nothing in the runs.
 
         ghostjax diff run-a run-b
         ghostjax diff run-a run-b --set prose --by mean
@@ -38,7 +40,9 @@ class DiffConfig:
         ghostjax diff run-a run-b --json | jq '.sets.prose.correlation'
 
     --csv prints one row per example and validation set, with all digits, the largest change (in
-    standard errors) first; then the examples of one run alone, with empty cells for the other.
+    standard errors) first; then the examples that only one run visited, with empty cells for the
+    other. verdict_a and verdict_b are those of ghostjax rank, or absent; beyond_errors is empty
+    where there are too few visits to tell.
     --json prints the figures and, under examples, the same rows.
 
     The exit code is 0 whether or not the runs differ.
@@ -155,7 +159,9 @@ def _rows(name: str, found: Comparison, config: DiffConfig) -> Iterator[dict[str
         "error_b": found.error_b,
         "change": found.change,
         "change_error": found.error,
-        "beyond_errors": found.beyond,
+        "beyond_errors": np.where(found.is_told, found.beyond, None),
+        "verdict_a": found.a.verdicts,
+        "verdict_b": found.b.verdicts,
         "sign_changed": found.sign_changed,
         "rank_a": found.rank_a,
         "rank_b": found.rank_b,
@@ -164,8 +170,10 @@ def _rows(name: str, found: Comparison, config: DiffConfig) -> Iterator[dict[str
         yield {"set": name, **{column: values[n] for column, values in columns.items()}}
     if config.count is not None:
         return
+    absences = {"a": found.missing_b, "b": found.missing_a}
     for letter, alone in (("a", found.only_a), ("b", found.only_b)):
         measured, errors = alone.measured(config.by)
+        verdicts, other = alone.verdicts, "b" if letter == "a" else "a"
         for n in range(len(alone)):
             yield (
                 {"set": name}
@@ -176,6 +184,8 @@ def _rows(name: str, found: Comparison, config: DiffConfig) -> Iterator[dict[str
                     f"visits_{letter}": alone.visits[n],
                     f"value_{letter}": measured[n],
                     f"error_{letter}": errors[n],
+                    f"verdict_{letter}": verdicts[n],
+                    f"verdict_{other}": absences[letter][n],
                 }
             )
 
@@ -187,7 +197,12 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
         console.print("No example was visited in both runs.\n")
         return
     count = figures["compared"]
-    lines = [f"{count} examples in both runs" + _alone(found)]
+    lines = [f"{count} examples visited in both runs" + _alone(found)]
+    if figures["told"] < count:
+        lines.append(
+            f"{count - figures['told']} have fewer than {MIN_VISITS} visits in a run, too few to "
+            "tell: they count as within the error bars"
+        )
     lines.append(
         f"rank correlation {figures['correlation']:.3f} (Spearman); the error bars alone would "
         f"leave about {figures['expected_correlation']:.3f}"
@@ -207,7 +222,7 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
         shown = significant[: config.count or DEFAULT_COUNT]
         console.print(_table(title, found, shown, console))
     else:
-        console.print("  No value changed by more than twice its standard error.")
+        console.print("  No value changed beyond its error bars.")
     if not config.quiet:
         meaning = (
             f"Value{'' if config.by == 'value' else ' per visit'}: decrease of the validation loss "
@@ -223,8 +238,9 @@ def _alone(found: Comparison) -> str:
     parts = []
     for letter, alone in (("A", found.only_a), ("B", found.only_b)):
         if len(alone):
-            more = ", ..." if len(alone) > 3 else ""
-            parts.append(f"{len(alone)} only in {letter} ({', '.join(alone.ids[:3])}{more})")
+            parts.append(f"{len(alone)} only in {letter}{output.names(alone.ids)}")
+    if found.unvisited:
+        parts.append(f"{len(found.unvisited)} visited in neither{output.names(found.unvisited)}")
     return "; " + "; ".join(parts) if parts else ""
 
 

@@ -1,4 +1,9 @@
-"""Checks of options that several commands have."""
+"""What several commands do with their options."""
+
+import os
+from pathlib import Path
+
+import jax
 
 from ghostjax.runs.errors import UsageError
 
@@ -21,3 +26,22 @@ def check_formats(csv: bool, json: bool) -> None:
     """Raises ``UsageError`` where both formats are asked for."""
     if csv and json:
         raise UsageError("--csv and --json exclude each other: give one of them")
+
+
+def use_compilation_cache(wanted: bool) -> None:
+    """Keeps what XLA compiles for later runs, in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    A cache that JAX was given already, as by ``JAX_COMPILATION_CACHE_DIR``, stays. Where there can
+    be no folder, every run compiles.
+    """
+    if not wanted or jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        path = (Path(home) if home else Path.home() / ".cache") / "ghostjax" / "compiled"
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # A step is several programs, some of which compile within a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -20,7 +20,12 @@ from ghostjax.runs.analysis.values import (
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
-from ghostjax.runs.report.terminal import print_meaning, print_mixture, print_values
+from ghostjax.runs.report.terminal import (
+    print_meaning,
+    print_mixture,
+    print_values,
+    print_warnings,
+)
 from ghostjax.runs.store.files import write_json
 from ghostjax.runs.store.run import read_run
 
@@ -37,16 +42,19 @@ class RankConfig:
         ghostjax rank run
         ghostjax rank run --set prose --domain wiki --count 5
         ghostjax rank run --by mean --csv > values.csv
-        ghostjax rank run --json | jq -r '.[] | select(.value < -2 * .error) | .id'
+        ghostjax rank run --json | jq -r '.[] | select(.verdict == "hurts") | .id'
         ghostjax rank run --set prose --mixture weights.json
 
     The value of an example sums, over its visits, the decrease of the validation loss by its share
     of the update. Positive helps. What follows the value is its standard error: how much it would
-    vary with other validation rows.
+    vary with other validation rows. A step that was predicted to do much more than it did is named,
+    and its scores count less.
 
     --csv and --json print one row per example and validation set, with all digits, best first:
-    set, rank, id, domain, visits, value, error, mean (value per visit), mean_error and excerpt.
-    Examples that were not visited come last and have no rank.
+    set, rank, id, domain, visits, value, error, mean (value per visit), mean_error, verdict and
+    excerpt. Examples that were not visited come last and have neither rank nor value.
+    Verdicts are helps, hurts and unclear, by a t test at 5%; few visits (fewer than 8, too few to
+    tell); and not visited.
 
     --mixture writes {"domain": weight, ...}, with sum 1 and none 0: the share that each domain
     should have in the data of a next run, for the mean of the validation sets or that of --set. It
@@ -98,16 +106,16 @@ def run(config: RankConfig) -> None:
     config.check()
     source = read_run(config.run)
     check_choice("validation set", config.set, list(source.sets))
-    values = read_values(source)
+    values = whole = read_values(source)
     if config.set is not None:
-        values = {config.set: values[config.set]}
+        values = whole = {config.set: values[config.set]}
     if config.domain is not None:
         domains = sorted(set(source.examples["domain"].to_pylist()))
         check_choice("domain", config.domain, domains)
         values = {
             name: valued.select(valued.domains == config.domain) for name, valued in values.items()
         }
-    if not any(valued.visits.any() for valued in values.values()):
+    if not any(valued.visited.any() for valued in values.values()):
         which = f" of domain {config.domain}" if config.domain is not None else ""
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
 
@@ -137,18 +145,20 @@ def run(config: RankConfig) -> None:
             if not source.is_finished:
                 output.print_text(console, output.progress_note(source))
             print_meaning(console, source)
+            print_warnings(console, source, whole)
 
 
 def _rows(values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, Any]]:
     for name, valued in values.items():
         ranked = valued.ranked(config.by)
         chosen = np.arange(len(ranked))
-        unvisited = valued.select(valued.visits == 0)
+        unvisited = valued.select(~valued.visited)
         if config.count is not None:
             first, last = both_ends(ranked, config.count)
             chosen, unvisited = np.concatenate([first, last[::-1]]), unvisited.select(slice(0))
         for part, ranks in ((ranked, chosen), (unvisited, np.arange(len(unvisited)))):
             means, mean_errors = part.measured("mean")
+            verdicts = part.verdicts
             for index in ranks:
                 yield {
                     "set": name,
@@ -160,5 +170,6 @@ def _rows(values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, A
                     "error": part.errors[index],
                     "mean": means[index],
                     "mean_error": mean_errors[index],
+                    "verdict": verdicts[index],
                     "excerpt": part.excerpts[index],
                 }

@@ -13,8 +13,14 @@ import tyro
 from ghostjax.runs.analysis.values import (
     best_and_worst,
     read_values,
+    visited_examples,
 )
-from ghostjax.runs.commands.options import check_choice, check_count, check_formats
+from ghostjax.runs.commands.options import (
+    check_choice,
+    check_count,
+    check_formats,
+    use_compilation_cache,
+)
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.text import TextTask
@@ -66,6 +72,7 @@ class TokensConfig:
       print: Show the texts in the terminal and write nothing.
       csv: Print CSV and write nothing.
       json: Print JSON and write nothing.
+      compilation_cache: Keep compiled programs, as ghostjax train does.
       quiet: Do not print the path.
     """
 
@@ -79,6 +86,7 @@ class TokensConfig:
     print: bool = False
     csv: bool = False
     json: bool = False
+    compilation_cache: bool = True
     quiet: bool = False
 
     def check(self) -> None:
@@ -105,6 +113,7 @@ def run(config: TokensConfig) -> None:
       OSError: the page cannot be written; an earlier one is unchanged.
     """
     config.check()
+    use_compilation_cache(config.compilation_cache)
     source = read_run(config.run)
     if source.metadata.get("task") != TextTask.name:
         raise UsageError(
@@ -161,7 +170,14 @@ def _groups(
             )
     if config.id:
         chosen = list(dict.fromkeys(places[name] for name in config.id))
-        return {which: [("Chosen documents", chosen)] for which in sets}
+        visited = set(visited_examples(source).tolist())
+        lists = {
+            "Chosen documents": [index for index in chosen if index in visited],
+            "Chosen documents that were not visited, so without a value": [
+                index for index in chosen if index not in visited
+            ],
+        }
+        return {which: [(title, own) for title, own in lists.items() if own] for which in sets}
     values = read_values(source)
     groups = {}
     for which in sets:

@@ -5,7 +5,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ghostjax.runs.analysis.summary import make_summary
+from ghostjax.runs.commands.options import use_compilation_cache
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import Task
@@ -25,6 +26,8 @@ from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
 from ghostjax.runs.store.run import read_run
 from ghostjax.runs.training.trainer import Step, Trainer
+
+COST_STEPS = 16  # scored ones; the times of fewer tell little
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     else:
         files.check_out(config.out)
     config.check()
+    use_compilation_cache(config.compilation_cache)
     task = load_task(config)
     trainer = Trainer(config, task)
     data = fingerprint(task.contents())
@@ -60,8 +64,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
             files.write_json(config.out / "run.json", started)
         files.write_table(config.out / "examples.parquet", _examples_table(task))
         begin = time.perf_counter()
-        _train(config, task, trainer, params)
+        cost = _train(config, task, trainer, params)
         summary, values = make_summary(read_run(config.out), time.perf_counter() - begin)
+        summary["cost"] = cost
         files.write_table(config.out / "values.parquet", values)
         files.write_json(config.out / "summary.json", summary)
     if not config.quiet:
@@ -123,8 +128,12 @@ def _examples_table(task: Task) -> pa.Table:
     return pa.table(arrays, schema=fields)
 
 
-def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> None:
-    """Makes the steps that are still to be made, and writes log and checkpoints."""
+def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> Any:
+    """Makes the steps that are still to be made, and writes log and checkpoints.
+
+    Returns:
+      What ``measured_cost`` does.
+    """
     out, sets = config.out, list(task.val_sizes)
     start = checkpoints.latest(out) or 0
     initial = trainer.init_state(params)
@@ -134,13 +143,17 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> No
     writer = LogWriter.resume(out, sets, start)
     console = None if config.quiet else make_console(sys.stderr)
     show = Progress(console, start, config.steps, config.batch_size)
-    end = start
+    end, seconds = start, {True: [], False: []}
     with show, _interrupts() as is_interrupted:
         try:
             for state, step in trainer.steps(initial, start):
                 _append(writer, task, trainer, step)
+                if step.seconds is not None:
+                    seconds[trainer.is_scored(step.number)].append(step.seconds)
                 show.step(step)
                 end = step.number + 1
+                if step.fault:
+                    raise StoppedError(step.fault)
                 is_last = end == config.steps
                 if end % config.checkpoint_every == 0 or is_last or is_interrupted():
                     writer.flush(end)
@@ -150,6 +163,29 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> No
         except StoppedError:
             writer.flush(end)
             raise
+    if len(seconds[True]) < COST_STEPS:
+        return None
+    if not seconds[False]:
+        seconds[False].append(trainer.seconds_of_plain_step(state, step.batch))
+    return measured_cost(seconds[True], seconds[False], config.score_every)
+
+
+def measured_cost(
+    scored: Sequence[float], plain: Sequence[float], every: int
+) -> dict[str, float | int]:
+    """What scores cost: median seconds of a scored and of a plain step, and steps over plain ones.
+
+    >>> measured_cost([0.6], [0.1, 0.1], 5)
+    {'scored_step': 0.6, 'plain_step': 0.1, 'ratio': 2.0, 'score_every': 5}
+    """
+    scored_step, plain_step = (round(float(np.median(each)), 6) for each in (scored, plain))
+    ratio = (scored_step + (every - 1) * plain_step) / (every * plain_step)
+    return {
+        "scored_step": scored_step,
+        "plain_step": plain_step,
+        "ratio": round(ratio, 2),
+        "score_every": every,
+    }
 
 
 def _append(writer: LogWriter, task: Task, trainer: Trainer, step: Step) -> None:
@@ -158,6 +194,8 @@ def _append(writer: LogWriter, task: Task, trainer: Trainer, step: Step) -> None
     ids = [task.examples[index].id for index in batch.indices]
     writer.append("scores", {**common, "id": ids, "start": batch.starts, **record.scores})
     writer.append("steps", {**common, **record.steps})
+    if not trainer.is_scored(step.number):
+        return
     writer.append(
         "kinds",
         {

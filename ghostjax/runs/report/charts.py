@@ -6,9 +6,10 @@ import numpy as np
 
 from ghostjax.runs.analysis import domains
 from ghostjax.runs.analysis.scale import Scale, number
-from ghostjax.runs.analysis.values import Valued, visited_examples
+from ghostjax.runs.analysis.values import Valued, scored_steps, visited_examples
 from ghostjax.runs.report import pictures
 from ghostjax.runs.report.html import figure, paragraph, table
+from ghostjax.runs.report.terminal import standing
 from ghostjax.runs.store.run import Run
 
 MAX_DOMAINS = 8  # in a chart; its table has all, up to MAX_ROWS
@@ -19,19 +20,19 @@ MAX_ROWS = 200  # of a table
 BARS = 24
 
 
-def distribution(place: str, ranked: Valued, scale: Scale) -> str:
+def distribution(place: str, valued: Valued, scale: Scale) -> str:
     """How many examples have which value."""
+    ranked = valued.ranked()
     values = scale(ranked.values[np.isfinite(ranked.values)])
     edges = _edges(values)
     counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
     outside = int(((values < edges[0]) | (values > edges[-1])).sum())
     helped, hurt = int((values > 0).sum()), int((values < 0).sum())
     quarters = [number(v) for v in np.quantile(values, [0.25, 0.5, 0.75])]
-    apart = int((np.abs(ranked.values) > 2 * ranked.errors).sum())
     caption = (
         f"Of {len(values)} examples that were visited, {helped} helped and {hurt} hurt. The median "
         f"is {quarters[1]}; half of them lie between {quarters[0]} and {quarters[2]}. "
-        f"{apart} differ from zero by more than two standard errors."
+        f"{standing(valued)}"
     )
     if outside:
         caption += f" The outermost bars hold {outside} that lie further out."
@@ -130,7 +131,7 @@ def over_time(place: str, source: Run, which: str) -> str:
     if len(shown) < len(names):
         lines["all others"] = _means(steps, scores, bins, ~np.isin(domain_of, shown))
     scale = Scale.of(np.concatenate(list(lines.values())))
-    first, last = (np.nanmean(scores[(steps >= a) & (steps < b)]) for a, b in (bins[:2], bins[-2:]))
+    first, last = _ends(_means(steps, scores, bins, np.ones(len(steps), bool)))
     caption = (
         "How much one visit of an example helped, on average over the visits of a stretch of "
         f"steps. Over all examples it was {scale.number(first)} in the first stretch and "
@@ -154,17 +155,15 @@ def over_time(place: str, source: Run, which: str) -> str:
 
 def predicted_and_actual(place: str, source: Run, which: str) -> str:
     """What the updates were predicted to do to the loss and what it did, summed up to each step."""
-    predicted, actual = (
-        source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")
-    )
+    steps, predicted, actual = _decreases(source, which)
     sums = {"predicted": np.cumsum(predicted), "actual": np.cumsum(actual)}
-    at = np.unique(np.linspace(0, source.end - 1, MAX_POINTS).round().astype(int))
+    at = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
     caption = (
         f"All in all, the updates were predicted to {_verb(predicted.sum())[0]} the loss on "
         f"{which} by {number(abs(predicted.sum()))}; they {_verb(actual.sum())[1]} it by "
         f"{number(abs(actual.sum()))} (on the validation rows of each step, in {source.unit})."
     )
-    scored = source.numbers("scores", f"score_{which}").sum()
+    scored = np.nansum(source.numbers("scores", f"score_{which}"))
     if abs(scored - predicted.sum()) > 0.1 * abs(predicted.sum()):
         caption += (
             f" The scores add up to {number(scored)}: they are what the rows of a step change of "
@@ -176,26 +175,24 @@ def predicted_and_actual(place: str, source: Run, which: str) -> str:
         f"{place}-decrease",
         "Predicted and actual decrease of the loss, summed over the steps",
         caption,
-        {name: (at, scale(values)[at]) for name, values in sums.items()},
+        {name: (steps[at], scale(values)[at]) for name, values in sums.items()},
         "step",
         scale.label("decrease up to the step"),
     )
-    rows = [(f"{n}", *(scale.number(values[n]) for values in sums.values())) for n in at]
+    rows = [(f"{steps[n]}", *(scale.number(own[n]) for own in sums.values())) for n in at]
     what = scale.within("Decrease up to the step")
     return figure(chart, caption, table(what, ("step", *sums), rows))
 
 
 def single_steps(place: str, source: Run, which: str) -> str:
     """Predicted and actual decrease of each step."""
-    predicted, actual = (
-        source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")
-    )
-    at = np.unique(np.linspace(0, source.end - 1, MAX_STEPS).round().astype(int))
+    steps, predicted, actual = _decreases(source, which)
+    at = np.unique(np.linspace(0, len(steps) - 1, MAX_STEPS).round().astype(int))
     within = float((np.sign(predicted) == np.sign(actual)).mean())
+    selection = "" if len(at) == len(steps) else f" (a selection of {len(at)})"
     caption = (
-        f"One point per step{'' if len(at) == source.end else f' (a selection of {len(at)})'}. On "
-        f"the dashed line, the prediction is exact. In {within:.0%} of the steps, the loss moved "
-        "the way that was predicted."
+        f"One point per scored step{selection}. On the dashed line, the prediction is exact. In "
+        f"{within:.0%} of the steps, the loss moved the way that was predicted."
     )
     scale = Scale.of(np.concatenate([predicted[at], actual[at]]))
     chart = pictures.scatter(
@@ -208,7 +205,7 @@ def single_steps(place: str, source: Run, which: str) -> str:
         scale.label("actual decrease"),
     )
     rows = [
-        (f"{n}", scale.number(predicted[n]), scale.number(actual[n]))
+        (f"{steps[n]}", scale.number(predicted[n]), scale.number(actual[n]))
         for n in at[:: max(1, -(-len(at) // MAX_POINTS))]
     ]
     what = scale.within("Decrease of single steps")
@@ -263,7 +260,7 @@ def losses(source: Run) -> str:
         series = dict(list(series.items())[: pictures.SERIES])
     caption = (
         "; ".join(
-            f"{name} loss from {number(values[0])} to {number(values[-1])}"
+            "{} loss from {} to {}".format(name, *map(number, _ends(values)))
             for name, values in series.items()
         )
         + f" (in {source.unit}, before each step's update)."
@@ -282,9 +279,13 @@ def _verb(decrease: float) -> tuple[str, str]:
     return ("lower", "lowered") if decrease >= 0 else ("raise", "raised")
 
 
-def _decreases(source: Run, which: str) -> list[np.ndarray]:
-    """Of every step, predicted and actual."""
-    return [source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")]
+def _decreases(source: Run, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every scored step its number, predicted and actual decrease."""
+    steps = np.flatnonzero(scored_steps(source))
+    predicted, actual = (
+        source.numbers("steps", f"{name}_{which}")[steps] for name in ("predicted", "actual")
+    )
+    return steps, predicted, actual
 
 
 def _bins(end: int, most: int) -> np.ndarray:
@@ -294,10 +295,17 @@ def _bins(end: int, most: int) -> np.ndarray:
 
 def _means(steps: np.ndarray, values: np.ndarray, bins: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The mean within each stretch, NaN where there is nothing."""
+    mask = mask & np.isfinite(values)
     place = np.searchsorted(bins, steps[mask], side="right") - 1
     counts = np.bincount(place, minlength=len(bins) - 1)
     sums = np.bincount(place, values[mask], len(bins) - 1)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _ends(means: np.ndarray) -> tuple[float, float]:
+    """The first and the last that there is."""
+    known = means[np.isfinite(means)]
+    return float(known[0]), float(known[-1])
 
 
 def _stretch(first: int, end: int) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -82,6 +82,16 @@ def plain_table(title: str, columns: Mapping[str, Any], console: Console) -> Tab
         options = {"no_wrap": True, "overflow": overflow, **options}
         table.add_column(Text(encodable(name, console)), **options)
     return table
+
+
+def names(ids: Sequence[str], most: int = 3) -> str:
+    """The first of them, in parentheses, or nothing.
+
+    >>> names(["a", "b", "c", "d"])
+    ' (a, b, c, ...)'
+    """
+    more = ", ..." if len(ids) > most else ""
+    return f" ({', '.join(ids[:most])}{more})" if len(ids) else ""
 
 
 def progress_note(run: Run) -> str:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from ghostjax.fidelity import Fidelity
-from ghostjax.runs.analysis.judgement import judge
+from ghostjax.runs.analysis.judgement import judge, warnings
 from ghostjax.runs.analysis.scale import Scale, number
-from ghostjax.runs.analysis.summary import measure_fidelity
+from ghostjax.runs.analysis.summary import last_loss, measure_fidelity, run_warnings
 from ghostjax.runs.analysis.values import (
     Valued,
     best_and_worst,
@@ -33,7 +33,7 @@ def make_report(source: Run, count: int = 10) -> str:
       UsageError: the log holds no visits yet, or a table cannot be read.
     """
     values = read_values(source)
-    if not any(valued.visits.any() for valued in values.values()):
+    if not any(valued.visited.any() for valued in values.values()):
         raise UsageError(f"{source.path}: no example was visited so far")
     name = source.path.resolve().name
     measured = {which: measure_fidelity(source, which, valued) for which, valued in values.items()}
@@ -64,11 +64,13 @@ def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
         total = source.metadata.get("options", {}).get("steps")
         facts["steps so far"] = f"{facts.pop('steps')} of {total}" if total else f"{source.end}"
     facts["training examples"] = f"{len(first)}"
-    facts["of them visited"] = f"{(first.visits > 0).sum()}"
+    facts["of them visited"] = f"{first.visited.sum()}"
+    facts["not visited, without a value"] = f"{(~first.visited).sum()}"
     facts["last training loss"] = number(source.steps["loss"][-1].as_py())
     for which in source.sets:
-        loss = source.steps[f"val_loss_{which}"][-1].as_py()
-        facts[f"last loss on {which}"] = number(loss)
+        loss = last_loss(source, which)
+        if loss is not None:
+            facts[f"last loss on {which}"] = number(loss)
     places = {"trust": "Can the values be trusted?"}
     for n, which in enumerate(source.sets, 1):
         places[f"v{n}"] = f"Validation set {which}" if len(source.sets) > 1 else "The values"
@@ -85,7 +87,10 @@ def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
 
 
 def _trust(source: Run, measured: dict[str, Fidelity]) -> str:
-    judged = {which: judge(fidelity, source.end) for which, fidelity in measured.items()}
+    judged = {
+        which: judge(fidelity, source.end, warnings(source, which, fidelity))
+        for which, fidelity in measured.items()
+    }
     boxes = []
     for which, judgement in judged.items():
         heading = judgement.verdict
@@ -97,10 +102,10 @@ def _trust(source: Run, measured: dict[str, Fidelity]) -> str:
             f"<details{' open' if len(judged) <= 4 else ''}><summary>What was measured</summary>\n"
             f"{bullets(judgement.findings)}\n</details>\n</section>"
         )
-    # The summary's warnings are those of the fidelity, after the name of their set, and others.
-    judged_already = [text for fidelity in measured.values() for text in fidelity.warnings()]
-    warnings = [str(text) for text in (source.summary or {}).get("warnings") or []]
-    others = [text for text in warnings if not text.endswith(tuple(judged_already))]
+    # The summary has the same warnings, and may have others.
+    judged_already = run_warnings(source, measured)
+    stated = [str(text) for text in (source.summary or {}).get("warnings") or []]
+    others = [text for text in stated if text not in judged_already]
     body = f'<div class="grid">\n{chr(10).join(boxes)}\n</div>' + (
         bullets(others) if others else ""
     )
@@ -120,7 +125,7 @@ def _validation_set(source: Run, which: str, valued: Valued, count: int, place: 
     if scale.exponent:
         intro += f"Values are given in units of {scale.words}."
     charts = [
-        section("Distribution of the values", distribution(place, ranked, scale)),
+        section("Distribution of the values", distribution(place, valued, scale)),
         section("Values by domain", by_domain(place, valued, scale)),
         section("Values over training time", over_time(place, source, which)),
         section("Predicted and actual decrease", predicted_and_actual(place, source, which)),

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import numpy as np
 from rich import progress
 from rich.console import Console
 
@@ -21,6 +22,7 @@ class Progress:
         self._console = console
         self._start, self._total, self._batch_size = start, total, batch_size
         self._begin = 0.0
+        self._losses = ""
         columns = [
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -45,8 +47,10 @@ class Progress:
         is_first = step.number == self._start
         if is_first:
             self._begin = time.perf_counter()
-        losses = "/".join(f"{loss:.3f}" for loss in step.record.steps["val_loss"])
-        status = f"loss {step.record.steps['loss']:.3f}  validation loss {losses}"
+        losses = step.record.steps["val_loss"]
+        if np.isfinite(losses).all():  # else the step was not scored
+            self._losses = "  validation loss " + "/".join(f"{loss:.3f}" for loss in losses)
+        status = f"loss {step.record.steps['loss']:.3f}{self._losses}"
         if not is_first:
             rows = (step.number - self._start) * self._batch_size
             status += f"  {rows / (time.perf_counter() - self._begin):.0f} rows/s"

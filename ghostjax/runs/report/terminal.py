@@ -6,7 +6,14 @@ from rich.table import Table
 
 from ghostjax.runs.analysis.domains import by_domain
 from ghostjax.runs.analysis.mixture import Share
-from ghostjax.runs.analysis.values import By, Valued, best_and_worst, read_values
+from ghostjax.runs.analysis.summary import measure_fidelity, run_warnings
+from ghostjax.runs.analysis.values import (
+    MIN_VISITS,
+    By,
+    Valued,
+    best_and_worst,
+    read_values,
+)
 from ghostjax.runs.report import output
 from ghostjax.runs.store.run import Run
 
@@ -31,7 +38,7 @@ def print_values(
       domain: the one that all of the examples are of; then there is no table of domains.
     """
     ranked = valued.ranked(by)
-    measured, errors = ranked.measured(by)
+    measured, _ = ranked.measured(by)
     if domain is not None:
         about += f", domain {domain}"
     for title, indices in best_and_worst(measured, count):
@@ -40,12 +47,29 @@ def print_values(
         per_visit = ", mean and median per visit" if by == "mean" else ""
         console.print(_by_domain(f"By domain: {about}{per_visit}", valued, by, console))
     if not quiet:
-        apart = np.abs(measured) > 2 * errors
-        console.print(
-            f"{apart.sum()} of {len(ranked)} examples differ from zero by more than two standard "
-            f"errors: {(apart & (measured > 0)).sum()} help, {(apart & (measured < 0)).sum()} "
-            f"hurt. Not visited: {len(valued) - len(ranked)}.\n"
-        )
+        output.print_text(console, f"{standing(valued)}\n")
+
+
+def standing(valued: Valued) -> str:
+    """How many examples can be told from those without an effect, and how many cannot."""
+    apart, told = valued.apart, int(valued.is_told.sum())
+    few = int((valued.visited & ~valued.is_told).sum())
+    unvisited = valued.ids[~valued.visited]
+    text = (
+        f"Of {told} examples with {MIN_VISITS} visits or more, {apart.sum()} differ from zero by a "
+        f"t test at 5%: {(apart & (valued.values > 0)).sum()} help, "
+        f"{(apart & (valued.values < 0)).sum()} hurt. Without any effect, one in twenty would."
+    )
+    if few:
+        text += f" {few} have fewer visits, too few to tell."
+    return f"{text} Not visited, so without a value: {len(unvisited)}{output.names(unvisited)}."
+
+
+def print_warnings(console: Console, run: Run, values: dict[str, Valued]) -> None:
+    """Prints why these values should not be trusted."""
+    measured = {name: measure_fidelity(run, name, valued) for name, valued in values.items()}
+    for warning in run_warnings(run, measured):
+        output.print_text(console, f"Warning: {warning}", "bold")
 
 
 def print_meaning(console: Console, run: Run) -> None:
@@ -84,6 +108,15 @@ def print_summary(console: Console, run: Run) -> None:
     for warning in summary["warnings"]:
         output.print_text(console, f"Warning: {warning}", "bold")
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in summary["val_loss"].items())
+    cost = summary.get("cost")
+    if cost:
+        every = "every step" if cost["score_every"] == 1 else f"1 step in {cost['score_every']}"
+        output.print_text(
+            console,
+            f"A scored step took {1e3 * cost['scored_step']:.1f} ms, a step of plain training "
+            f"{1e3 * cost['plain_step']:.1f} ms: a run that scores {every} "
+            f"costs {cost['ratio']:.2f} times plain training. --score-every lowers it.",
+        )
     output.print_text(console, f"loss {summary['loss']:.3f}  validation loss {losses}")
 
 

@@ -11,7 +11,8 @@
 
 A part of the log holds the steps first <= step < end, in order, eight digits each, and is there as
 a whole or not at all. The parts of a table follow each other without gaps. Columns whose name ends
-in ``_<set>`` are there once per validation set.
+in ``_<set>`` are there once per validation set; they are null at steps that were not scored, and
+only there (but for audit_error, which most steps do not have).
 """
 
 import re
@@ -31,6 +32,11 @@ _DECREASE = (
     "Predicted decrease of the mean loss of the validation set, in the unit of the loss, caused "
     "by this row's share of the optimizer's update; positive helps."
 )
+_VALUE = (
+    "Sum over the example's scored visits of weight times score. The weight of a step is min(1, "
+    "(|actual| + 2 median |actual|) / |predicted|), the median over the steps: 1 but where much "
+    "more was predicted than happened. Null without a visit. "
+)
 
 # (name, type, description); "{}" in a name stands for the validation set.
 _FIELDS = {
@@ -46,7 +52,11 @@ _FIELDS = {
         ("start", pa.int64(), "First token of the window that this visit saw; 0 for arrays."),
         ("loss", pa.float32(), "The row's own loss before the update."),
         ("learning_rate", pa.float32(), "Learning rate of the step."),
-        ("score_{}", pa.float32(), _DECREASE),
+        (
+            "score_{}",
+            pa.float32(),
+            _DECREASE + " As measured, without weight; null where the step was not scored.",
+        ),
         (
             "error_{}",
             pa.float32(),
@@ -58,18 +68,6 @@ _FIELDS = {
         ("loss", pa.float32(), "Mean loss of the step's training rows before the update."),
         ("learning_rate", pa.float32(), "Learning rate of the step."),
         (
-            "conservation_error",
-            pa.float32(),
-            "Largest relative difference, over the parameters, of the summed dots from the inner "
-            "product of the training gradient with the direction.",
-        ),
-        (
-            "audit_error",
-            pa.float32(),
-            "Relative error of the scores of some rows against autodiff of these rows alone; null "
-            "where the step was not audited.",
-        ),
-        (
             "undefined",
             pa.int64(),
             "Coordinates of the update that have no finite derivative and count as constants.",
@@ -79,14 +77,28 @@ _FIELDS = {
             "predicted_{}",
             pa.float32(),
             "Predicted decrease of val_loss by the whole update: minus the inner product of the "
-            "validation gradient (of order 2: half-way along the update) with the update.",
+            "validation gradient (of order 2: half-way along the update; of order 1: before it) "
+            "with the update.",
         ),
         ("actual_{}", pa.float32(), "What val_loss of the same rows did decrease by."),
         (
+            "conservation_error_{}",
+            pa.float32(),
+            "The certificate: largest relative difference, over the parameters and the halves of "
+            "the validation rows, of the summed dots from the inner product of the training "
+            "gradient with the direction.",
+        ),
+        (
+            "audit_error_{}",
+            pa.float32(),
+            "Largest relative error, over the halves of the validation rows, of the scores of some "
+            "rows against autodiff of these rows alone; null where the step was not audited.",
+        ),
+        (
             "correlation_{}",
             pa.float32(),
-            "Pearson correlation, over the rows of the step, of the scores with plain "
-            "inner products of gradients.",
+            "Pearson correlation, over the rows of the step, of the scores with plain inner "
+            "products of the rows' gradients and the same validation gradient.",
         ),
     ],
     "kinds": [
@@ -103,16 +115,31 @@ _FIELDS = {
     "values": [
         ("id", pa.string(), "Unique id of the training example."),
         ("domain", pa.string(), "As in examples.parquet."),
-        ("visits", pa.int64(), "How many rows of the run were of this example."),
-        ("value_{}", pa.float64(), f"Sum over the example's visits of: {_DECREASE}"),
+        ("visits", pa.int64(), "How many scored rows of the run were of this example."),
+        ("value_{}", pa.float64(), _VALUE + _DECREASE),
         (
             "error_{}",
             pa.float64(),
-            "Standard error of the value: root of the summed squares of those of its visits.",
+            "Standard error of the value: root of the summed squares of those of its visits, "
+            "weighted alike. Null without a visit.",
+        ),
+        (
+            "verdict_{}",
+            pa.string(),
+            "What can be said of the example: helps or hurts, by a t test at 5% with 8 visits or "
+            "more; unclear; few visits; not visited.",
         ),
     ],
 }
-_NULLABLE = {"audit_error"}
+# In the log of a run with --score-every, null where a step was not scored.
+_NULLABLE = {
+    "scores": ("score_{}", "error_{}"),
+    "steps": (
+        *("val_loss_{}", "predicted_{}", "actual_{}", "correlation_{}"),
+        *("conservation_error_{}", "audit_error_{}"),
+    ),
+    "values": ("value_{}", "error_{}"),
+}
 
 
 def table_schema(table: str, sets: Sequence[str]) -> pa.Schema:
@@ -121,7 +148,7 @@ def table_schema(table: str, sets: Sequence[str]) -> pa.Schema:
         pa.field(
             name.format(which),
             kind,
-            nullable=name in _NULLABLE,
+            nullable=name in _NULLABLE.get(table, ()),
             metadata={"description": description},
         )
         for name, kind, description in _FIELDS[table]

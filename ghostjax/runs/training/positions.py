@@ -9,20 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ghostjax import directions, fidelity
+from ghostjax import fidelity
 from ghostjax._early import value_grad_and_dots
+from ghostjax.runs.analysis.judgement import TOLERANCES
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import StoppedError
-from ghostjax.runs.training.step import (
+from ghostjax.runs.training.gradients import (
     PARTS,
-    TrainState,
     gradient_in_parts,
     in_parts,
+    make_directed,
     mean_and_losses,
-    validate,
 )
-from ghostjax.runs.training.trainer import AUDIT_TOLERANCE, batches
+from ghostjax.runs.training.step import TrainState
+from ghostjax.runs.training.trainer import batches
 
 
 class Windows(NamedTuple):
@@ -98,7 +99,7 @@ def score_windows(
         errors,
     )
     ids = [task.examples[index].id for index in indices]
-    check_sums(ids, result, int(sum(conflicts)), AUDIT_TOLERANCE[config.dtype])
+    check_sums(ids, result, int(sum(conflicts)), TOLERANCES[config.dtype])
     return result
 
 
@@ -112,14 +113,15 @@ def make_directions(
     stacked, [K * PARTS] on every leaf.
     """
 
+    directed = make_directed(row_losses, optimizer, order)
+
     @jax.jit
     def find(state: TrainState, train_rows: Any, val_rows: Any):
         params, opt_state = state.params, state.opt_state
         _, grads = gradient_in_parts(row_losses, params, in_parts(train_rows, microbatches))
-        updates, _ = optimizer.update(grads, opt_state, params)
-        flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        _, _, val_grads = validate(row_losses, params, updates, flat_rows, order)
-        return directions.through_optimizer(optimizer, opt_state, params, grads, val_grads)
+        found = directed(params, opt_state, grads, val_rows).directions
+        count = PARTS * jax.tree.leaves(val_rows)[0].shape[0]
+        return jax.tree.map(lambda leaf: leaf[:count], found)
 
     return find
 

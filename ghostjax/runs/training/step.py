@@ -1,4 +1,9 @@
-"""The jitted training step: one update, the scores of its rows, and how good they are."""
+"""One update, the scores of its rows, and how good they are.
+
+A step is a handful of jitted functions, called one after another: they compile faster than they
+would as one, the validation losses before and after the update are one of them called twice, and
+the audit is compiled only where one is due.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,12 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ghostjax import directions, fidelity
+from ghostjax import fidelity
 from ghostjax._dots import GradDots, conservation_error
 from ghostjax._early import value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
-
-PARTS = 2  # of a step's validation rows, for the sampling error of the scores
+from ghostjax.runs.training.gradients import (
+    PARTS,
+    gradient_in_parts,
+    in_parts,
+    make_directed,
+    mean_and_losses,
+    mean_of,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -46,18 +57,18 @@ def make_step(
     optimizer: optax.GradientTransformation,
     kinds: Sequence[int],
     *,
-    order: int = 1,
+    order: int,
     microbatches: int = 1,
     remat: bool = False,
 ):
-    """The jitted step ``(state, train_rows, val_rows, audited) -> (state, StepRecord)``.
+    """The step ``(state, train_rows, val_rows, audited=None) -> (state, StepRecord)``.
 
     The update is that of plain training on ``mean(row_losses(params, train_rows))``; the buffers of
     the old state are reused.
 
     Args:
       kinds: for every leaf of the parameters, the number of its kind.
-      order: 1, or 2 for validation gradients half-way along the update.
+      order: 1 for validation gradients at the parameters, 2 for the midpoint of the update.
       microbatches: how many parts of the batch are differentiated one after another.
       remat: whether to save memory rather than time.
 
@@ -66,83 +77,106 @@ def make_step(
     instead: factors kept of all layers and rows would need the memory that is to be saved.
 
     ``train_rows`` are [B, ...], ``val_rows`` [K, PARTS, V / PARTS, ...]; ``audited`` are the rows
-    to be redone by plain autodiff, [n], or all -1 for none.
+    to be redone by plain autodiff, [n], for all validation sets.
+    """
+    differentiate = jax.jit(_differentiate(row_losses, microbatches, remat))
+    directed = jax.jit(make_directed(row_losses, optimizer, order), donate_argnums=1)
+    score = jax.jit(_make_score(row_losses, kinds, microbatches))
+    audit = jax.jit(_make_audit(row_losses))
+    apply = jax.jit(optax.apply_updates, donate_argnums=0)
+
+    @jax.jit
+    def val_losses(params, val_rows):
+        sets = jax.tree.leaves(val_rows)[0].shape[0]
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), val_rows)
+        return row_losses(params, rows).reshape(sets, -1)
+
+    @jax.jit
+    def decrease(before, after):
+        return {"val_loss": before.mean(1), "actual": (before - after).mean(1)}
+
+    def step(state, train_rows, val_rows, audited=None):
+        params = state.params
+        losses, grads, late = differentiate(params, train_rows)
+        found = directed(params, state.opt_state, grads, val_rows)
+        before = found.val_losses
+        if before is None:
+            before = val_losses(params, val_rows)
+        record, dots = score(params, train_rows, losses, grads, late, found.directions)
+        audit_error = np.full(before.shape[0], np.nan, np.float32)
+        if audited is not None:
+            audit_error = audit(params, train_rows, audited, found.directions, *dots)
+        del late  # it refers to the parameters, whose buffers are given up
+        params = apply(params, found.updates)
+        measured = decrease(before, val_losses(params, val_rows))
+        measured |= {"predicted": found.predicted, "undefined": found.undefined}
+        record = record._replace(steps={**record.steps, **measured, "audit_error": audit_error})
+        return TrainState(params, found.opt_state), record
+
+    return step
+
+
+def make_plain_step(
+    row_losses: Callable[[Any, Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+):
+    """The jitted step without scores, ``(state, train_rows) -> (state, row losses [B])``."""
+
+    def step(state, train_rows):
+        losses, grads = gradient_in_parts(
+            row_losses, state.params, in_parts(train_rows, microbatches)
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), losses
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _differentiate(row_losses, microbatches: int, remat: bool):
+    """``(params, rows) -> row losses, gradient``, and ``LateDots`` or None."""
+
+    def whole(params, rows):
+        fn = value_and_dots_fn(mean_and_losses(row_losses), has_aux=True, remat=remat)
+        (_, losses), grads, dots = fn(params, rows)
+        return losses, grads, dots
+
+    def parted(params, rows):
+        return *gradient_in_parts(row_losses, params, in_parts(rows, microbatches)), None
+
+    return whole if microbatches == 1 else parted
+
+
+def _make_score(row_losses, kinds: Sequence[int], microbatches: int):
+    """``(params, rows, losses, grads, late, directions)`` to a ``StepRecord`` of all that needs the
+    dots, and for an audit the dots [K * PARTS, B] and their parts of no row [K * PARTS].
     """
 
-    loss_fn = mean_and_losses(row_losses)
+    def dots(params, rows, losses, grads, late, direction):
+        if late is not None:
+            return late.result(direction)
 
-    def mean_loss(params, rows):
-        return loss_fn(params, rows)[0]
+        def one(rows):
+            found = value_grad_and_dots(mean_of(row_losses))(params, rows, direction=direction)
+            return found.dots, found.shared, found.conflicts
 
-    def differentiate(params, rows):
-        """(loss, row losses), gradient, and what gives ``GradDots`` for stacked directions."""
-        if microbatches == 1:
-            fn = value_and_dots_fn(loss_fn, has_aux=True, remat=remat)
-            outputs, grads, dots = fn(params, rows)
-            return outputs, grads, dots.result
-        parts = in_parts(rows, microbatches)
-        losses, grads = gradient_in_parts(row_losses, params, parts)
+        dots, shared, conflicts = jax.lax.map(one, in_parts(rows, microbatches))
+        dots = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1), dots)
+        shared = jax.tree.map(lambda leaf: leaf.mean(0), shared)
         loss = jnp.mean(losses)
+        return GradDots(loss, losses, grads, dots, shared, conflicts.sum(), "mean", len(losses))
 
-        def result(direction):
-            def one(rows):
-                found = value_grad_and_dots(mean_loss)(params, rows, direction=direction)
-                return found.dots, found.shared, found.conflicts
-
-            dots, shared, conflicts = jax.lax.map(one, parts)
-            dots = jax.tree.map(
-                lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1), dots
-            )
-            shared = jax.tree.map(lambda leaf: leaf.mean(0), shared)
-            return GradDots(loss, losses, grads, dots, shared, conflicts.sum(), "mean", len(losses))
-
-        return (loss, losses), grads, result
-
-    def step(state, train_rows, val_rows, audited):
-        params, opt_state = state.params, state.opt_state
-        sets = jax.tree.leaves(val_rows)[0].shape[0]
-        flat_rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        (loss, losses), grads, dots = differentiate(params, train_rows)
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        val_losses, plain_grads, part_grads = validate(
-            row_losses, params, updates, flat_rows, order
-        )
-        plain_grads, val_grads = jax.tree.map(
-            lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1),
-            (plain_grads, part_grads),
-        )
-        by_part = directions.through_optimizer(optimizer, opt_state, params, grads, part_grads)
-        # The plain gradients are there for comparison alone.
-        direction = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, plain_grads)
-        result = dots(direction)
-
-        new_params = optax.apply_updates(params, updates)
-        new_losses = jax.lax.map(lambda rows: mean_loss(new_params, rows), flat_rows)
-
+    def score(params, train_rows, losses, grads, late, direction):
+        result = dots(params, train_rows, losses, grads, late, direction)
         rows = losses.shape[0]
-        scores = result.total() / rows
-        parts, plain = jnp.split(scores, [sets * PARTS])
+        sets = jax.tree.leaves(direction)[0].shape[0] // (PARTS + 1)
+        total = result.total()
+        parts, plain = jnp.split(total / rows, [sets * PARTS])
         parts = parts.reshape(sets, PARTS, rows)
         own = parts.mean(1)
-
-        first = jax.tree.map(lambda leaf: leaf[0], (result.dots, result.shared, direction))
-        one_direction = dataclasses.replace(result, dots=first[0], shared=first[1])
-        conservation = conservation_error(one_direction, first[2])
-        audit_error = jax.lax.cond(
-            audited[0] >= 0,
-            lambda: fidelity.audit(
-                mean_loss,
-                params,
-                train_rows,
-                direction=first[2],
-                dots=one_direction.total(),
-                rows=audited,
-                shared=one_direction.shared,
-                row_weights=jnp.ones(rows),
-            ),
-            lambda: jnp.float32(jnp.nan),
-        )
-        predicted = jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))(val_grads, updates)
+        errors = jnp.stack(jax.tree.leaves(conservation_error(result, direction)))
+        by_part = errors.max(0)[: sets * PARTS].reshape(sets, PARTS)
         record = StepRecord(
             scores={
                 "loss": losses,
@@ -150,77 +184,38 @@ def make_step(
                 "error": jax.vmap(fidelity.standard_error)(parts),
             },
             steps={
-                "loss": loss,
-                "val_loss": val_losses.reshape(sets, PARTS).mean(1),
-                "predicted": predicted,
-                "actual": (val_losses - new_losses).reshape(sets, PARTS).mean(1),
+                "loss": jnp.mean(losses),
                 "correlation": fidelity.correlation(own, plain),
-                "conservation_error": jnp.max(jnp.stack(jax.tree.leaves(conservation))),
-                "audit_error": audit_error,
-                "undefined": directions.count_undefined(optimizer, opt_state, params, grads),
+                "conservation_error": by_part.max(1),
             },
             kinds=_by_kind(result.dots, kinds, own),
         )
-        return TrainState(new_params, new_opt_state), record
+        shared = sum(jax.tree.leaves(result.shared))
+        return record, (total[: sets * PARTS], shared[: sets * PARTS])
 
-    return jax.jit(step, donate_argnums=0)
-
-
-def mean_and_losses(row_losses: Callable[[Any, Any], jax.Array]):
-    """``(params, rows) -> mean of the losses, losses [B]``."""
-
-    def loss_fn(params, rows):
-        losses = row_losses(params, rows)
-        return jnp.mean(losses), losses
-
-    return loss_fn
+    return score
 
 
-def in_parts(rows: Any, count: int) -> Any:
-    """Rows [B, ...] as ``count`` parts of a batch, [count, B / count, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), rows)
+def _make_audit(row_losses):
+    """``(params, rows, audited, directions, dots, shared) -> [K]``, the largest error of a part."""
 
+    def audit(params, train_rows, audited, direction, dots, shared):
+        def of_part(direction, dots, shared):
+            return fidelity.audit(
+                mean_of(row_losses),
+                params,
+                train_rows,
+                direction=direction,
+                dots=dots,
+                rows=audited,
+                shared=shared,
+                row_weights=jnp.ones(dots.shape),
+            )
 
-def gradient_in_parts(
-    row_losses: Callable[[Any, Any], jax.Array], params: Any, parts: Any
-) -> tuple[jax.Array, Any]:
-    """Losses [B] and the gradient of their mean, one part of the batch after another."""
+        by_part = jax.tree.map(lambda leaf: leaf[: len(dots)], direction)
+        return jax.vmap(of_part)(by_part, dots, shared).reshape(-1, PARTS).max(1)
 
-    loss_fn = mean_and_losses(row_losses)
-
-    def add(total, rows):
-        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
-        return jax.tree.map(jnp.add, total, grads), losses
-
-    total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-    return losses.reshape(-1), jax.tree.map(lambda leaf: leaf / len(losses), total)
-
-
-def validate(
-    row_losses: Callable[[Any, Any], jax.Array], params: Any, updates: Any, rows: Any, order: int
-) -> tuple[jax.Array, Any, Any]:
-    """The validation losses of parts of the rows, and their gradients.
-
-    Args:
-      rows: [K * PARTS, V / PARTS, ...].
-      order: 1, or 2 for gradients half-way along ``updates``.
-
-    Returns:
-      Losses [K * PARTS]; and stacked alike the plain gradients, and those of the order asked for.
-    """
-
-    def mean_loss(params, rows):
-        return jnp.mean(row_losses(params, rows))
-
-    def one(rows):
-        loss, plain = jax.value_and_grad(mean_loss)(params, rows)
-        grads = [plain]
-        if order == 2:
-            grads.append(directions.midpoint(mean_loss, params, updates, rows))
-        return loss, grads
-
-    losses, grads = jax.lax.map(one, rows)
-    return losses, grads[0], grads[-1]
+    return audit
 
 
 def _by_kind(dots: Any, kinds: Sequence[int], scores: jax.Array) -> jax.Array:

@@ -20,14 +20,20 @@ def test_examples_are_grouped_by_domain(tmp_path, by):
         measured = own.measured(by)[0][own.visits > 0]
         assert (one.examples, one.visits) == (len(own), own.visits.sum())
         np.testing.assert_array_equal(one.measured, np.sort(measured)[::-1])
-        figures = [own.values.sum(), measured.mean(), np.median(measured), (measured > 0).mean()]
+        figures = [
+            np.nansum(own.values),
+            measured.mean(),
+            np.median(measured),
+            (measured > 0).mean(),
+        ]
         np.testing.assert_allclose([one.total, one.mean, one.median, one.helped], figures)
 
 
 def test_a_domain_without_a_visit_is_last(tmp_path):
     valued = read_values(read_run(write_run(tmp_path / "run")))["code"]
-    visits = np.where(valued.domains == DOMAINS[0], 0, valued.visits)
-    found = by_domain(dataclasses.replace(valued, visits=visits))
+    is_first = valued.domains == DOMAINS[0]
+    visits, values = np.where(is_first, 0, valued.visits), np.where(is_first, np.nan, valued.values)
+    found = by_domain(dataclasses.replace(valued, visits=visits, values=values))
     assert found[-1].name == DOMAINS[0]
     assert np.isnan([found[-1].mean, found[-1].median, found[-1].helped]).all()
     assert by_domain(valued.select(slice(0))) == []

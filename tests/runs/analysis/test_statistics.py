@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from ghostjax.runs.analysis.statistics import pearson, ranks, reliability, roc_auc, spearman
+from ghostjax.runs.analysis.statistics import (
+    differs,
+    freedom,
+    pearson,
+    ranks,
+    reliability,
+    roc_auc,
+    spearman,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +77,34 @@ def test_reliability_tells_how_two_noisy_measurements_correlate():
     assert reliability(truth, 9 + 0 * truth) == 0
     assert np.isnan(reliability(np.ones(3), np.ones(3)))
     assert np.isnan(reliability(np.ones(0), np.ones(0)))
+
+
+FALLING = {
+    "equal": np.ones(64),
+    "to a tenth": np.linspace(1, 0.1, 64),
+    "by half every eighth": 0.5 ** (np.arange(64) / 8),
+    "at random": np.exp(np.random.default_rng(5).normal(size=64) / 2),
+}
+
+
+@pytest.mark.parametrize("sizes", FALLING.values(), ids=FALLING)
+@pytest.mark.parametrize("visits", [8, 16, 64])
+def test_claims_of_an_effect_hold_their_level(sizes, visits):
+    """Values of examples without effect, from two halves per visit; the errors' sizes differ."""
+    rng, examples = np.random.default_rng(visits), 20000
+    sizes = sizes[:: 64 // visits]
+    halves = rng.normal(size=(examples, visits, 2)) * sizes[:, None]
+    values = halves.mean(-1).sum(-1)
+    squares = (halves[..., 0] - halves[..., 1]) ** 2 / 4
+    errors = np.sqrt(squares.sum(-1))
+    degrees = freedom(squares.sum(-1), (squares**2).sum(-1), np.full(examples, visits))
+    assert differs(values, errors, degrees).mean() == pytest.approx(0.05, abs=0.02)
+    # What used to be said: with few visits far too often.
+    if visits == 8:
+        assert (np.abs(values) > 2 * errors).mean() > 0.075
+
+
+def test_degrees_of_freedom_by_hand():
+    squares, fourths = np.array([3.0, 3.0, 0.0]), np.array([3.0, 9.0, 0.0])
+    assert freedom(squares, fourths, np.array([3, 3, 2])).tolist() == [3, 1, 2]
+    assert differs(np.array([0.0, 1.0]), np.zeros(2), np.full(2, 8)).tolist() == [False, True]

@@ -20,8 +20,8 @@ CHANGED = "wiki:0"
 def two(tmp_path_factory):
     """Two runs that differ by noise, but for one example."""
     folder = tmp_path_factory.mktemp("diff")
-    a = write_run(folder / "a", seed=1)
-    b = write_run(folder / "b", seed=2, changes={CHANGED: -0.02})
+    a = write_run(folder / "a", seed=1, steps=60)
+    b = write_run(folder / "b", seed=2, steps=60, changes={CHANGED: -0.02})
     return str(a), str(b)
 
 
@@ -37,8 +37,11 @@ def printed(argv, capsys) -> str:
 def valued(ids, values, errors, visits=None) -> Valued:
     count = len(ids)
     texts = np.array(list(ids), object)
-    visits = np.ones(count, int) if visits is None else np.array(visits)
-    return Valued(texts, texts, texts, visits, np.array(values, float), np.array(errors, float))
+    visits = np.full(count, 8) if visits is None else np.array(visits)
+    values, errors = np.array(values, float), np.array(errors, float)
+    # All visits have errors of one size.
+    fourths = errors**4 / np.maximum(visits, 1)
+    return Valued(texts, texts, texts, visits, values, errors, fourths)
 
 
 def test_comparison_by_hand():
@@ -62,6 +65,8 @@ def test_comparison_by_hand():
         "compared": 4,
         "only_a": 1,
         "only_b": 1,
+        "unvisited": 0,
+        "told": 4,
         "changed_beyond_errors": 1,
         "sign_changed": 2,
         "sign_changed_beyond_errors": 1,
@@ -76,6 +81,17 @@ def test_what_one_run_did_not_visit_is_not_compared():
     assert list(found.a.ids) == ["a"]
     assert list(found.only_a.ids) == ["b"]
     assert len(found.only_b) == 0
+    assert list(found.missing_b) == ["not visited"]
+    neither = valued("ab", [1, 0], [0, 0], visits=[1, 0])
+    assert compare(neither, neither).unvisited == ["b"]
+
+
+def test_nothing_is_claimed_of_few_visits():
+    a, b = (valued("ab", [0, sign], [1e-3] * 2, visits=[7, 8]) for sign in (1, -1))
+    c = valued("ab", [9, 1], [1e-3] * 2, visits=[9, 9])
+    assert compare(a, b).beyond.tolist() == [False, True]
+    assert compare(a, c).is_told.tolist() == [False, True]
+    assert compare(a, c).beyond.tolist() == [False, False]
 
 
 def test_values_per_visit_are_compared_by_mean():
@@ -96,7 +112,7 @@ def test_a_run_does_not_differ_from_itself(two, capsys):
     assert "rank correlation 1.000" in out
     assert "0 changed sign: 0 within the error bars, 0 beyond" in out
     assert "0 changed rank: 0 within the error bars, 0 beyond" in out
-    assert "No value changed by more than twice its standard error." in out
+    assert "No value changed beyond its error bars." in out
     assert "differ in" not in out
 
 
@@ -110,7 +126,7 @@ def test_what_changed_beyond_the_errors_is_told_from_noise(two, capsys):
         assert first["id"] == CHANGED
         assert first["sign_changed"]
         assert first["beyond_errors"]
-        # The rest is noise, of which a twentieth is beyond twice the error.
+        # The rest is noise, of which a twentieth is beyond the error bars.
         assert found["changed_beyond_errors"] <= 1 + 0.2 * EXAMPLES
         assert found["correlation"] > 0.8
 
@@ -189,7 +205,7 @@ def test_comparing_changes_nothing(two, tmp_path, capsys):
 
 def test_names_of_directories_cannot_forge_output(two, tmp_path, capsys):
     hostile = write_run(tmp_path / "a\x1b[31m\nb")
-    assert "a\ufffd[31m b" in printed([hostile, two[1]], capsys).replace("\n", "")
+    assert "a\ufffd[31m b" in " ".join(printed([hostile, two[1]], capsys).split())
 
 
 def test_help_has_examples_and_every_option(capsys):

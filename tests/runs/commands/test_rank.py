@@ -97,7 +97,8 @@ def test_tables_name_the_best_the_worst_and_the_domains(made_up, capsys):
     assert valued.ids[0] not in harmful
     for domain in DOMAINS:
         assert domain in rest
-    assert "differ from zero by more than two standard errors" in out
+    assert "Of 0 examples with 8 visits or more, 0 differ from zero by a t test at 5%" in out
+    assert "40 have fewer visits, too few to tell. Not visited, so without a value: 0." in out
     assert "in nats per token" in out
 
     quiet = ranked(made_up, capsys, "--quiet")
@@ -145,12 +146,15 @@ def test_examples_without_a_visit_come_last_and_have_no_rank(tmp_path, capsys):
     assert len(visited) == 24
     assert {row["rank"] for row in rows[len(visited) :]} == {None}
     assert {row["mean"] for row in rows[len(visited) :]} == {None}
+    assert {row["value"] for row in rows[len(visited) :]} == {None}
+    assert {row["verdict"] for row in visited} == {"few visits"}
+    assert {row["verdict"] for row in rows[len(visited) :]} == {"not visited"}
     cells = rows_of_csv(ranked(path, capsys, "--csv"))[EXAMPLES - 1]
     assert (cells["rank"], cells["visits"], cells["mean"]) == ("", "0", "")
 
     out = ranked(path, capsys)
     assert "The run is not over: these are the values after 3 of 30 steps." in out
-    assert "Not visited: 16." in out
+    assert "Not visited, so without a value: 16 (" in out
 
 
 HOSTILE = {

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ghostjax.runs.analysis.values import sum_visits
+from ghostjax.runs.analysis.summary import measure_fidelity, run_warnings
+from ghostjax.runs.analysis.values import read_values, scored_steps, sum_visits
 from ghostjax.runs.commands import train
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.errors import StoppedError, UsageError
-from ghostjax.runs.store import files
+from ghostjax.runs.report.page import make_report
+from ghostjax.runs.store import checkpoints, files
 from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.run import read_run
 from ghostjax.runs.store.schema import LOG_TABLES
@@ -55,9 +57,11 @@ def test_the_log_says_what_happened(micro_run):
         assert all(error >= 0 for error in scores[f"error_{name}"])
     by_step = np.reshape(scores["loss"], (STEPS, BATCH_SIZE)).mean(axis=1)
     np.testing.assert_allclose(by_step, steps["loss"], rtol=1e-5)
-    assert [error is None for error in steps["audit_error"]] == [False, True] * 3
-    assert max(error for error in steps["audit_error"] if error is not None) < 1e-3
-    assert max(steps["conservation_error"]) < 1e-3
+    for name in micro_run.sets:
+        audits = steps[f"audit_error_{name}"]
+        assert [error is None for error in audits] == [False, True] * 3
+        assert max(error for error in audits if error is not None) < 1e-3
+        assert max(steps[f"conservation_error_{name}"]) < 1e-3
     assert min(steps["learning_rate"]) > 0
     starts = dict(zip(*(micro_run.examples[name].to_pylist() for name in ("id", "size"))))
     for start, name in zip(scores["start"], scores["id"]):
@@ -76,7 +80,7 @@ def test_kinds_add_up_to_the_size_of_the_scores(micro_run):
 
 def test_values_are_the_sums_of_the_log(micro_run):
     table = pq.read_table(micro_run.path / "values.parquet").to_pydict()
-    visits, values, errors = sum_visits(micro_run)
+    visits, values, errors, _ = sum_visits(micro_run)
     assert table["visits"] == visits.tolist()
     assert table["value_other"] == values[:, 1].tolist()
     assert table["error_held"] == errors[:, 0].tolist()
@@ -89,7 +93,7 @@ def test_the_summary_agrees_with_the_tables(micro_run):
     assert summary["steps"] == STEPS
     assert summary["loss"] == micro_run.steps["loss"][-1].as_py()
     assert summary["auc"] is None
-    _, values, _ = sum_visits(micro_run)
+    values = sum_visits(micro_run).values
     for k, name in enumerate(micro_run.sets):
         domains = summary["domains"][name]
         assert set(domains) == {"forum", "wiki"}
@@ -113,7 +117,7 @@ def test_the_readme_reads_the_log_with_sql(micro_run, monkeypatch):
     (query,) = re.findall(r"^```sql\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     query = query.replace("runs/first", str(micro_run.path)).replace("prose", "held")
     found = dict(duckdb.sql(query).fetchall())
-    _, values, _ = sum_visits(micro_run)
+    values = sum_visits(micro_run).values
     expected = dict(zip(micro_run.examples["id"].to_pylist(), values[:, 0]))
     assert found.keys() == expected.keys()
     for name, value in found.items():
@@ -175,6 +179,64 @@ def test_a_run_that_stops_keeps_what_it_has(micro_config, tmp_path, monkeypatch)
         train.run(config)
     assert read_run(config.out).end == 5
     assert read_run(config.out).summary is None
+
+
+def test_a_broken_certificate_is_in_the_log(micro_config, tmp_path, monkeypatch):
+    config = dataclasses.replace(micro_config, out=tmp_path / "run")
+    make = Trainer.steps
+
+    def broken(self, *args):
+        for state, step in make(self, *args):
+            if step.number == 5:
+                step.record.steps["conservation_error"] = np.float32([0, 0.25])
+                step = dataclasses.replace(step, fault=self._fault(step))
+            yield state, step
+
+    monkeypatch.setattr(Trainer, "steps", broken)
+    line = "step 5, validation set other: the conservation error is 2.5e-01, more than"
+    with pytest.raises(StoppedError, match=f"stopped at {line} the tolerance 1.0e-03; the log has"):
+        train.run(config)
+    done = read_run(config.out)
+    assert (done.end, done.summary) == (6, None)
+    # Not of the broken step: resuming makes it again.
+    assert checkpoints.latest(config.out) == 4
+    assert any(f"Broken at {line}" in warning for warning in all_warnings(done))
+
+
+def all_warnings(done):
+    measured = {name: measure_fidelity(done, name, own) for name, own in read_values(done).items()}
+    return run_warnings(done, measured)
+
+
+def test_some_steps_are_scored(micro_config, micro_run, tmp_path, monkeypatch):
+    config = dataclasses.replace(micro_config, out=tmp_path / "run", score_every=2)
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config)
+    train.run(dataclasses.replace(config, resume=True, score_every=1))
+    done = read_run(config.out)
+    assert scored_steps(done).tolist() == [False, True] * 3
+    assert done.summary["scored_steps"] == 3
+    # The same training, whose losses are all there.
+    for table in ("scores", "steps"):
+        losses = done.numbers(table, "loss")
+        np.testing.assert_allclose(losses, micro_run.numbers(table, "loss"), rtol=1e-3)
+    by_step = np.reshape(done.numbers("scores", "score_held"), (STEPS, BATCH_SIZE))
+    assert np.isfinite(by_step).all(1).tolist() == [False, True] * 3
+    assert np.isnan(by_step).all(1).tolist() == [True, False] * 3
+    for column in ("val_loss", "predicted", "actual", "correlation", "conservation_error"):
+        assert done.steps[f"{column}_held"].null_count == 3
+    assert sorted(set(done.kinds["step"].to_pylist())) == [1, 3, 5]
+    visits, values, _, _ = sum_visits(done)
+    assert visits.sum() == 3 * BATCH_SIZE
+    assert np.isnan(values).all(1).tolist() == (visits == 0).tolist()
+    assert done.summary["val_loss"]["held"] == done.steps["val_loss_held"][5].as_py()
+    assert done.summary["fidelity"]["held"]["steps"] == 3
+    assert done.summary["fidelity"]["held"]["undefined_steps"] == 0
+    for page in (make_report(done), make_report(dataclasses.replace(done, end=2))):
+        assert "nan" not in page.lower().replace("provenance", "")
+    assert not any("not finite" in line or "Broken" in line for line in all_warnings(done))
 
 
 def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path):

@@ -44,7 +44,7 @@ def config(micro_config, tmp_path):
 def test_wrong_labels_have_the_smallest_values(config):
     run(config)
     found = read_run(config.out)
-    _, values, _ = sum_visits(found)
+    values = sum_visits(found).values
     assert set(found.examples["domain"].to_pylist()) == {"label-0", "label-1"}
     assert found.examples["id"][3].as_py() == "noisy:3"
     assert found.examples["excerpt"][0].as_py().startswith("label ")

@@ -282,7 +282,7 @@ def test_warnings_of_the_summary_are_shown_once(tmp_path):
     path = write_run(tmp_path / "run", error=0.1, sets=("prose",))
     summary = json.loads((path / "summary.json").read_text())
     own = judge_all(path)["prose"].reasons[0]
-    summary["warnings"] = [f"prose: {own}", "Something else is <odd>."]
+    summary["warnings"] = [own, "Something else is <odd>."]
     (path / "summary.json").write_text(json.dumps(summary))
     text = Page(make_report(read_run(path))).text()
     assert text.count(own) == 1

@@ -6,6 +6,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
+from ghostjax.fidelity import step_weights
 from ghostjax.runs.analysis.values import sum_visits
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store import files, schema
@@ -13,6 +14,7 @@ from ghostjax.runs.store.run import read_run
 from tests.runs import small_run
 
 STEPS = 8
+BOTH = ("predicted", "actual")
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +49,23 @@ def test_a_run_that_is_over_has_a_summary(out):
 
 
 def test_values_are_the_sums_of_the_visits(whole):
-    visits, values, errors = sum_visits(read_run(whole))
+    visits, values, errors, fourths = sum_visits(read_run(whole))
+    decreases = [small_run.rows("steps", step) for step in range(STEPS)]
+    weights = {
+        name: step_weights(*([row[f"{which}_{name}"] for row in decreases] for which in BOTH))
+        for name in small_run.SETS
+    }
+    assert min(weights["val"].min(), weights["clean"].min()) < 1
     rows = [row for step in range(STEPS) for row in visit_rows(step)]
     for n, example in enumerate(small_run.IDS):
         own = [row for row in rows if row["id"] == example]
         assert visits[n] == len(own) > 0
         for k, name in enumerate(small_run.SETS):
-            total = sum(float(row[f"score_{name}"]) for row in own)
-            square = sum(float(row[f"error_{name}"]) ** 2 for row in own)
+            weight = [weights[name][row["step"]] for row in own]
+            total = sum(w * float(row[f"score_{name}"]) for w, row in zip(weight, own))
+            errors_of = [w * float(row[f"error_{name}"]) for w, row in zip(weight, own)]
+            square = sum(error**2 for error in errors_of)
+            np.testing.assert_allclose(fourths[n, k], sum(e**4 for e in errors_of), rtol=1e-12)
             np.testing.assert_allclose(values[n, k], total, rtol=1e-12)
             np.testing.assert_allclose(errors[n, k], np.sqrt(square), rtol=1e-12)
     assert (visits.dtype, values.dtype, errors.dtype) == (np.int64, np.float64, np.float64)
@@ -69,11 +80,11 @@ def visit_rows(step):
     ]
 
 
-def test_an_example_without_a_visit_has_value_zero(tmp_path):
-    visits, values, errors = sum_visits(read_run(small_run.write(tmp_path / "run", steps=1)))
+def test_an_example_without_a_visit_has_no_value(tmp_path):
+    visits, values, errors, _ = sum_visits(read_run(small_run.write(tmp_path / "run", steps=1)))
     assert sorted(visits) == [0, 1, 1, 1]
-    assert not values[visits == 0].any()
-    assert not errors[visits == 0].any()
+    for found in (values, errors):
+        assert np.isnan(found).all(1).tolist() == (visits == 0).tolist()
 
 
 def test_a_run_that_was_cut_off_is_what_all_tables_hold(out):

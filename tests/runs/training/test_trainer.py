@@ -86,8 +86,8 @@ def test_optimizers_that_cannot_be_used(text, message):
 def record(scores=None, steps=None):
     by_set, by_row = np.zeros(2, np.float32), np.zeros((2, 4), np.float32)
     scores = {"loss": np.ones(4, np.float32), "score": by_row, "error": by_row, **(scores or {})}
-    found = {"loss": np.float32(1), "audit_error": np.float32(np.nan)}
-    found |= dict.fromkeys(("val_loss", "predicted", "actual"), by_set)
+    found = {"loss": np.float32(1), "audit_error": np.full(2, np.nan, np.float32)}
+    found |= dict.fromkeys(("val_loss", "predicted", "actual", "conservation_error"), by_set)
     return StepRecord(scores, {**found, **(steps or {})}, by_row)
 
 
@@ -111,15 +111,18 @@ STOPS = {
         "the score, but not the loss, of {2} is not finite; the opt",
     ),
     "all": ({"loss": np.full(4, np.inf)}, {}, "the loss or score of {0}, {1}, {2}, {3} is"),
-    "audit": ({}, {"audit_error": np.float32(0.01)}, "redone by plain autodiff differ by 1.0e-02"),
 }
+
+
+def made(scores, steps):
+    return lambda *args, **options: lambda state, *rows: (state, record(scores, steps))
 
 
 @pytest.mark.parametrize(("scores", "steps", "message"), STOPS.values(), ids=STOPS)
 def test_what_stops_a_run(micro_config, task, monkeypatch, scores, steps, message):
     monkeypatch.setattr(
         "ghostjax.runs.training.trainer.make_step",
-        lambda *args, **options: lambda state, *rows: (state, record(scores, steps)),
+        made(scores, steps),
     )
     indices = next(batches(micro_config, task)).indices
     ids = [task.examples[index].id for index in indices]
@@ -127,15 +130,37 @@ def test_what_stops_a_run(micro_config, task, monkeypatch, scores, steps, messag
         next(Trainer(micro_config, task).steps("a state", 0))
 
 
+FAULTS = {
+    "certificate": ({"conservation_error": np.array([0, 0.02])}, "other: the conservation error"),
+    "audit": ({"audit_error": np.array([1e-6, 0.02])}, "other: the audit error is 2.0e-02, more"),
+    "audit of the first set": ({"audit_error": np.array([np.inf, 0])}, "held: the audit error is"),
+    "nothing": ({"audit_error": np.array([9e-4, 0])}, None),
+}
+
+
+@pytest.mark.parametrize(("steps", "message"), FAULTS.values(), ids=FAULTS)
+def test_what_stops_a_run_after_the_step_is_logged(micro_config, task, monkeypatch, steps, message):
+    monkeypatch.setattr("ghostjax.runs.training.trainer.make_step", made({}, steps))
+    _, step = next(Trainer(micro_config, task).steps("a state", 0))
+    if message is None:
+        assert step.fault is None
+    else:
+        assert step.fault.startswith(f"stopped at step 0, validation set {message}")
+        assert step.fault.endswith("more than the tolerance 1.0e-03; the log has the step")
+
+
 def test_audits_are_at_their_steps_and_of_different_rows(micro_config, task):
     config = dataclasses.replace(micro_config, audit_every=3, batch_size=4)
     trainer = Trainer(config, task)
     audited = [trainer._audited(number) for number in range(31)]
-    assert [number for number, rows in enumerate(audited) if rows[0] >= 0] == list(range(0, 31, 3))
+    assert [n for n, rows in enumerate(audited) if rows is not None] == list(range(0, 31, 3))
     assert all(0 <= row < 4 for rows in audited[::3] for row in rows)
     assert len({tuple(rows) for rows in audited[::3]}) > 3
     never = Trainer(dataclasses.replace(config, audit_every=0), task)
-    assert all((never._audited(number) == -1).all() for number in range(4))
+    assert all(never._audited(number) is None for number in range(4))
+    # Of every second step, every third.
+    some = Trainer(dataclasses.replace(config, score_every=2), task)
+    assert [n for n in range(14) if some._audited(n) is not None] == [1, 7, 13]
 
 
 def test_kinds_of_layers(micro_config, task):
@@ -151,5 +176,5 @@ def test_parameters_in_float32_whatever_is_computed_in(micro_config):
     state = Trainer(config, task).init_state(params)
     _, step = next(Trainer(config, task).steps(state, 0))
     assert np.isfinite(step.record.scores["score"]).all()
-    assert step.record.steps["conservation_error"] < 0.03
+    assert step.record.steps["conservation_error"].max() < 0.03
     assert step.record.scores["loss"].dtype == np.float32
