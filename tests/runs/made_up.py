@@ -5,15 +5,13 @@ Examples of the domain ``wiki`` help the set ``prose``, those of ``scripts`` hel
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ghostjax.runs.store import schema
+from ghostjax.runs.store import files, schema
 
 SETS = ("prose", "code")
 DOMAINS = ("wiki", "scripts", "noise")
@@ -82,6 +80,7 @@ def write_run(
     options = {"steps": STEPS, "batch_size": BATCH_SIZE, "seed": seed, "out": "made-up"}
     record = {
         "schema_version": schema.SCHEMA_VERSION,
+        "id": "made-up",
         "sets": list(sets),
         "options": options,
         "fingerprints": {"data": "made-up", "params": f"made-up {seed}"},
@@ -93,7 +92,7 @@ def write_run(
         "seed": seed,
         **metadata,
     }
-    (path / "run.json").write_text(json.dumps(record))
+    files.write_json(path / "run.json", record)
     if finished:
         _finish(path, sets, ids, domains, log, options)
     return path
@@ -180,10 +179,10 @@ def _finish(path, sets, ids, domains, log, options) -> None:
         "seconds": 12.5,
         "options": options,
     }
-    (path / "summary.json").write_text(json.dumps(summary))
+    files.write_json(path / "summary.json", summary)
 
 
 def _write(path, table, sets, columns) -> None:
     fields = schema.table_schema(table, sets)
     arrays = [pa.array(list(columns[field.name]), field.type) for field in fields]
-    pq.write_table(pa.table(arrays, schema=fields), path)
+    files.write_table(path, pa.table(arrays, schema=fields))

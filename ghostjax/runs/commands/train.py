@@ -5,6 +5,7 @@ import platform
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -23,7 +24,7 @@ from ghostjax.runs.report.terminal import print_summary
 from ghostjax.runs.store import checkpoints, files, schema
 from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
-from ghostjax.runs.store.run import read_run
+from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.training.trainer import Step, Trainer
 
 
@@ -60,7 +61,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             files.write_json(config.out / "run.json", started)
         files.write_table(config.out / "examples.parquet", _examples_table(task))
         begin = time.perf_counter()
-        _train(config, task, trainer, params)
+        _train(read_run(config.out), config, task, trainer, params)
         summary, values = make_summary(read_run(config.out), time.perf_counter() - begin)
         files.write_table(config.out / "values.parquet", values)
         files.write_json(config.out / "summary.json", summary)
@@ -82,6 +83,7 @@ def _metadata(
     """What ``run.json`` holds."""
     return {
         "schema_version": schema.SCHEMA_VERSION,
+        "id": uuid.uuid4().hex,
         "task": task.name,
         "unit": task.unit,
         "sets": list(task.val_sizes),
@@ -123,16 +125,19 @@ def _examples_table(task: Task) -> pa.Table:
     return pa.table(arrays, schema=fields)
 
 
-def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> None:
+def _train(begun: Run, config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> None:
     """Makes the steps that are still to be made, and writes log and checkpoints."""
     out, sets = config.out, list(task.val_sizes)
     start = checkpoints.latest(out) or 0
     initial = trainer.init_state(params)
     if start:
-        initial = checkpoints.restore(out, start, initial)
+        initial = checkpoints.restore(out, start, initial, begun.identity)
     # Last, as it drops what the log has beyond the checkpoint.
     writer = LogWriter.resume(out, sets, start)
     console = None if config.quiet else make_console(sys.stderr)
+    if writer.dropped and console is not None:
+        last = start + writer.dropped - 1
+        console.print(f"Steps {start} to {last} had no checkpoint and are made again", markup=False)
     show = Progress(console, start, config.steps, config.batch_size)
     end = start
     with show, _interrupts() as is_interrupted:
@@ -144,7 +149,7 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> No
                 is_last = end == config.steps
                 if end % config.checkpoint_every == 0 or is_last or is_interrupted():
                     writer.flush(end)
-                    checkpoints.save(out, end, state)
+                    checkpoints.save(out, end, state, begun.identity)
                 if is_interrupted() and not is_last:
                     raise KeyboardInterrupt
         except StoppedError:

@@ -2,17 +2,16 @@
 
 ``checkpoints/<step>/`` is an orbax checkpoint of one flat dictionary, from the path of each leaf to
 its array. So it can be read with orbax alone, and neither names with dots nor custom nodes matter.
-``contents.json`` beside it lists the arrays and the digests of its files: orbax meets a damaged
-file with tracebacks from its threads, or not at all.
+``contents.json`` beside it says which run it is of and lists the arrays and the digests of its
+files: orbax meets a damaged file with tracebacks from its threads, or not at all.
 """
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.store.files import sync_directory, write_json
+from ghostjax.runs.store.files import read_json, sync_directory, write_json
 
 # Orbax takes half a second to import: only the functions that need it do.
 
@@ -31,8 +30,10 @@ _CONTENTS = "contents.json"
 _State = TypeVar("_State")
 
 
-def save(out: Path, step: int, state: Any) -> None:
+def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None) -> None:
     """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``; keeps the newest two.
+
+    ``run``, JSON, is what tells the run from others; ``restore`` must be given the same.
 
     When this returns, it is on disk. Killed before, it leaves the older checkpoints and the new one
     as a whole or not at all. A checkpoint of the same step is replaced.
@@ -58,6 +59,7 @@ def save(out: Path, step: int, state: Any) -> None:
         checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
     _sync_tree(aside)
     contents = {
+        "run": dict(run or {}),
         "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
         "files": _digests(aside),
     }
@@ -80,7 +82,7 @@ def available(out: Path) -> list[int]:
     return _steps(_folder(out))
 
 
-def restore(out: Path, step: int, like: _State) -> _State:
+def restore(out: Path, step: int, like: _State, run: Mapping[str, Any] | None = None) -> _State:
     """The state that was saved for ``step``, equal in every bit, as a tree like ``like``.
 
     Args:
@@ -89,15 +91,24 @@ def restore(out: Path, step: int, like: _State) -> _State:
         strong types.
 
     Raises:
-      UsageError: one line: there is no such checkpoint, it is damaged, or its arrays are not those
-        of ``like`` in their paths, shapes and dtypes.
+      UsageError: one line: there is no such checkpoint, it is damaged, it was saved for another
+        ``run``, or its arrays are not those of ``like`` in their paths, shapes and dtypes.
     """
     import orbax.checkpoint as ocp
 
     path = _folder(out) / str(step)
     if not path.is_dir():
         raise UsageError(f"{path} is missing")
-    have = _read_contents(path)
+    contents = _read_contents(path)
+    saved_for, wanted = contents["run"], dict(run or {})
+    if saved_for != wanted:
+        names = sorted(saved_for.keys() | wanted.keys())
+        name = next(name for name in names if saved_for.get(name) != wanted.get(name))
+        raise UsageError(
+            f"{path} is of another run: {name} is {saved_for.get(name)}, expected "
+            f"{wanted.get(name)}; put back the checkpoints of this run"
+        )
+    have = contents["arrays"]
     leaves = _by_path(like)
     problems = _differences(have, {name: _describe(leaf) for name, leaf in leaves.items()})
     if problems:
@@ -135,22 +146,27 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _read_contents(path: Path) -> dict[str, str]:
-    """What arrays a checkpoint has, once every file of it is known to be as it was written."""
+def _read_contents(path: Path) -> dict[str, dict[str, Any]]:
+    """``contents.json`` of a checkpoint, once every file of it is known to be as it was written."""
     try:
-        contents = json.loads((path / _CONTENTS).read_bytes())
-        arrays, files = contents["arrays"], contents["files"]
+        contents = read_json(path / _CONTENTS)
+        files = contents["files"]
+        if not all(isinstance(contents[name], dict) for name in ("run", "arrays", "files")):
+            raise TypeError
         found = _digests(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _damaged(path, f"{_CONTENTS} cannot be read") from error
     for name, digest in files.items():
         if found.get(name) != digest:
             raise _damaged(path, f"{name} {'has changed' if name in found else 'is missing'}")
-    return arrays
+    return contents
 
 
 def _damaged(path: Path, problem: str) -> UsageError:
-    way_out = "delete it to resume from the checkpoint before it"
+    others = [step for step in _steps(path.parent) if str(step) != path.name]
+    way_out = "put it back as it was, or start again in a new directory"
+    if others and max(others) < int(path.name):
+        way_out = f"delete it to resume from step {max(others)}, the checkpoint before it"
     return UsageError(f"{path} is damaged ({problem}): {way_out}")
 
 

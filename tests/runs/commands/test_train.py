@@ -1,7 +1,6 @@
 """A whole run on disk: what it writes, and that an interrupted one goes on undisturbed."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -141,9 +140,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, mon
             train.run(config)
     assert read_run(config.out).end == 3
     assert read_run(config.out).summary is None
-    started = json.loads((config.out / "run.json").read_text())
+    started = files.read_json(config.out / "run.json")
     now, started["versions"]["jax"] = started["versions"]["jax"], "0.0.1"
-    (config.out / "run.json").write_text(json.dumps(started))
+    files.write_json(config.out / "run.json", started)
     train.run(dataclasses.replace(config, resume=True, quiet=False))
     assert f"Versions changed since the run began: jax {now} (was 0.0.1)" in capsys.readouterr().err
     same_log(read_run(config.out), micro_run)
@@ -184,9 +183,9 @@ def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path)
     (tmp_path / "run.json").write_text((micro_run.path / "run.json").read_text())
     with pytest.raises(UsageError, match="it has --steps 6, not 7"):
         train.run(dataclasses.replace(config, steps=7))
-    metadata = json.loads((tmp_path / "run.json").read_text())
+    metadata = files.read_json(tmp_path / "run.json")
     metadata["fingerprints"]["data"] = "0" * 64
-    (tmp_path / "run.json").write_text(json.dumps(metadata))
+    files.write_json(tmp_path / "run.json", metadata)
     with pytest.raises(UsageError, match="the data changed since the run began"):
         train.run(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
@@ -208,7 +207,7 @@ def test_documents_that_move_between_validation_sets_are_a_change(micro_config, 
 
 def test_a_run_json_without_options_is_refused_in_one_line(micro_config, tmp_path):
     (tmp_path / "run.json").write_text('{"schema_version": 1, "sets": ["val"]}')
-    with pytest.raises(UsageError, match=r"run\.json: no options and fingerprints in it"):
+    with pytest.raises(UsageError, match=r"run\.json: no id and options and fingerprints in it"):
         train.run(dataclasses.replace(micro_config, out=tmp_path, resume=True))
 
 
