@@ -1,6 +1,7 @@
 """The command line: parses, calls, and turns errors into one line and an exit code.
 
-0  done      1  the run failed      2  options or data cannot be used      130  interrupted
+0  done      1  the run failed      2  options or data cannot be used
+130  interrupted by Ctrl-C      143  ended by SIGTERM
 """
 
 import os
@@ -33,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ghostjax {metadata.version('ghostjax')}")
         return 0
     try:
+        return _run(argv)
+    except KeyboardInterrupt:  # while modules are imported, too
+        return _fail("interrupted", 130)
+
+
+def _run(argv: list[str]) -> int:
+    try:
         import pyarrow  # noqa: F401
         import rich  # noqa: F401
         import tyro
@@ -43,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from ghostjax.runs.commands import diff, rank, report, tokens, train
     from ghostjax.runs.config import TrainConfig
-    from ghostjax.runs.errors import StoppedError, UsageError
+    from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 
     commands = {
-        "train": (TrainConfig, train.run),
+        "train": (TrainConfig, lambda config: train.run(config, _given(argv))),
         "report": (report.ReportConfig, report.run),
         "rank": (rank.RankConfig, rank.run),
         "tokens": (tokens.TokensConfig, tokens.run),
@@ -75,10 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(_OUT_OF_MEMORY, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         is_begun = isinstance(config, TrainConfig) and (config.out / "run.json").exists()
-        return _fail(f"interrupted{'; ghostjax train --resume goes on' * is_begun}", 130)
+        what, code = ("ended", 143) if isinstance(error, TerminatedError) else ("interrupted", 130)
+        return _fail(f"{what}{'; ghostjax train --resume goes on' * is_begun}", code)
     return 0
+
+
+def _given(argv: list[str]) -> set[str]:
+    """The names of the options in a command line. Tyro takes no abbreviations.
+
+    >>> sorted(_given(["train", "--steps", "8", "--batch-size=4"]))
+    ['batch_size', 'steps']
+    """
+    options = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
 def _fail(message: str, code: int) -> int:

@@ -77,7 +77,7 @@ def test_options_that_cannot_be_used(micro_config, tmp_path, capsys, changes, me
 BAD_DATA = {
     "empty": ("a_txt", "", "no documents in it"),
     "bad JSON": ("a_jsonl", '{"text": "one"}\n{', "line 2: not valid JSON"),
-    "short": ("a_txt", "x", "line 1: a document of 1 bytes"),
+    "short": ("a_txt", "x", "no documents in it of at least 2 bytes"),
 }
 
 

@@ -1,12 +1,13 @@
 """``ghostjax train``: examples in, a trained model and the examples' values out."""
 
 import contextlib
+import errno
 import platform
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,7 +18,7 @@ from ghostjax.runs.analysis.summary import make_summary
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import Task
-from ghostjax.runs.errors import StoppedError, UsageError
+from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
@@ -28,20 +29,27 @@ from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.training.trainer import Step, Trainer
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, Any]:
     """Trains, writes the run directory ``config.out``, prints a report; returns the summary.
 
     Everything that can be wrong with the options and the data is found before anything is written.
     Whenever the process ends, the directory holds a run that ``--resume`` goes on with.
 
+    Args:
+      given: The names of the options that were given, as ``TrainConfig.resumed`` asks for them.
+
     Raises:
       UsageError: options or data cannot be used, or ``config.out`` is not empty.
-      StoppedError: training cannot go on; what came before the step is kept.
-      KeyboardInterrupt: after the step at which it came was written.
+      StoppedError: training cannot go on, or the disk is full; what came before is kept.
+      KeyboardInterrupt: after the step at which it came was written; ``TerminatedError`` for
+        SIGTERM.
     """
-    resumed = _read_started(config) if config.resume else None
-    if resumed is not None:
-        config = config.resumed(resumed["options"])
+    resumed = None
+    if config.resume:
+        done = read_run(config.out)
+        resumed = done.begun()
+        config = config.resumed(resumed["options"], given)
+        _check_length(done, config)
     else:
         files.check_out(config.out)
     config.check()
@@ -55,10 +63,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
         raise UsageError(f"{config.out}: the data changed since the run began")
     elif not config.quiet:
         _tell_new_versions(resumed.get("versions", {}))
-    with files.lock(config.out):
+    if resumed is None and task.skipped and not config.quiet:
+        _tell_skipped(task.skipped)
+    with files.lock(config.out), _disk_errors(config):
         if resumed is None:
             started = _metadata(config, task, trainer, data, fingerprint(params))
             files.write_json(config.out / "run.json", started)
+        elif resumed["options"].get("steps") != config.steps:
+            _change_length(config, resumed)
         files.write_table(config.out / "examples.parquet", _examples_table(task))
         begin = time.perf_counter()
         _train(read_run(config.out), config, task, trainer, params)
@@ -70,11 +82,43 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-def _read_started(config: TrainConfig) -> dict[str, Any]:
-    done = read_run(config.out)
-    if done.summary is not None:
-        raise UsageError(f"{config.out} is a complete run: there is nothing to resume")
-    return done.begun()
+def _check_length(done: Run, config: TrainConfig) -> None:
+    """Raises ``UsageError`` where there is nothing to do, or less than was done."""
+    if done.summary is not None and config.steps <= done.end:
+        raise UsageError(
+            f"{config.out} is a complete run of {done.end} steps: there is nothing to resume; "
+            "--steps of more than these makes it longer"
+        )
+    made = checkpoints.latest(config.out) or 0
+    if config.steps < made:
+        raise UsageError(f"--steps {config.steps}: the run has made {made} steps already")
+
+
+def _change_length(config: TrainConfig, started: dict[str, Any]) -> None:
+    """Has the run go on to ``config.steps``. Stopped anywhere, it leaves one that can go on."""
+    for name in ("summary.json", "values.parquet"):
+        (config.out / name).unlink(missing_ok=True)
+    change = {"at": checkpoints.latest(config.out) or 0, "from": started["options"].get("steps")}
+    lengths = [*started.get("lengths", []), {**change, "to": config.steps}]
+    options = {**started["options"], "steps": config.steps}
+    files.write_json(config.out / "run.json", {**started, "options": options, "lengths": lengths})
+
+
+@contextlib.contextmanager
+def _disk_errors(config: TrainConfig) -> Iterator[None]:
+    """Turns what a full or broken disk raises into one line that says how to go on."""
+    try:
+        yield
+    except BrokenPipeError:  # of stdout or stderr
+        raise
+    except OSError as error:
+        begun = (config.out / "run.json").exists()
+        way_out = "ghostjax train --resume goes on" if begun else "start again"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoppedError(
+            f"cannot write {error.filename or config.out}: {error.strerror or error}; "
+            f"{'make room' if full else 'put that right'}, then {way_out}"
+        ) from error
 
 
 def _metadata(
@@ -90,6 +134,7 @@ def _metadata(
         "kinds": trainer.kinds,
         "examples": len(task.examples),
         "val_examples": task.val_sizes,
+        "skipped": len(task.skipped),
         "seed": config.seed,
         "options": config.as_json(),
         "command": sys.argv,
@@ -115,7 +160,13 @@ def _tell_new_versions(before: dict[str, str]) -> None:
     ]
     if changes:
         line = f"Versions changed since the run began: {', '.join(changes)}"
-        make_console(sys.stderr).print(line, markup=False)
+        make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
+
+
+def _tell_skipped(places: Sequence[str]) -> None:
+    which = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+    line = f"Skipped {len(places)} documents that are empty or too short: {which}"
+    make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
 def _examples_table(task: Task) -> pa.Table:
@@ -140,18 +191,18 @@ def _train(begun: Run, config: TrainConfig, task: Task, trainer: Trainer, params
         console.print(f"Steps {start} to {last} had no checkpoint and are made again", markup=False)
     show = Progress(console, start, config.steps, config.batch_size)
     end = start
-    with show, _interrupts() as is_interrupted:
+    with show, _signals() as received:
         try:
             for state, step in trainer.steps(initial, start):
                 _append(writer, task, trainer, step)
                 show.step(step)
                 end = step.number + 1
                 is_last = end == config.steps
-                if end % config.checkpoint_every == 0 or is_last or is_interrupted():
+                if end % config.checkpoint_every == 0 or is_last or received():
                     writer.flush(end)
                     checkpoints.save(out, end, state, begun.identity)
-                if is_interrupted() and not is_last:
-                    raise KeyboardInterrupt
+                if received() and not is_last:
+                    raise received()
         except StoppedError:
             writer.flush(end)
             raise
@@ -174,25 +225,28 @@ def _append(writer: LogWriter, task: Task, trainer: Trainer, step: Step) -> None
     )
 
 
+_SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: TerminatedError}
+
+
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C ends the run after the step at hand, so that its state is whole; twice, at once."""
-    received = []
+def _signals() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Ctrl-C and SIGTERM end the run after the step at hand, so that its state is whole; twice, at
+    once. Gives which of them came."""
+    received: list[type[KeyboardInterrupt]] = []
 
     def note(number, frame):
         if received:
-            raise KeyboardInterrupt
-        received.append(number)
+            raise _SIGNALS[number]
+        received.append(_SIGNALS[number])
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
-        yield lambda: False
-        return
+    before = {}
     try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
+        for number in _SIGNALS:
+            # As in the background of a script, where they are ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    before[number] = signal.signal(number, note)
+        yield lambda: received[0] if received else None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
 
     Raises:
       TypeError: a leaf is not a ``jax.Array``.
+      OSError: it cannot be written; the older checkpoints are as before.
     """
     import orbax.checkpoint as ocp
 
@@ -50,20 +52,27 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
 
     folder = _folder(out)
     folder.mkdir(exist_ok=True)
-    for leftover in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
-        shutil.rmtree(leftover)
+    _remove_leftovers(folder)
     aside = folder / f".{step}.partial"
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        # Orbax refuses empty arrays; restoring takes them from ``like``.
-        kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
-        checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
-    _sync_tree(aside)
-    contents = {
-        "run": dict(run or {}),
-        "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
-        "files": _digests(aside),
-    }
-    write_json(aside / _CONTENTS, contents)
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            # Orbax refuses empty arrays; restoring takes them from ``like``.
+            kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
+            checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
+        _sync_tree(aside)
+        contents = {
+            "run": dict(run or {}),
+            "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
+            "files": _digests(aside),
+        }
+        write_json(aside / _CONTENTS, contents)
+    except (OSError, ValueError) as error:
+        _remove_leftovers(folder)
+        # Tensorstore raises ValueError for what the system refuses, such as to fill a disk further.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(aside)) from error
     if (folder / str(step)).exists():
         _remove(folder, step)
     os.replace(aside, folder / str(step))
@@ -133,6 +142,11 @@ def _folder(out: Path) -> Path:
 
 def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
+        shutil.rmtree(leftover)
 
 
 def _remove(folder: Path, step: int) -> None:

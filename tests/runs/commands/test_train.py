@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, mon
     train.run(dataclasses.replace(config, resume=True, quiet=False))
     assert f"Versions changed since the run began: jax {now} (was 0.0.1)" in capsys.readouterr().err
     same_log(read_run(config.out), micro_run)
-    with pytest.raises(UsageError, match="complete run: there is nothing to resume"):
+    with pytest.raises(UsageError, match="complete run of 6 steps: there is nothing to resume"):
         train.run(dataclasses.replace(config, resume=True))
 
 
@@ -181,8 +181,8 @@ def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path)
     with pytest.raises(UsageError, match=r"no run|run\.json"):
         train.run(config)
     (tmp_path / "run.json").write_text((micro_run.path / "run.json").read_text())
-    with pytest.raises(UsageError, match="it has --steps 6, not 7"):
-        train.run(dataclasses.replace(config, steps=7))
+    with pytest.raises(UsageError, match="it has --batch-size 4, not 3"):
+        train.run(dataclasses.replace(config, batch_size=3))
     metadata = files.read_json(tmp_path / "run.json")
     metadata["fingerprints"]["data"] = "0" * 64
     files.write_json(tmp_path / "run.json", metadata)
@@ -214,9 +214,9 @@ def test_a_run_json_without_options_is_refused_in_one_line(micro_config, tmp_pat
 def test_a_run_that_is_to_ignore_ctrl_c_does():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with train._interrupts() as is_interrupted:
+        with train._signals() as received:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not is_interrupted()
+            assert not received()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
