@@ -274,13 +274,27 @@ def row_sums(
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
 
 
-def masked(array: jax.Array, rows: Rows, num_rows: int, start: int, stop: int) -> jax.Array:
-    """Zeros in all other rows."""
-    places = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
-    shape = [1] * array.ndim
-    shape[rows.axis] = -1
-    is_own = ((places >= start) & (places < stop)).reshape(shape)
-    return jnp.where(is_own, array, jnp.zeros_like(array))
+def weighted(
+    array: jax.Array, rows: Rows | Cells | None, num_rows: int | None, weights: Any
+) -> jax.Array:
+    """Every row times its weight [B]; zeros where that is zero, whatever was there.
+
+    Where ``rows`` is None there is but one, and one weight.
+    """
+    if rows is None:
+        places = jnp.reshape(weights, ())
+    elif isinstance(rows, Cells):
+        shape = [size if axis in rows.axes else 1 for axis, size in enumerate(array.shape)]
+        places = weights.reshape(shape)
+    else:
+        shape = [1] * array.ndim
+        shape[rows.axis] = -1
+        numbers = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
+        places = weights[numbers].reshape(shape)
+    zeros = jnp.zeros_like(array)
+    if places.dtype == bool:
+        return jnp.where(places, array, zeros)
+    return jnp.where(places == 0, zeros, (array * places).astype(array.dtype))
 
 
 @jax.custom_vjp

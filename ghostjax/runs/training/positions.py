@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from ghostjax import directions, fidelity
-from ghostjax._dots import value_grad_and_dots
+from ghostjax._early import value_grad_and_dots
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import StoppedError
