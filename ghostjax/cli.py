@@ -4,9 +4,12 @@
 130  interrupted by Ctrl-C      143  ended by SIGTERM
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 _DESCRIPTION = """Which training examples help and which hurt, while training runs.
@@ -40,18 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    try:
-        import pyarrow  # noqa: F401
-        import rich  # noqa: F401
-        import tyro
-    except ModuleNotFoundError as error:
-        return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
+    with _ctrl_c_exits():
+        try:
+            import pyarrow  # noqa: F401
+            import rich  # noqa: F401
+            import tyro
+        except ModuleNotFoundError as error:
+            return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
 
-    from jax.errors import JaxRuntimeError
+        from jax.errors import JaxRuntimeError
 
-    from ghostjax.runs.commands import diff, rank, report, tokens, train
-    from ghostjax.runs.config import TrainConfig
-    from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
+        from ghostjax.runs.commands import diff, rank, report, tokens, train
+        from ghostjax.runs.config import TrainConfig
+        from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 
     commands = {
         "train": (TrainConfig, lambda config: train.run(config, _given(argv))),
@@ -90,6 +94,24 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _ctrl_c_exits() -> Iterator[None]:
+    """Ctrl-C ends the process at once. Raised in a callback of JAX, it would be lost."""
+
+    def leave(number, frame):
+        os._exit(_fail("interrupted", 130))
+
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _given(argv: list[str]) -> set[str]:
     """The names of the options in a command line. Tyro takes no abbreviations.
 
@@ -103,5 +125,5 @@ def _given(argv: list[str]) -> set[str]:
 def _fail(message: str, code: int) -> int:
     """One line on stderr, whatever characters a file name in it may have."""
     line = "".join(c if c.isprintable() else "?" for c in message)
-    print(f"ghostjax: error: {line}", file=sys.stderr)
+    print(f"ghostjax: error: {line}", file=sys.stderr, flush=True)
     return code

@@ -40,6 +40,7 @@ RANKS = {
     "runs": 9,
     "cli": 10,
     "__main__": 11,
+    "_public": 10,
     "": 11,  # the package itself re-exports
 }
 # The rooms of ghostjax.runs, and which others each may import.
