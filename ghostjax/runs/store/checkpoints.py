@@ -125,12 +125,17 @@ def restore(out: Path, step: int, like: _State, run: Mapping[str, Any] | None = 
         raise UsageError(f"{path} does not fit this run: {problems[0]}{more}")
     kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        # As NumPy: otherwise they would go where they were saved from.
-        as_numpy = dict.fromkeys(kept, ocp.RestoreArgs(restore_type=np.ndarray))
-        args = ocp.args.PyTreeRestore(item=kept, restore_args=as_numpy)
+        how = {
+            # Without a place as NumPy: otherwise they would go where they were saved from.
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            if place is None
+            else ocp.ArrayRestoreArgs(sharding=place, dtype=kept[name].dtype)
+            for name, place in ((name, _place(leaf)) for name, leaf in kept.items())
+        }
+        args = ocp.args.PyTreeRestore(item=kept, restore_args=how)
         arrays = checkpointer.restore(path.absolute(), args=args)
     restored = [
-        _place(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), leaf)
+        jax.device_put(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), _place(leaf))
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
@@ -211,10 +216,13 @@ def _describe(array: Any) -> str:
     return f"{np.dtype(array.dtype)}{list(array.shape)}"
 
 
-def _place(array: np.ndarray, leaf: Any) -> jax.Array:
-    # An array without a place of its own must not get one: jit refuses to mix such with others.
-    is_placed = leaf.committed if isinstance(leaf, jax.Array) else True
-    return jax.device_put(array, leaf.sharding if is_placed else None)
+def _place(leaf: Any) -> jax.sharding.Sharding | None:
+    """On which devices an array like ``leaf`` is to be, where it has a place of its own.
+
+    One without must not get one: jit refuses to mix such with others.
+    """
+    has_place = leaf.committed if isinstance(leaf, jax.Array) else True
+    return leaf.sharding if has_place else None
 
 
 @contextlib.contextmanager

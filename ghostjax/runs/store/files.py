@@ -15,7 +15,7 @@ from ghostjax.runs.store import schema
 from ghostjax.runs.store.seal import BLANK, is_intact, is_sealed, seal
 
 _DIGEST = "digest"
-_CHANGED = "it changed since it was written, as its digest tells"
+_CHANGED = "it changed since it was written, as its digest tells: put back a copy"
 
 
 def check_out(out: Path) -> None:
