@@ -78,6 +78,9 @@ class LogWriter:
     Args:
       out: The run directory.
       sets: Names of the validation sets.
+
+    Attributes:
+      dropped: How many steps of the log ``resume`` dropped, as they had no checkpoint.
     """
 
     def __init__(self, out: Path, sets: Sequence[str]):

@@ -1,10 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ghostjax.runs.data import text
 from ghostjax.runs.data.documents import Document, Fields, read_documents
 from ghostjax.runs.errors import UsageError
 
@@ -110,8 +112,8 @@ RECORDS = [
 
 
 def test_ids_and_domains_have_fields(write_data):
-    text = "\n".join(json.dumps(record) for record in RECORDS)
-    paths = write_data(forum_jsonl=text)
+    lines = "\n".join(json.dumps(record) for record in RECORDS)
+    paths = write_data(forum_jsonl=lines)
     assert read(paths.values(), Fields("text", "key", "source")) == [
         ("7", "web", b"one"),
         ("b", "book", b"two"),
@@ -172,3 +174,12 @@ def test_files_of_one_name_may_have_fields_for_ids(write_data):
     paths = write_data(a_txt="one", a_jsonl='{"text": "one", "key": "k"}')
     (found,) = read([paths["a_jsonl"]], Fields(id="key"))
     assert found == ("k", "a", b"one")
+
+
+def test_documents_of_too_few_tokens_are_skipped():
+    coder = text.Coder(lambda text: np.array(text.split(), str), text.byte_pieces, 9)
+    documents = [Document(f"a:{n}", "a", content) for n, content in enumerate([b"one", b"one two"])]
+    kept, tokens, skipped = text._encode(coder, documents, "--train")
+    assert (kept, len(tokens), skipped) == (documents[1:], 1, ["a:0"])
+    with pytest.raises(UsageError, match="--train: no documents of at least 2 tokens"):
+        text._encode(coder, documents[:1], "--train")
