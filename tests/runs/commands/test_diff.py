@@ -189,7 +189,8 @@ def test_comparing_changes_nothing(two, tmp_path, capsys):
 
 def test_names_of_directories_cannot_forge_output(two, tmp_path, capsys):
     hostile = write_run(tmp_path / "a\x1b[31m\nb")
-    assert "a\ufffd[31m b" in printed([hostile, two[1]], capsys).replace("\n", "")
+    # Lines are wrapped where the blank is if the path is long.
+    assert "a\ufffd[31m b" in " ".join(printed([hostile, two[1]], capsys).split())
 
 
 def test_help_has_examples_and_every_option(capsys):
