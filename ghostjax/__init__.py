@@ -1,23 +1,27 @@
 """Per-example gradient inner products for JAX, exact and at close to the cost of a plain step."""
 
-from ghostjax import directions as directions
-from ghostjax import fidelity as fidelity
-from ghostjax import linen as linen
-from ghostjax import selection as selection
-from ghostjax import testing as testing
-from ghostjax._aggregate import aggregate as aggregate
-from ghostjax._dots import GradDots as GradDots
-from ghostjax._dots import conservation_error as conservation_error
-from ghostjax._early import value_grad_and_dots as value_grad_and_dots
-from ghostjax._engine import GradDotProdEngine as GradDotProdEngine
-from ghostjax._explain import explain as explain
-from ghostjax._explanation import Explanation as Explanation
-from ghostjax._late import LateDots as LateDots
-from ghostjax._late import value_and_dots_fn as value_and_dots_fn
-from ghostjax._norms import squared_norms as squared_norms
-from ghostjax._norms import value_and_clipped_grad as value_and_clipped_grad
-from ghostjax._pairs import pairwise_dots as pairwise_dots
-from ghostjax._rowwise import register_row_rule as register_row_rule
-from ghostjax._rowwise import rowwise as rowwise
-from ghostjax._types import EngineResult as EngineResult
-from ghostjax.values import InRunValues as InRunValues
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ghostjax._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """What is public, or a module of the package. The first one imports JAX and all of it.
+
+    The package itself does not, so that its command line can tell of Ctrl-C while JAX is imported.
+    """
+    if not name.startswith("_"):
+        public = vars(importlib.import_module("ghostjax._public"))
+        for names in (public, globals()):
+            if name in names:
+                return names[name]
+    elif name == "__all__":
+        public = vars(importlib.import_module("ghostjax._public"))
+        return sorted(own for own in public if not own.startswith("_"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

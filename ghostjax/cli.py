@@ -1,11 +1,15 @@
 """The command line: parses, calls, and turns errors into one line and an exit code.
 
-0  done      1  the run failed      2  options or data cannot be used      130  interrupted
+0  done      1  the run failed      2  options or data cannot be used
+130  interrupted by Ctrl-C      143  ended by SIGTERM
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 _DESCRIPTION = """Which training examples help and which hurt, while training runs.
@@ -33,20 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ghostjax {metadata.version('ghostjax')}")
         return 0
     try:
-        import pyarrow  # noqa: F401
-        import rich  # noqa: F401
-        import tyro
-    except ModuleNotFoundError as error:
-        return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
+        return _run(argv)
+    except KeyboardInterrupt:  # while modules are imported, too
+        return _fail("interrupted", 130)
 
-    from jax.errors import JaxRuntimeError
 
-    from ghostjax.runs.commands import diff, rank, report, tokens, train
-    from ghostjax.runs.config import TrainConfig
-    from ghostjax.runs.errors import StoppedError, UsageError
+def _run(argv: list[str]) -> int:
+    with _ctrl_c_exits():
+        try:
+            import pyarrow  # noqa: F401
+            import rich  # noqa: F401
+            import tyro
+        except ModuleNotFoundError as error:
+            return _fail(f'needs {error.name}: pip install "ghostjax[train]"', 2)
+
+        from jax.errors import JaxRuntimeError
+
+        from ghostjax.runs.commands import diff, rank, report, tokens, train
+        from ghostjax.runs.config import TrainConfig
+        from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 
     commands = {
-        "train": (TrainConfig, train.run),
+        "train": (TrainConfig, lambda config: train.run(config, _given(argv))),
         "report": (report.ReportConfig, report.run),
         "rank": (rank.RankConfig, rank.run),
         "tokens": (tokens.TokensConfig, tokens.run),
@@ -75,14 +87,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(_OUT_OF_MEMORY, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         is_begun = isinstance(config, TrainConfig) and (config.out / "run.json").exists()
-        return _fail(f"interrupted{'; ghostjax train --resume goes on' * is_begun}", 130)
+        what, code = ("ended", 143) if isinstance(error, TerminatedError) else ("interrupted", 130)
+        return _fail(f"{what}{'; ghostjax train --resume goes on' * is_begun}", code)
     return 0
+
+
+@contextlib.contextmanager
+def _ctrl_c_exits() -> Iterator[None]:
+    """Ctrl-C ends the process at once. Raised in a callback of JAX, it would be lost."""
+
+    def leave(number, frame):
+        os._exit(_fail("interrupted", 130))
+
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _given(argv: list[str]) -> set[str]:
+    """The names of the options in a command line. Tyro takes no abbreviations.
+
+    >>> sorted(_given(["train", "--steps", "8", "--batch-size=4"]))
+    ['batch_size', 'steps']
+    """
+    options = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
 def _fail(message: str, code: int) -> int:
     """One line on stderr, whatever characters a file name in it may have."""
     line = "".join(c if c.isprintable() else "?" for c in message)
-    print(f"ghostjax: error: {line}", file=sys.stderr)
+    print(f"ghostjax: error: {line}", file=sys.stderr, flush=True)
     return code

@@ -7,6 +7,7 @@ same way: positive dots belong to rows that lower the validation loss.
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def through_optimizer(
     its first five steps.) Adam's first step is the sign of the gradient but for its epsilon, so
     that in float32 its derivative is little more than rounding: scores begin to mean something at
     the second step. Only the update of this step counts, not what the state hands on to later ones:
-    where ``optax.MultiSteps`` gathers gradients and does not update, the direction is zero.
+    where ``optax.MultiSteps`` gathers gradients and does not update, the direction is zero; a
+    warning says so.
 
     Raises:
       ValueError: ``grads`` or ``val_grads`` is not like ``params``; or the update of a parameter
@@ -74,6 +76,7 @@ def through_optimizer(
     """
     check_direction(params, grads, "grads")
     stacked = check_direction(params, val_grads, "val_grads", stacked=True) is not None
+    _warn_of_micro_steps(opt_state)
     update, forward = _traced(_update_function(tx, opt_state, params, extra_args), grads)
 
     def direction(grads, val_grads):
@@ -233,6 +236,21 @@ def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return over_directions
+
+
+def _warn_of_micro_steps(opt_state: Any) -> None:
+    """``optax.MultiSteps`` in an optimizer's state: most of its steps do not update."""
+
+    def gathers(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    if any(map(gathers, jax.tree.leaves(opt_state, is_leaf=gathers))):
+        warnings.warn(
+            "optax.MultiSteps: micro-steps that gather gradients and do not update have direction "
+            "zero, so all of their rows score 0; differentiate the whole batch in one step, in "
+            "parts where memory is short, to score every row.",
+            stacklevel=3,
+        )
 
 
 def _along(params: Any, updates: Any, part: float) -> Any:

@@ -80,7 +80,7 @@ def test_options_that_cannot_be_used(micro_config, tmp_path, capsys, changes, me
 BAD_DATA = {
     "empty": ("a_txt", "", "no documents in it"),
     "bad JSON": ("a_jsonl", '{"text": "one"}\n{', "line 2: not valid JSON"),
-    "short": ("a_txt", "x", "line 1: a document of 1 bytes"),
+    "short": ("a_txt", "x", "no documents in it of at least 2 bytes"),
 }
 
 
@@ -176,6 +176,50 @@ def test_interrupted_before_there_is_a_run(micro_config, tmp_path, capsys, monke
     monkeypatch.setattr("ghostjax.runs.commands.train.load_task", stop)
     assert main(command(micro_config, out=tmp_path / "run")) == 130
     assert capsys.readouterr().err == "ghostjax: error: interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["pyarrow", "jax", "ghostjax.runs.commands.train"])
+def test_interrupted_while_modules_are_imported(module):
+    """Wherever Ctrl-C comes, also where what it raises is lost, as in a callback of JAX."""
+    code = f"""
+import os, signal, sys
+from ghostjax.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+
+sys.meta_path.insert(0, Finder())
+sys.exit(main(["train", "--out", "run"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "ghostjax: error: interrupted\n"
+
+
+def test_the_command_line_is_there_before_jax_is():
+    code = "import sys, ghostjax.cli; print({'jax', 'numpy', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_public_names_are_those_of_the_package():
+    import ghostjax
+    from ghostjax import _public
+
+    assert set(ghostjax.__all__) <= set(dir(ghostjax))
+    for name in ghostjax.__all__:
+        assert getattr(ghostjax, name) is getattr(_public, name)
+    assert ghostjax.values.InRunValues is ghostjax.InRunValues
+    for name in ("nothing", "_nothing", "__nothing__"):
+        with pytest.raises(AttributeError, match=f"module 'ghostjax' has no attribute '{name}'"):
+            getattr(ghostjax, name)
 
 
 def test_version_and_help(capsys):

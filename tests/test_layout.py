@@ -41,6 +41,7 @@ RANKS = {
     "runs": 10,
     "cli": 11,
     "__main__": 12,
+    "_public": 11,
     "": 12,  # the package itself re-exports
 }
 # The rooms of ghostjax.runs, and which others each may import.

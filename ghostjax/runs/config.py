@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +18,15 @@ class TrainConfig:
 
     The score says how much the example helped or hurt a validation set. The first line below needs
     no data: it trains on reference prose and source code cut from the Python installation, with
-    prose and code of other topics held out. The third hunts for wrong labels. The last goes on with
-    a run that was interrupted.
+    prose and code of other topics held out. The third hunts for wrong labels. The last
+    two go on with a run that was interrupted, and with one that is to be longer.
 
         ghostjax train --out run
         ghostjax train --out run --train forum.jsonl wiki.txt --val held_out.txt
         ghostjax train --out run --train digits.npz --val clean=clean.npz
         ghostjax train --out run --val prose=a.txt code=b.txt --optimizer "sgd(momentum=0.9)"
         ghostjax train --out run --resume
+        ghostjax train --out run --resume --steps 1024
 
     The score of an example sums, over its visits, the predicted decrease of the mean validation
     loss, in the unit of the loss, by the example's share of the optimizer's update. Positive helps.
@@ -34,16 +37,21 @@ class TrainConfig:
     Attributes:
       out: The run directory to write. It must be new or empty, but for --resume.
       resume: Go on with the run in --out from its last checkpoint, with the options it was started
-        with.
+        with. --steps may be given to change its length, that of a complete run too: the learning
+        rate goes on as in a run of so many steps.
       model: The model's size. For texts a GPT-2-shaped decoder; gpt2 has the shape of GPT-2 small.
         For arrays a perceptron.
       train: Files to train on. Texts: .txt (one document per block of lines; blank lines separate
-        blocks) or .jsonl (one document per line). Arrays to classify: .npz with x [N, ...] and
-        integer labels y [N]. An example's id is stem:index, counted from 0; its domain is the
-        file's stem, or label-<y> for arrays.
+        blocks), .jsonl (one document per line) or .parquet (one per row); those of fewer than two
+        bytes or tokens are skipped. Arrays to classify: .npz with x [N, ...] and integer labels
+        y [N]. An example's id is stem:index, counted from 0; its domain is the file's stem, or
+        label-<y> for arrays.
       val: Files with the held-out examples, in the same formats, of one validation set or, written
         NAME=PATH, of several, for which examples are scored separately.
-      text_field: The field of a .jsonl line that holds the text.
+      text_field: The field of a .jsonl line, or column of a .parquet, that holds the text.
+      id_field: The field that holds a text's id, a string or an integer, each there once. None:
+        ids are stem:index.
+      domain_field: The field that holds a text's domain. None: the file's stem.
       tokenizer: A tokenizer.json of Hugging Face tokenizers. None: tokens are bytes.
       steps: Training steps.
       batch_size: Training examples per step (B).
@@ -53,7 +61,7 @@ class TrainConfig:
         step. Halves of them tell the sampling error of the scores.
       length: Positions per row (T). Shorter documents are padded; of a longer one, every visit
         sees a window of T + 1 tokens at a random place. None: all of the model's positions.
-      optimizer: An optimizer of optax by name, or with arguments: "adamw(b2=0.95)".
+      optimizer: An optimizer of optax by name, or with arguments: "adamw(b2=0.95)", "contrib.muon".
       learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
         model's own.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
@@ -80,6 +88,8 @@ class TrainConfig:
     train: tuple[Path, ...] = ()
     val: tuple[str, ...] = ()
     text_field: str = "text"
+    id_field: str | None = None
+    domain_field: str | None = None
     tokenizer: Path | None = None
     steps: int = 512
     batch_size: int = 16
@@ -169,26 +179,41 @@ class TrainConfig:
         options = dataclasses.asdict(self)
         for name in ("out", "resume", "compilation_cache", "quiet"):
             del options[name]
-        options["train"] = [str(path) for path in self.train]
-        options["val"] = list(self.val)
-        options["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
+        # Absolute, so that the run goes on from any directory.
+        options["train"] = [os.path.abspath(path) for path in self.train]
+        options["val"] = [
+            f"{name}={os.path.abspath(path)}"
+            for name, paths in self.val_files.items()
+            for path in paths
+        ]
+        options["tokenizer"] = None if self.tokenizer is None else os.path.abspath(self.tokenizer)
         return options
 
-    def resumed(self, options: dict[str, Any]) -> "TrainConfig":
+    def resumed(
+        self, options: dict[str, Any], given: Collection[str] | None = None
+    ) -> "TrainConfig":
         """The configuration of a run that was started with ``options``, to go on with it.
+
+        Args:
+          given: The names of the options that were given; of these, ``steps`` is taken over. None:
+            those that are not as by default.
 
         Raises:
           UsageError: an option was given that the run does not have.
         """
-        defaults, given = TrainConfig(self.out).as_json(), self.as_json()
+        defaults, own = TrainConfig(self.out).as_json(), self.as_json()
+        if given is None:
+            given = [name for name, value in own.items() if value != defaults[name]]
         known = {name: options.get(name, default) for name, default in defaults.items()}
-        for name, value in given.items():
-            if value not in (defaults[name], known[name]):
+        for name in own.keys() & set(given):
+            if name != "steps" and own[name] != known[name]:
                 option = name.replace("_", "-")
                 raise UsageError(
                     f"--resume goes on with the options of the run in {self.out}: it has "
-                    f"--{option} {known[name]}, not {value}"
+                    f"--{option} {known[name]}, not {own[name]}"
                 )
+        if "steps" in given:
+            known["steps"] = own["steps"]
         known["train"] = tuple(Path(path) for path in known["train"])
         known["val"] = tuple(known["val"])
         known["tokenizer"] = None if known["tokenizer"] is None else Path(known["tokenizer"])

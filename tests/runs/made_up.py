@@ -5,7 +5,6 @@ Examples of the domain ``wiki`` help the set ``prose``, those of ``scripts`` hel
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ghostjax.runs.store import schema
+from ghostjax.runs.store import files, schema
 
 SETS = ("prose", "code")
 DOMAINS = ("wiki", "scripts", "noise")
@@ -82,6 +81,7 @@ def write_run(
     options = {"steps": STEPS, "batch_size": BATCH_SIZE, "seed": seed, "out": "made-up"}
     record = {
         "schema_version": schema.SCHEMA_VERSION,
+        "id": "made-up",
         "sets": list(sets),
         "options": options,
         "fingerprints": {"data": "made-up", "params": f"made-up {seed}"},
@@ -94,7 +94,7 @@ def write_run(
         **metadata,
     }
     record["options"] = {**options, **metadata.get("options", {})}
-    (path / "run.json").write_text(json.dumps(record))
+    files.write_json(path / "run.json", record)
     if finished:
         _finish(path, sets, ids, domains, log, options)
     return path
@@ -108,7 +108,7 @@ def changed_steps(path: Path, step: int, **columns: float) -> None:
         for row in rows:
             if row["step"] == step:
                 row.update(columns)
-        pq.write_table(pa.Table.from_pylist(rows, table.schema), part)
+        files.write_table(part, pa.Table.from_pylist(rows, table.schema))
 
 
 def _make_log(
@@ -193,10 +193,10 @@ def _finish(path, sets, ids, domains, log, options) -> None:
         "seconds": 12.5,
         "options": options,
     }
-    (path / "summary.json").write_text(json.dumps(summary))
+    files.write_json(path / "summary.json", summary)
 
 
 def _write(path, table, sets, columns) -> None:
     fields = schema.table_schema(table, sets)
     arrays = [pa.array(list(columns[field.name]), field.type) for field in fields]
-    pq.write_table(pa.table(arrays, schema=fields), path)
+    files.write_table(path, pa.table(arrays, schema=fields))

@@ -225,7 +225,7 @@ def _score(
 ) -> Windows:
     trainer = Trainer(train_config, task)
     shapes = jax.eval_shape(lambda: trainer.init_state(task.init_params(train_config.seed)))
-    state = checkpoints.restore(source.path, step, shapes)
+    state = checkpoints.restore(source.path, step, shapes, source.identity)
     chosen = {index for lists in groups.values() for _, indices in lists for index in indices}
     seen = _starts(source, step)
     windows = [

@@ -1,11 +1,13 @@
 """``ghostjax train``: examples in, a trained model and the examples' values out."""
 
 import contextlib
+import errno
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,33 +19,40 @@ from ghostjax.runs.commands.options import use_compilation_cache
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import Task
-from ghostjax.runs.errors import StoppedError, UsageError
+from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
 from ghostjax.runs.store import checkpoints, files, schema
 from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
-from ghostjax.runs.store.run import read_run
+from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.training.trainer import Step, Trainer
 
 COST_STEPS = 16  # scored ones; the times of fewer tell little
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, Any]:
     """Trains, writes the run directory ``config.out``, prints a report; returns the summary.
 
     Everything that can be wrong with the options and the data is found before anything is written.
     Whenever the process ends, the directory holds a run that ``--resume`` goes on with.
 
+    Args:
+      given: The names of the options that were given, as ``TrainConfig.resumed`` asks for them.
+
     Raises:
       UsageError: options or data cannot be used, or ``config.out`` is not empty.
-      StoppedError: training cannot go on; what came before the step is kept.
-      KeyboardInterrupt: after the step at which it came was written.
+      StoppedError: training cannot go on, or the disk is full; what came before is kept.
+      KeyboardInterrupt: after the step at which it came was written; ``TerminatedError`` for
+        SIGTERM.
     """
-    resumed = _read_started(config) if config.resume else None
-    if resumed is not None:
-        config = config.resumed(resumed["options"])
+    resumed = None
+    if config.resume:
+        done = read_run(config.out)
+        resumed = done.begun()
+        config = config.resumed(resumed["options"], given)
+        _check_length(done, config)
     else:
         files.check_out(config.out)
     config.check()
@@ -58,13 +67,17 @@ def run(config: TrainConfig) -> dict[str, Any]:
         raise UsageError(f"{config.out}: the data changed since the run began")
     elif not config.quiet:
         _tell_new_versions(resumed.get("versions", {}))
-    with files.lock(config.out):
+    if resumed is None and task.skipped and not config.quiet:
+        _tell_skipped(task.skipped)
+    with files.lock(config.out), _disk_errors(config):
         if resumed is None:
             started = _metadata(config, task, trainer, data, fingerprint(params))
             files.write_json(config.out / "run.json", started)
+        elif resumed["options"].get("steps") != config.steps:
+            _change_length(config, resumed)
         files.write_table(config.out / "examples.parquet", _examples_table(task))
         begin = time.perf_counter()
-        cost = _train(config, task, trainer, params)
+        cost = _train(read_run(config.out), config, task, trainer, params)
         summary, values = make_summary(read_run(config.out), time.perf_counter() - begin)
         summary["cost"] = cost
         files.write_table(config.out / "values.parquet", values)
@@ -74,11 +87,43 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-def _read_started(config: TrainConfig) -> dict[str, Any]:
-    done = read_run(config.out)
-    if done.summary is not None:
-        raise UsageError(f"{config.out} is a complete run: there is nothing to resume")
-    return done.begun()
+def _check_length(done: Run, config: TrainConfig) -> None:
+    """Raises ``UsageError`` where there is nothing to do, or less than was done."""
+    if done.summary is not None and config.steps <= done.end:
+        raise UsageError(
+            f"{config.out} is a complete run of {done.end} steps: there is nothing to resume; "
+            "--steps of more than these makes it longer"
+        )
+    made = checkpoints.latest(config.out) or 0
+    if config.steps < made:
+        raise UsageError(f"--steps {config.steps}: the run has made {made} steps already")
+
+
+def _change_length(config: TrainConfig, started: dict[str, Any]) -> None:
+    """Has the run go on to ``config.steps``. Stopped anywhere, it leaves one that can go on."""
+    for name in ("summary.json", "values.parquet"):
+        (config.out / name).unlink(missing_ok=True)
+    change = {"at": checkpoints.latest(config.out) or 0, "from": started["options"].get("steps")}
+    lengths = [*started.get("lengths", []), {**change, "to": config.steps}]
+    options = {**started["options"], "steps": config.steps}
+    files.write_json(config.out / "run.json", {**started, "options": options, "lengths": lengths})
+
+
+@contextlib.contextmanager
+def _disk_errors(config: TrainConfig) -> Iterator[None]:
+    """Turns what a full or broken disk raises into one line that says how to go on."""
+    try:
+        yield
+    except BrokenPipeError:  # of stdout or stderr
+        raise
+    except OSError as error:
+        begun = (config.out / "run.json").exists()
+        way_out = "ghostjax train --resume goes on" if begun else "start again"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoppedError(
+            f"cannot write {error.filename or config.out}: {error.strerror or error}; "
+            f"{'make room' if full else 'put that right'}, then {way_out}"
+        ) from error
 
 
 def _metadata(
@@ -87,12 +132,14 @@ def _metadata(
     """What ``run.json`` holds."""
     return {
         "schema_version": schema.SCHEMA_VERSION,
+        "id": uuid.uuid4().hex,
         "task": task.name,
         "unit": task.unit,
         "sets": list(task.val_sizes),
         "kinds": trainer.kinds,
         "examples": len(task.examples),
         "val_examples": task.val_sizes,
+        "skipped": len(task.skipped),
         "seed": config.seed,
         "options": config.as_json(),
         "command": sys.argv,
@@ -118,7 +165,13 @@ def _tell_new_versions(before: dict[str, str]) -> None:
     ]
     if changes:
         line = f"Versions changed since the run began: {', '.join(changes)}"
-        make_console(sys.stderr).print(line, markup=False)
+        make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
+
+
+def _tell_skipped(places: Sequence[str]) -> None:
+    which = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+    line = f"Skipped {len(places)} documents that are empty or too short: {which}"
+    make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
 def _examples_table(task: Task) -> pa.Table:
@@ -128,7 +181,7 @@ def _examples_table(task: Task) -> pa.Table:
     return pa.table(arrays, schema=fields)
 
 
-def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> Any:
+def _train(begun: Run, config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> Any:
     """Makes the steps that are still to be made, and writes log and checkpoints.
 
     Returns:
@@ -138,13 +191,16 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> An
     start = checkpoints.latest(out) or 0
     initial = trainer.init_state(params)
     if start:
-        initial = checkpoints.restore(out, start, initial)
+        initial = checkpoints.restore(out, start, initial, begun.identity)
     # Last, as it drops what the log has beyond the checkpoint.
     writer = LogWriter.resume(out, sets, start)
     console = None if config.quiet else make_console(sys.stderr)
+    if writer.dropped and console is not None:
+        last = start + writer.dropped - 1
+        console.print(f"Steps {start} to {last} had no checkpoint and are made again", markup=False)
     show = Progress(console, start, config.steps, config.batch_size)
     end, seconds = start, {True: [], False: []}
-    with show, _interrupts() as is_interrupted:
+    with show, _signals() as received:
         try:
             for state, step in trainer.steps(initial, start):
                 _append(writer, task, trainer, step)
@@ -155,11 +211,11 @@ def _train(config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> An
                 if step.fault:
                     raise StoppedError(step.fault)
                 is_last = end == config.steps
-                if end % config.checkpoint_every == 0 or is_last or is_interrupted():
+                if end % config.checkpoint_every == 0 or is_last or received():
                     writer.flush(end)
-                    checkpoints.save(out, end, state)
-                if is_interrupted() and not is_last:
-                    raise KeyboardInterrupt
+                    checkpoints.save(out, end, state, begun.identity)
+                if received() and not is_last:
+                    raise received()
         except StoppedError:
             writer.flush(end)
             raise
@@ -207,25 +263,28 @@ def _append(writer: LogWriter, task: Task, trainer: Trainer, step: Step) -> None
     )
 
 
+_SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: TerminatedError}
+
+
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C ends the run after the step at hand, so that its state is whole; twice, at once."""
-    received = []
+def _signals() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Ctrl-C and SIGTERM end the run after the step at hand, so that its state is whole; twice, at
+    once. Gives which of them came."""
+    received: list[type[KeyboardInterrupt]] = []
 
     def note(number, frame):
         if received:
-            raise KeyboardInterrupt
-        received.append(number)
+            raise _SIGNALS[number]
+        received.append(_SIGNALS[number])
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
-        yield lambda: False
-        return
+    before = {}
     try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
+        for number in _SIGNALS:
+            # As in the background of a script, where they are ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    before[number] = signal.signal(number, note)
+        yield lambda: received[0] if received else None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

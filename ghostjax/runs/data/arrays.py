@@ -32,6 +32,7 @@ class ArrayTask:
 
     name = "arrays"
     unit = "nats"
+    skipped = ()
 
     def __init__(self, train: Arrays, val: dict[str, Arrays], model: Classifier):
         self.examples = [
@@ -76,8 +77,9 @@ def load_arrays(config: TrainConfig) -> ArrayTask:
     Raises:
       UsageError: a file cannot be read, or files do not fit together; or an option is for texts.
     """
-    for option, value in (("--tokenizer", config.tokenizer), ("--length", config.length)):
-        if value is not None:
+    for name in ("tokenizer", "length", "id_field", "domain_field"):
+        option = "--" + name.replace("_", "-")
+        if getattr(config, name) is not None:
             raise UsageError(f"{option} is for texts, and --train has arrays")
     train = read_arrays(config.train)
     val = {name: read_arrays(paths) for name, paths in config.val_files.items()}

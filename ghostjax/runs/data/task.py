@@ -27,12 +27,14 @@ class Task(Protocol):
       unit: of the loss.
       examples: the training examples; an example is known by its place here.
       val_sizes: how many held-out examples each validation set has, by name.
+      skipped: where there was data that is too short to be used.
     """
 
     name: str
     unit: str
     examples: Sequence[Example]
     val_sizes: dict[str, int]
+    skipped: Sequence[str]
 
     def init_params(self, seed: int) -> Any:
         """The model's initial parameters."""

@@ -14,7 +14,7 @@ import optax
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import draw_starts, make_rows
 from ghostjax.runs.data.builtin import default_documents
-from ghostjax.runs.data.documents import Document, read_documents
+from ghostjax.runs.data.documents import Document, Fields, read_documents
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import GPT, SIZES
@@ -65,6 +65,7 @@ class TextTask:
         model: GPT,
         length: int,
         pieces: Callable[[bytes], list[str]] = byte_pieces,
+        skipped: Sequence[str] = (),
     ):
         self.examples = [
             Example(document.id, document.domain, len(own), document.excerpt())
@@ -77,6 +78,7 @@ class TextTask:
         self.length = length
         self._documents = documents
         self._pieces = pieces
+        self.skipped = list(skipped)
 
     def init_params(self, seed: int) -> Any:
         ids = jnp.zeros((1, self.length), jnp.int32)
@@ -117,40 +119,50 @@ class TextTask:
 def load_texts(config: TrainConfig) -> TextTask:
     """The documents of the configured files, or of the Python installation.
 
+    Documents of fewer than two bytes or two tokens are skipped, and the task says so.
+
     Raises:
-      UsageError: files or tokenizer cannot be read, or a document has fewer than two tokens.
+      UsageError: files or tokenizer cannot be read, or no documents are left.
     """
+    skipped: list[str] = []
     if config.train:
-        documents = read_documents(config.train, config.text_field)
-        val_documents = {
-            name: read_documents(paths, config.text_field)
-            for name, paths in config.val_files.items()
-        }
+        fields = Fields(config.text_field, config.id_field, config.domain_field)
+        documents, skipped = read_documents(config.train, fields)
+        val_documents = {}
+        for name, paths in config.val_files.items():
+            val_documents[name], more = read_documents(paths, Fields(config.text_field))
+            skipped += more
     else:
         documents, val_documents = default_documents(config.positions + 1)
     coder = Coder(_byte_tokens, byte_pieces, 256)
     if config.tokenizer is not None:
         coder = _load_tokenizer(config.tokenizer)
-    tokens = [_tokens(coder, document) for document in documents]
-    val_tokens = {
-        name: [_tokens(coder, document) for document in own] for name, own in val_documents.items()
-    }
+    documents, tokens, more = _encode(coder, documents, "--train")
+    skipped += more
+    val_tokens = {}
+    for name, own in val_documents.items():
+        _, val_tokens[name], more = _encode(coder, own, f"validation set {name}")
+        skipped += more
     dtype = jnp.dtype(config.dtype)
     model = GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat)
-    return TextTask(documents, tokens, val_tokens, model, config.positions, coder.pieces)
+    return TextTask(documents, tokens, val_tokens, model, config.positions, coder.pieces, skipped)
 
 
 def _byte_tokens(text: bytes) -> np.ndarray:
     return np.frombuffer(text, np.uint8)
 
 
-def _tokens(coder: Coder, document: Document) -> np.ndarray:
-    tokens = coder.encode(document.text)
-    if len(tokens) < MIN_TOKENS:
-        raise UsageError(
-            f"document {document.id} has {len(tokens)} tokens, needs at least {MIN_TOKENS}"
-        )
-    return tokens
+def _encode(
+    coder: Coder, documents: Sequence[Document], where: str
+) -> tuple[list[Document], list[np.ndarray], list[str]]:
+    """Documents that are long enough, their tokens, and the ids of those that are not."""
+    tokens = [coder.encode(document.text) for document in documents]
+    pairs = [(own, ids) for own, ids in zip(documents, tokens) if len(ids) >= MIN_TOKENS]
+    if not pairs:
+        raise UsageError(f"{where}: no documents of at least {MIN_TOKENS} tokens")
+    kept = [own for own, _ in pairs]
+    short = [own.id for own, ids in zip(documents, tokens) if len(ids) < MIN_TOKENS]
+    return kept, [ids for _, ids in pairs], short
 
 
 def _load_tokenizer(path: Path) -> Coder:

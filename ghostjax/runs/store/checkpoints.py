@@ -2,17 +2,17 @@
 
 ``checkpoints/<step>/`` is an orbax checkpoint of one flat dictionary, from the path of each leaf to
 its array. So it can be read with orbax alone, and neither names with dots nor custom nodes matter.
-``contents.json`` beside it lists the arrays and the digests of its files: orbax meets a damaged
-file with tracebacks from its threads, or not at all.
+``contents.json`` beside it says which run it is of and lists the arrays and the digests of its
+files: orbax meets a damaged file with tracebacks from its threads, or not at all.
 """
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.store.files import sync_directory, write_json
+from ghostjax.runs.store.files import read_json, sync_directory, write_json
 
 # Orbax takes half a second to import: only the functions that need it do.
 
@@ -31,14 +31,17 @@ _CONTENTS = "contents.json"
 _State = TypeVar("_State")
 
 
-def save(out: Path, step: int, state: Any) -> None:
+def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None) -> None:
     """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``; keeps the newest two.
+
+    ``run``, JSON, is what tells the run from others; ``restore`` must be given the same.
 
     When this returns, it is on disk. Killed before, it leaves the older checkpoints and the new one
     as a whole or not at all. A checkpoint of the same step is replaced.
 
     Raises:
       TypeError: a leaf is not a ``jax.Array``.
+      OSError: it cannot be written; the older checkpoints are as before.
     """
     import orbax.checkpoint as ocp
 
@@ -49,19 +52,27 @@ def save(out: Path, step: int, state: Any) -> None:
 
     folder = _folder(out)
     folder.mkdir(exist_ok=True)
-    for leftover in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
-        shutil.rmtree(leftover)
+    _remove_leftovers(folder)
     aside = folder / f".{step}.partial"
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        # Orbax refuses empty arrays; restoring takes them from ``like``.
-        kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
-        checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
-    _sync_tree(aside)
-    contents = {
-        "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
-        "files": _digests(aside),
-    }
-    write_json(aside / _CONTENTS, contents)
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            # Orbax refuses empty arrays; restoring takes them from ``like``.
+            kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
+            checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
+        _sync_tree(aside)
+        contents = {
+            "run": dict(run or {}),
+            "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
+            "files": _digests(aside),
+        }
+        write_json(aside / _CONTENTS, contents)
+    except (OSError, ValueError) as error:
+        _remove_leftovers(folder)
+        # Tensorstore raises ValueError for what the system refuses, such as to fill a disk further.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(aside)) from error
     if (folder / str(step)).exists():
         _remove(folder, step)
     os.replace(aside, folder / str(step))
@@ -80,7 +91,7 @@ def available(out: Path) -> list[int]:
     return _steps(_folder(out))
 
 
-def restore(out: Path, step: int, like: _State) -> _State:
+def restore(out: Path, step: int, like: _State, run: Mapping[str, Any] | None = None) -> _State:
     """The state that was saved for ``step``, equal in every bit, as a tree like ``like``.
 
     Args:
@@ -89,15 +100,24 @@ def restore(out: Path, step: int, like: _State) -> _State:
         strong types.
 
     Raises:
-      UsageError: one line: there is no such checkpoint, it is damaged, or its arrays are not those
-        of ``like`` in their paths, shapes and dtypes.
+      UsageError: one line: there is no such checkpoint, it is damaged, it was saved for another
+        ``run``, or its arrays are not those of ``like`` in their paths, shapes and dtypes.
     """
     import orbax.checkpoint as ocp
 
     path = _folder(out) / str(step)
     if not path.is_dir():
         raise UsageError(f"{path} is missing")
-    have = _read_contents(path)
+    contents = _read_contents(path)
+    saved_for, wanted = contents["run"], dict(run or {})
+    if saved_for != wanted:
+        names = sorted(saved_for.keys() | wanted.keys())
+        name = next(name for name in names if saved_for.get(name) != wanted.get(name))
+        raise UsageError(
+            f"{path} is of another run: {name} is {saved_for.get(name)}, expected "
+            f"{wanted.get(name)}; put back the checkpoints of this run"
+        )
+    have = contents["arrays"]
     leaves = _by_path(like)
     problems = _differences(have, {name: _describe(leaf) for name, leaf in leaves.items()})
     if problems:
@@ -105,12 +125,17 @@ def restore(out: Path, step: int, like: _State) -> _State:
         raise UsageError(f"{path} does not fit this run: {problems[0]}{more}")
     kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        # As NumPy: otherwise they would go where they were saved from.
-        as_numpy = dict.fromkeys(kept, ocp.RestoreArgs(restore_type=np.ndarray))
-        args = ocp.args.PyTreeRestore(item=kept, restore_args=as_numpy)
+        how = {
+            # Without a place as NumPy: otherwise they would go where they were saved from.
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            if place is None
+            else ocp.ArrayRestoreArgs(sharding=place, dtype=kept[name].dtype)
+            for name, place in ((name, _place(leaf)) for name, leaf in kept.items())
+        }
+        args = ocp.args.PyTreeRestore(item=kept, restore_args=how)
         arrays = checkpointer.restore(path.absolute(), args=args)
     restored = [
-        _place(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), leaf)
+        jax.device_put(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), _place(leaf))
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
@@ -124,6 +149,11 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
 
 
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
+        shutil.rmtree(leftover)
+
+
 def _remove(folder: Path, step: int) -> None:
     """Renames first, so that no half of it is ever there under its name."""
     doomed = folder / f".{step}.old"
@@ -135,22 +165,27 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _read_contents(path: Path) -> dict[str, str]:
-    """What arrays a checkpoint has, once every file of it is known to be as it was written."""
+def _read_contents(path: Path) -> dict[str, dict[str, Any]]:
+    """``contents.json`` of a checkpoint, once every file of it is known to be as it was written."""
     try:
-        contents = json.loads((path / _CONTENTS).read_bytes())
-        arrays, files = contents["arrays"], contents["files"]
+        contents = read_json(path / _CONTENTS)
+        files = contents["files"]
+        if not all(isinstance(contents[name], dict) for name in ("run", "arrays", "files")):
+            raise TypeError
         found = _digests(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _damaged(path, f"{_CONTENTS} cannot be read") from error
     for name, digest in files.items():
         if found.get(name) != digest:
             raise _damaged(path, f"{name} {'has changed' if name in found else 'is missing'}")
-    return arrays
+    return contents
 
 
 def _damaged(path: Path, problem: str) -> UsageError:
-    way_out = "delete it to resume from the checkpoint before it"
+    others = [step for step in _steps(path.parent) if str(step) != path.name]
+    way_out = "put it back as it was, or start again in a new directory"
+    if others and max(others) < int(path.name):
+        way_out = f"delete it to resume from step {max(others)}, the checkpoint before it"
     return UsageError(f"{path} is damaged ({problem}): {way_out}")
 
 
@@ -181,10 +216,13 @@ def _describe(array: Any) -> str:
     return f"{np.dtype(array.dtype)}{list(array.shape)}"
 
 
-def _place(array: np.ndarray, leaf: Any) -> jax.Array:
-    # An array without a place of its own must not get one: jit refuses to mix such with others.
-    is_placed = leaf.committed if isinstance(leaf, jax.Array) else True
-    return jax.device_put(array, leaf.sharding if is_placed else None)
+def _place(leaf: Any) -> jax.sharding.Sharding | None:
+    """On which devices an array like ``leaf`` is to be, where it has a place of its own.
+
+    One without must not get one: jit refuses to mix such with others.
+    """
+    has_place = leaf.committed if isinstance(leaf, jax.Array) else True
+    return leaf.sharding if has_place else None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,9 @@ import pyarrow as pa
 
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store import schema
-from ghostjax.runs.store.files import write_table
+from ghostjax.runs.store.files import read_table, write_table
+
+PARTS_AHEAD = 2
 
 
 class Part(NamedTuple):
@@ -45,6 +47,20 @@ def find_parts(out: Path, table: str) -> list[Part]:
     return parts
 
 
+def read_part(part: Part, table: str, sets: Sequence[str]) -> pa.Table:
+    """The rows of a part.
+
+    Raises:
+      UsageError: it cannot be read, as ``read_table`` says, or has other steps than its name says.
+    """
+    rows = read_table(part.path, table, sets)
+    try:
+        check_steps(table, rows, part.first, part.end)
+    except ValueError as error:
+        raise UsageError(f"{part.path}: {error}") from error
+    return rows
+
+
 def missing_steps(out: Path, table: str, first: int, end: int) -> UsageError:
     """
     >>> missing_steps(Path("run"), "scores", 64, 128)
@@ -62,6 +78,9 @@ class LogWriter:
     Args:
       out: The run directory.
       sets: Names of the validation sets.
+
+    Attributes:
+      dropped: How many steps of the log ``resume`` dropped, as they had no checkpoint.
     """
 
     def __init__(self, out: Path, sets: Sequence[str]):
@@ -69,18 +88,22 @@ class LogWriter:
         self._schemas = {table: schema.table_schema(table, sets) for table in schema.LOG_TABLES}
         self._rows: dict[str, list[pa.RecordBatch]] = {table: [] for table in schema.LOG_TABLES}
         self._first = 0
+        self.dropped = 0
 
     @classmethod
     def resume(cls, out: Path, sets: Sequence[str], step: int) -> "LogWriter":
         """A writer that goes on at ``step``, the step of a checkpoint.
 
-        Drops what an interrupted run wrote from ``step`` on and the files it left half-written.
+        Drops what an interrupted run wrote from ``step`` on and the files it left half-written;
+        ``dropped`` says how many steps that were. A run writes one part ahead of its checkpoint at
+        most, and two where a damaged checkpoint was deleted to go on from the one before it.
 
         Raises:
-          UsageError: the steps before ``step`` are not all there, or a part has steps on both
-            sides; nothing was changed.
+          UsageError: the steps before ``step`` are not all there, a part of them cannot be read or
+            was changed, a part has steps on both sides, or more than these parts would be dropped;
+            nothing was changed.
         """
-        stale = []
+        stale, ahead = [], set()
         for table in schema.LOG_TABLES:
             parts = find_parts(out, table)
             kept = [part for part in parts if part.first < step]
@@ -89,14 +112,24 @@ class LogWriter:
                 raise missing_steps(out, table, end, step)
             if end > step:
                 raise UsageError(f"{kept[-1].path} goes beyond step {step} of the checkpoint")
+            for part in kept:
+                read_part(part, table, sets)
+            ahead |= {part.end for part in parts[len(kept) :]}
             # From the end, so that being killed here leaves no gap.
             stale += [part.path for part in reversed(parts[len(kept) :])]
+        if len(ahead) > (PARTS_AHEAD if step else 1):
+            raise UsageError(
+                f"{out} has steps {step} to {max(ahead) - 1} in its log but no checkpoint of them: "
+                f"put {out / 'checkpoints'} back; or, to make these steps again, delete the files "
+                f"of {out / 'log'} from step {step} on"
+            )
         for folder in (out, out / "log"):
             stale += folder.glob(".*.partial")
         for path in stale:
             path.unlink(missing_ok=True)
         writer = cls(out, sets)
         writer._first = step
+        writer.dropped = max(ahead, default=step) - step
         return writer
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:

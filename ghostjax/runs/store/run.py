@@ -2,17 +2,16 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.store.log import check_steps, find_parts, missing_steps
-from ghostjax.runs.store.schema import LOG_TABLES, SCHEMA_VERSION, SET_NAME, table_schema
+from ghostjax.runs.store.files import read_json, read_table
+from ghostjax.runs.store.log import find_parts, missing_steps, read_part
+from ghostjax.runs.store.schema import LOG_TABLES, SCHEMA_VERSION, SET_NAME, newer, table_schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Run:
     """A run directory. Tables are read when they are first asked for, and kept.
 
     Reading a table raises ``UsageError``, one line that names the file, where it is missing,
-    cannot be read, has other columns than ``schema.table_schema``, or other steps than its name
-    says.
+    cannot be read, was changed since it was written, has other columns than
+    ``schema.table_schema``, or other steps than its name says.
 
     Attributes:
       path: The directory.
@@ -41,7 +40,7 @@ class Run:
     @functools.cached_property
     def examples(self) -> pa.Table:
         """The training examples."""
-        return self._read("examples", self.path / "examples.parquet")
+        return read_table(self.path / "examples.parquet", "examples", self.sets)
 
     @functools.cached_property
     def scores(self) -> pa.Table:
@@ -74,41 +73,34 @@ class Run:
         return getattr(self, table)[column].to_numpy(zero_copy_only=False).astype(np.float64)
 
     def begun(self) -> dict[str, Any]:
-        """``metadata`` that has the options and fingerprints the run began with.
+        """``metadata`` that has the id of the run, and the options and fingerprints it began with.
 
         Raises:
           UsageError: it has not.
         """
-        missing = [name for name in ("options", "fingerprints") if name not in self.metadata]
+        needed = ("id", "options", "fingerprints")
+        missing = [name for name in needed if name not in self.metadata]
         if missing:
             raise UsageError(f"{self.path / 'run.json'}: no {' and '.join(missing)} in it")
         return self.metadata
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the run from others, and so its checkpoints from theirs.
+
+        Raises:
+          UsageError: the metadata lack it.
+        """
+        begun = self.begun()
+        return {"run": begun["id"], **begun["fingerprints"]}
 
     def _log(self, table: str) -> pa.Table:
         rows = [table_schema(table, self.sets).empty_table()]
         for part in find_parts(self.path, table):
             if part.first < self.end:
-                rows.append(self._read(table, part.path))
-                try:
-                    check_steps(table, rows[-1], part.first, part.end)
-                except ValueError as error:
-                    raise UsageError(f"{part.path}: {error}") from error
+                rows.append(read_part(part, table, self.sets))
         joined = pa.concat_tables(rows)
         return joined.slice(0, np.searchsorted(joined["step"].to_numpy(), self.end))
-
-    def _read(self, table: str, path: Path) -> pa.Table:
-        try:
-            rows = pq.read_table(path, partitioning=None)
-        except FileNotFoundError:
-            raise UsageError(f"{path} is missing") from None
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"{path} cannot be read: {reason}") from error
-        expected = table_schema(table, self.sets)
-        if not rows.schema.equals(expected):
-            columns = ", ".join(f"{field.name} {field.type}" for field in expected)
-            raise UsageError(f"{path}: expected the columns {columns}")
-        return pa.table(rows.columns, schema=expected)
 
 
 def read_run(path: Path) -> Run:
@@ -125,21 +117,18 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         problem = "is not a directory" if path.exists() else "does not exist"
         raise UsageError(f"{path} {problem}")
-    metadata = _read_json(path / "run.json")
+    metadata = read_json(path / "run.json")
     if metadata is None:
         raise UsageError(f"{path} is not a run directory: it has no run.json")
     version = metadata.get("schema_version")
     if type(version) is not int or version < 1:
         raise UsageError(f"{path / 'run.json'}: no schema_version in it")
     if version > SCHEMA_VERSION:
-        raise UsageError(
-            f"{path} has schema version {version}, this ghostjax knows versions up to "
-            f"{SCHEMA_VERSION}: update ghostjax"
-        )
+        raise UsageError(f"{path} has {newer(version)}")
     sets = metadata.get("sets")
     if not isinstance(sets, list) or not sets or not all(_is_set_name(name) for name in sets):
         raise UsageError(f"{path / 'run.json'}: no names of validation sets in it")
-    summary = _read_json(path / "summary.json")
+    summary = read_json(path / "summary.json")
 
     parts = {table: find_parts(path, table) for table in LOG_TABLES}
     ends = {table: found[-1].end if found else 0 for table, found in parts.items()}
@@ -154,18 +143,3 @@ def read_run(path: Path) -> Run:
 
 def _is_set_name(name: Any) -> bool:
     return isinstance(name, str) and SET_NAME.fullmatch(name) is not None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None without the file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -12,7 +12,8 @@
 A part of the log holds the steps first <= step < end, in order, eight digits each, and is there as
 a whole or not at all. The parts of a table follow each other without gaps. Columns whose name ends
 in ``_<set>`` are there once per validation set; they are null at steps that were not scored, and
-only there (but for audit_error, which most steps do not have).
+only there (but for audit_error, which most steps do not have). Every file holds its own digest; see
+``seal``.
 """
 
 import re
@@ -22,7 +23,8 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+DIGESTS_SINCE = 2
 
 LOG_TABLES = ("scores", "steps", "kinds")
 
@@ -140,22 +142,38 @@ _NULLABLE = {
     ),
     "values": ("value_{}", "error_{}"),
 }
+# The schema version that a column came with, by table and name, where it is not the first. A table
+# that was written before is read with nulls in it, so it is nullable.
+_SINCE: dict[tuple[str, str], int] = {}
 
 
-def table_schema(table: str, sets: Sequence[str]) -> pa.Schema:
-    """The schema of a table for validation sets of these names."""
+def table_schema(table: str, sets: Sequence[str], version: int | None = None) -> pa.Schema:
+    """The schema of a table for validation sets of these names.
+
+    ``version``: as it was in that schema version. None: in the newest.
+    """
+    version = SCHEMA_VERSION if version is None else version
     fields = [
         pa.field(
             name.format(which),
             kind,
-            nullable=name in _NULLABLE.get(table, ()),
+            nullable=name in _NULLABLE.get(table, ()) or (table, name) in _SINCE,
             metadata={"description": description},
         )
         for name, kind, description in _FIELDS[table]
+        if _SINCE.get((table, name), 1) <= version
         for which in (sets if "{}" in name else ("",))
     ]
-    versions = {"schema_version": str(SCHEMA_VERSION), "table": f"ghostjax.{table}"}
+    versions = {"schema_version": str(version), "table": f"ghostjax.{table}"}
     return pa.schema(fields, {**versions, "ghostjax_version": metadata.version("ghostjax")})
+
+
+def newer(version: int) -> str:
+    """What to say of a schema version that this ghostjax does not know."""
+    return (
+        f"schema version {version}, this ghostjax knows versions up to {SCHEMA_VERSION}: update "
+        "ghostjax"
+    )
 
 
 def by_set(table: str, columns: Mapping[str, Any], sets: Sequence[str]) -> dict[str, Any]:

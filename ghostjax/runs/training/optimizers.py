@@ -1,11 +1,13 @@
-"""Optimizers by name: any alias of optax, with its arguments."""
+"""Optimizers by name: any alias of optax or optax.contrib, with its arguments."""
 
 import ast
 import inspect
+import re
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from ghostjax import directions
 from ghostjax.runs.errors import UsageError
@@ -34,15 +36,16 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """``adamw(b2=0.95, weight_decay=0.1)``, or just ``adamw``, after clipping the gradient's norm.
 
-    The learning rate is ``schedule``. ``clip`` 0 does not clip. ``params`` are the parameters, or
-    their shapes.
+    Those of ``optax.contrib`` are named like ``contrib.muon``. The learning rate is ``schedule``.
+    ``clip`` 0 does not clip. ``params`` are the parameters, or their shapes.
 
     Raises:
       UsageError: optax has no such optimizer, it does not take these arguments, or no scores go
         through it.
     """
     name, arguments = parse_optimizer(text)
-    alias = getattr(optax, name, None)
+    home, _, own_name = name.rpartition(".")
+    alias = getattr(optax.contrib if home else optax, own_name, None)
     known = inspect.isfunction(alias) and "learning_rate" in inspect.signature(alias).parameters
     if not known:
         raise UsageError(f"--optimizer: optax has no optimizer {name!r} with a learning rate")
@@ -69,8 +72,8 @@ def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
 
     >>> parse_optimizer("adamw(b2=0.95, nesterov=True)")
     ('adamw', {'b2': 0.95, 'nesterov': True})
-    >>> parse_optimizer("sgd")
-    ('sgd', {})
+    >>> parse_optimizer("contrib.muon")
+    ('contrib.muon', {})
 
     Raises:
       UsageError: it is not of that form, or sets the learning rate.
@@ -78,7 +81,8 @@ def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if not isinstance(call.func, ast.Name) or call.args:
+        name = ast.unparse(call.func)
+        if not re.fullmatch(r"(contrib\.)?\w+", name) or call.args:
             raise ValueError
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
         if None in arguments:
@@ -90,4 +94,4 @@ def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
         ) from None
     if "learning_rate" in arguments:
         raise UsageError("--optimizer: the learning rate is set with --learning-rate")
-    return call.func.id, arguments
+    return name, arguments

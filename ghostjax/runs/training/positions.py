@@ -1,6 +1,5 @@
 """Scores of single positions: which tokens of a window a row's score is made of."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +70,7 @@ def score_windows(
         score of the window, which is computed without them.
     """
     indices, starts = np.asarray(indices), np.asarray(starts)
-    batch = next(itertools.islice(batches(config, task), step, None))
+    batch = next(batches(config, task, step))
     find = make_directions(task.row_losses, optimizer, config.order, config.microbatches)
     direction = find(state, batch.train_rows, batch.val_rows)
     score = make_scores(task.row_losses, config.batch_size)

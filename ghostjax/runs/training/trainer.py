@@ -1,6 +1,7 @@
 """The loop over steps: what each sees, and whether training can go on."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from ghostjax.runs.analysis.judgement import TOLERANCES, broken_check
 from ghostjax.runs.config import TrainConfig
-from ghostjax.runs.data.batches import visit_order
+from ghostjax.runs.data.batches import VisitOrder, generator
 from ghostjax.runs.data.task import Task
 from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.models import KINDS, kind_of
@@ -53,19 +54,21 @@ class Step:
     fault: str | None = None
 
 
-def batches(config: TrainConfig, task: Task) -> Iterator[Batch]:
-    """Endless batches. Everything drawn at random depends on ``config.seed`` alone.
+def batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[Batch]:
+    """Endless batches, from that of step ``start`` on.
 
-    Each step takes the next B examples of ``visit_order`` and, of every validation set, V held-out
-    examples, drawn anew without replacement.
+    What is drawn at random for a step depends on ``config.seed`` and the step alone. A step takes B
+    examples, as ``VisitOrder`` has them, and of every validation set V held-out examples, drawn
+    anew without replacement.
     """
     sets = list(task.val_sizes)
-    generators = np.random.default_rng(config.seed).spawn(2 + len(sets))
-    order_rng, window_rng, *val_rngs = generators
-    for indices in visit_order(len(task.examples), config.batch_size, order_rng):
-        train_rows, starts = task.train_rows(indices, window_rng)
+    order = VisitOrder(len(task.examples), config.batch_size, config.seed)
+    for step in itertools.count(start):
+        indices = order(step)
+        train_rows, starts = task.train_rows(indices, generator(config.seed, "windows", step))
         val_rows = []
-        for name, rng in zip(sets, val_rngs):
+        for name in sets:
+            rng = generator(config.seed, f"set {name}", step)
             chosen = rng.choice(task.val_sizes[name], config.val_batch_size, replace=False)
             val_rows.append(task.val_rows(name, chosen, rng))
         stacked = {
@@ -125,9 +128,7 @@ class Trainer:
         """
         config = self._config
         made: set[tuple[bool, bool]] = set()
-        for number, batch in zip(range(config.steps), batches(config, self._task)):
-            if number < start:
-                continue
+        for number, batch in zip(range(start, config.steps), batches(config, self._task, start)):
             begin = time.perf_counter()
             audited = self._audited(number)
             if self.is_scored(number):
@@ -173,7 +174,7 @@ class Trainer:
         every, scored = self._config.audit_every, number // self._config.score_every
         if not every or scored % every or not self.is_scored(number):
             return None
-        rng = np.random.default_rng([self._config.seed, number])
+        rng = generator(self._config.seed, "audit", number)
         return rng.choice(self._config.batch_size, count, replace=False).astype(np.int32)
 
     def _check(self, step: Step) -> None:

@@ -205,6 +205,7 @@ def test_comparing_changes_nothing(two, tmp_path, capsys):
 
 def test_names_of_directories_cannot_forge_output(two, tmp_path, capsys):
     hostile = write_run(tmp_path / "a\x1b[31m\nb")
+    # Lines are wrapped where the blank is if the path is long.
     assert "a\ufffd[31m b" in " ".join(printed([hostile, two[1]], capsys).split())
 
 

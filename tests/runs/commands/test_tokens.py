@@ -21,6 +21,7 @@ from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.report import heat
 from ghostjax.runs.report.heat import LEVELS, About, Section, Shown, Window, make_page, print_texts
 from ghostjax.runs.report.html import DARK, LIGHT
+from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.training.positions import Windows, check_sums, score_windows
 from ghostjax.runs.training.trainer import Trainer
 from tests.runs.checks import fails, files
@@ -172,9 +173,9 @@ def test_runs_that_cannot_be_used(micro_run, path, tmp_path, capsys):
     assert f"{bare} has no checkpoint: wait for its first one, or go on with it" in message
 
     def started_with(**options):
-        metadata = json.loads((path / "run.json").read_text())
+        metadata = read_json(path / "run.json")
         metadata["options"] |= options
-        (bare / "run.json").write_text(json.dumps(metadata))
+        write_json(bare / "run.json", metadata)
         return fails(["tokens", bare], capsys)
 
     shutil.copytree(path / "checkpoints", bare / "checkpoints")

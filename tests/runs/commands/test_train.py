@@ -1,7 +1,6 @@
 """A whole run on disk: what it writes, and that an interrupted one goes on undisturbed."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -145,13 +144,13 @@ def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, mon
             train.run(config)
     assert read_run(config.out).end == 3
     assert read_run(config.out).summary is None
-    started = json.loads((config.out / "run.json").read_text())
+    started = files.read_json(config.out / "run.json")
     now, started["versions"]["jax"] = started["versions"]["jax"], "0.0.1"
-    (config.out / "run.json").write_text(json.dumps(started))
+    files.write_json(config.out / "run.json", started)
     train.run(dataclasses.replace(config, resume=True, quiet=False))
     assert f"Versions changed since the run began: jax {now} (was 0.0.1)" in capsys.readouterr().err
     same_log(read_run(config.out), micro_run)
-    with pytest.raises(UsageError, match="complete run: there is nothing to resume"):
+    with pytest.raises(UsageError, match="complete run of 6 steps: there is nothing to resume"):
         train.run(dataclasses.replace(config, resume=True))
 
 
@@ -244,11 +243,11 @@ def test_resuming_checks_that_nothing_changed(micro_config, micro_run, tmp_path)
     with pytest.raises(UsageError, match=r"no run|run\.json"):
         train.run(config)
     (tmp_path / "run.json").write_text((micro_run.path / "run.json").read_text())
-    with pytest.raises(UsageError, match="it has --steps 6, not 7"):
-        train.run(dataclasses.replace(config, steps=7))
-    metadata = json.loads((tmp_path / "run.json").read_text())
+    with pytest.raises(UsageError, match="it has --batch-size 4, not 3"):
+        train.run(dataclasses.replace(config, batch_size=3))
+    metadata = files.read_json(tmp_path / "run.json")
     metadata["fingerprints"]["data"] = "0" * 64
-    (tmp_path / "run.json").write_text(json.dumps(metadata))
+    files.write_json(tmp_path / "run.json", metadata)
     with pytest.raises(UsageError, match="the data changed since the run began"):
         train.run(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
@@ -270,16 +269,16 @@ def test_documents_that_move_between_validation_sets_are_a_change(micro_config, 
 
 def test_a_run_json_without_options_is_refused_in_one_line(micro_config, tmp_path):
     (tmp_path / "run.json").write_text('{"schema_version": 1, "sets": ["val"]}')
-    with pytest.raises(UsageError, match=r"run\.json: no options and fingerprints in it"):
+    with pytest.raises(UsageError, match=r"run\.json: no id and options and fingerprints in it"):
         train.run(dataclasses.replace(micro_config, out=tmp_path, resume=True))
 
 
 def test_a_run_that_is_to_ignore_ctrl_c_does():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with train._interrupts() as is_interrupted:
+        with train._signals() as received:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not is_interrupted()
+            assert not received()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,27 +1,62 @@
-import itertools
-
 import numpy as np
 import pytest
 
-from ghostjax.runs.data.batches import draw_starts, make_rows, visit_order
+from ghostjax.runs.data.batches import VisitOrder, draw_starts, generator, make_rows
 
 LONG = np.arange(10)
 SHORT = np.frombuffer(b"xyz", np.uint8)
 
 
-@pytest.mark.parametrize(("documents", "batch_size"), [(7, 1), (7, 3), (7, 5), (7, 7), (6, 2)])
+SIZES = [(7, 1), (7, 3), (7, 5), (7, 7), (6, 2), (9, 4), (10, 6), (23, 5)]
+
+
+@pytest.mark.parametrize(("documents", "batch_size"), SIZES)
 def test_visits_differ_by_at_most_one_at_any_time(documents, batch_size):
     visits = np.zeros(documents, int)
-    order = visit_order(documents, batch_size, np.random.default_rng(0))
-    for batch in itertools.islice(order, 40):
+    order = VisitOrder(documents, batch_size, seed=0)
+    for step in range(60):
+        batch = order(step)
         assert len(set(batch.tolist())) == batch_size
         visits[batch] += 1
         assert visits.max() - visits.min() <= 1
 
 
+@pytest.mark.parametrize(("documents", "batch_size"), SIZES)
+def test_a_step_does_not_depend_on_which_were_asked_for_before(documents, batch_size):
+    order = VisitOrder(documents, batch_size, seed=0)
+    expected = [order(step).tolist() for step in range(60)]
+    for step in np.random.default_rng(0).permutation(60):
+        assert VisitOrder(documents, batch_size, seed=0)(step).tolist() == expected[step]
+        assert order(step).tolist() == expected[step]
+
+
+def test_a_late_step_draws_few_epochs(monkeypatch):
+    drawn = []
+    shuffled = VisitOrder._shuffled
+    monkeypatch.setattr(
+        VisitOrder, "_shuffled", lambda self, epoch: drawn.append(epoch) or shuffled(self, epoch)
+    )
+    VisitOrder(1001, 16, seed=0)(10**6)
+    assert len(drawn) <= 3
+    drawn.clear()
+    VisitOrder(23, 16, seed=0)(10**6)
+    assert len(drawn) <= 17  # fewer than two batches: an epoch depends on up to B before it
+
+
+def test_a_batch_of_more_than_all_examples_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be from 1 to 3, got 4"):
+        VisitOrder(3, 4, seed=0)
+
+
 def test_epochs_are_shuffled_anew():
-    order = visit_order(20, 20, np.random.default_rng(0))
-    assert next(order).tolist() != next(order).tolist()
+    order = VisitOrder(20, 20, seed=0)
+    assert order(0).tolist() != order(1).tolist()
+    assert order(0).tolist() != VisitOrder(20, 20, seed=1)(0).tolist()
+
+
+def test_generators_of_other_uses_and_steps_differ():
+    keys = [(0, "order", 1), (0, "order", 2), (1, "order", 1), (0, "windows", 1)]
+    assert len({int(generator(*key).integers(2**60)) for key in keys}) == len(keys)
 
 
 def test_rows_are_windows_with_the_tokens_that_follow():

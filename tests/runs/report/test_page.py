@@ -1,6 +1,5 @@
 import dataclasses
 import html.parser
-import json
 import re
 from itertools import pairwise
 
@@ -16,6 +15,7 @@ from ghostjax.runs.commands.report import ReportConfig
 from ghostjax.runs.report.html import DARK, LIGHT
 from ghostjax.runs.report.page import make_report
 from ghostjax.runs.report.pictures import ticks
+from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
@@ -280,10 +280,10 @@ def test_updates_that_rows_do_not_account_for_are_told(made_up, report, tmp_path
 
 def test_warnings_of_the_summary_are_shown_once(tmp_path):
     path = write_run(tmp_path / "run", error=0.1, sets=("prose",))
-    summary = json.loads((path / "summary.json").read_text())
+    summary = read_json(path / "summary.json")
     own = judge_all(path)["prose"].reasons[0]
     summary["warnings"] = [own, "Something else is <odd>."]
-    (path / "summary.json").write_text(json.dumps(summary))
+    write_json(path / "summary.json", summary)
     text = Page(make_report(read_run(path))).text()
     assert text.count(own) == 1
     assert "Something else is <odd>." in text

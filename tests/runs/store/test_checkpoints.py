@@ -246,3 +246,16 @@ def test_logging_is_as_before(tmp_path):
     before = logger.level
     checkpoints.save(tmp_path, 1, small(1))
     assert logger.level == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """Of the same shapes, so that nothing else tells the two apart."""
+    mine, other = {"run": "a1", "params": "f0"}, {"run": "b2", "params": "f0"}
+    checkpoints.save(tmp_path, 5, small(1), mine)
+    assert_same(checkpoints.restore(tmp_path, 5, small(0), mine), small(1))
+    with pytest.raises(UsageError, match="5 is of another run: run is a1, expected b2; put back"):
+        checkpoints.restore(tmp_path, 5, small(0), other)
+    with pytest.raises(UsageError, match="is of another run: params is f0, expected f1"):
+        checkpoints.restore(tmp_path, 5, small(0), mine | {"params": "f1"})
+    with pytest.raises(UsageError, match="is of another run: params is f0, expected None"):
+        checkpoints.restore(tmp_path, 5, small(0))

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from ghostjax.runs.errors import UsageError
@@ -13,7 +11,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
         files.write_json(path, {"loss": float("nan")})
     with pytest.raises(AttributeError):
         files.write_table(path, "no table")
-    assert json.loads(path.read_text()) == {"loss": "ä"}
+    assert files.read_json(path) == {"loss": "ä"}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 

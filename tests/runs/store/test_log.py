@@ -164,7 +164,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("call", range(9))
+@pytest.mark.parametrize("call", range(6))
 def test_resuming_can_be_interrupted_too(tmp_path, monkeypatch, call):
     out = small_run.write(tmp_path / "run", steps=8)
     left = [call]
@@ -178,9 +178,43 @@ def test_resuming_can_be_interrupted_too(tmp_path, monkeypatch, call):
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", unlink)
         with pytest.raises(Stop):
-            LogWriter.resume(out, small_run.SETS, 2)
-    LogWriter.resume(out, small_run.SETS, 2)
-    assert read_run(out).end == 2
+            LogWriter.resume(out, small_run.SETS, 4)
+    LogWriter.resume(out, small_run.SETS, 4)
+    assert read_run(out).end == 4
+
+
+def test_checkpoints_that_were_deleted_cost_no_log(tmp_path):
+    out = small_run.write(tmp_path / "run", steps=8)
+    before = names(out / "log")
+    for step, refused in ((0, True), (2, True), (4, False)):
+        if refused:
+            message = (
+                rf"run has steps {step} to 7 in its log but no checkpoint of them: put .* back"
+            )
+            with pytest.raises(UsageError, match=message):
+                LogWriter.resume(out, small_run.SETS, step)
+            assert names(out / "log") == before
+        else:
+            assert LogWriter.resume(out, small_run.SETS, step).dropped == 8 - step
+
+
+def test_what_was_written_before_the_first_checkpoint_is_made_again(tmp_path):
+    out = small_run.write(tmp_path / "run", steps=2)
+    assert LogWriter.resume(out, small_run.SETS, 0).dropped == 2
+    assert read_run(out).end == 0
+
+
+@pytest.mark.parametrize("table", schema.LOG_TABLES)
+def test_a_damaged_part_is_found_before_training_goes_on(tmp_path, table):
+    out = small_run.write(tmp_path / "run", steps=6)
+    path = out / "log" / schema.part_name(table, 0, 2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    before = names(out / "log")
+    with pytest.raises(UsageError, match=rf"{path.name} cannot be read: it changed since"):
+        LogWriter.resume(out, small_run.SETS, 4)
+    assert names(out / "log") == before
 
 
 BAD_LOGS = {

@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import numpy as np
@@ -126,7 +125,7 @@ def write(name, text):
 
 def change_metadata(**changes):
     return lambda out: files.write_json(
-        out / "run.json", json.loads((out / "run.json").read_text()) | changes
+        out / "run.json", files.read_json(out / "run.json") | changes
     )
 
 
@@ -149,7 +148,7 @@ BAD_RUNS = {
     "no sets": (change_metadata(sets=["a_b"]), "no names of validation sets in it"),
     "newer": (
         change_metadata(schema_version=schema.SCHEMA_VERSION + 1),
-        r"run has schema version 2, this ghostjax knows versions up to 1: update ghostjax",
+        r"run has schema version \d+, this ghostjax knows versions up to \d+: update ghostjax",
     ),
     "summary": (write("summary.json", "{"), r"summary\.json: not valid JSON"),
     "gap": (

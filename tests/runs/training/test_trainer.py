@@ -31,6 +31,7 @@ def test_batches_depend_on_the_seed_alone(micro_config, task):
         return [next(source) for _ in range(4)]
 
     first, again, other = drawn(0), drawn(0), drawn(1)
+    chex.assert_trees_all_equal(next(batches(micro_config, task, start=3)), first[3])
     chex.assert_trees_all_equal(first, again)
     assert any((one.indices != two.indices).any() for one, two in zip(first, other))
     assert first[0].val_rows["inputs"].shape == (2, 2, 1, 16)
@@ -55,7 +56,11 @@ def test_every_step_has_a_learning_rate(steps):
 
 
 @pytest.mark.parametrize(
-    "text", ["adamw", "sgd(momentum=0.9)", "adafactor", "lamb", "adamw(b2=0.95, weight_decay=0)"]
+    "text",
+    [
+        *("adamw", "sgd(momentum=0.9)", "adafactor", "lamb", "adamw(b2=0.95, weight_decay=0)"),
+        *("contrib.ademamix(b3=0.99)", "contrib.prodigy", "contrib.schedule_free_adamw"),
+    ],
 )
 def test_optimizers_of_optax_by_name(text):
     optimizer = make_optimizer(text, make_schedule(1e-2, 10), 1.0, PARAMS)
@@ -68,6 +73,9 @@ def test_optimizers_of_optax_by_name(text):
     [
         ("adamm", "optax has no optimizer 'adamm'"),
         ("clip", "optax has no optimizer 'clip' with a learning rate"),
+        ("contrib.adamw", "optax has no optimizer 'contrib.adamw'"),
+        ("contrib.other.muon", "expected a name, or a name with arguments"),
+        ("nn.muon", "expected a name, or a name with arguments"),
         ("adam(beta=1)", "--optimizer adam: .*unexpected keyword argument 'beta'"),
         ("adam(learning_rate=1)", "the learning rate is set with --learning-rate"),
         ("adam(0.9)", "expected a name, or a name with arguments"),
