@@ -31,6 +31,7 @@ from ghostjax.core.mixing import gives_nothing, lost_message, without_position
 from ghostjax.core.places import Mixed, Rows
 from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
+from ghostjax.core.sums import sum_meeting, with_summands
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
 from ghostjax.core.tracks import SEVERAL, Track, Where, settled
@@ -49,6 +50,7 @@ class Walk(Tracking):
       specs: by meeting, zeros like the cotangents that are to be kept.
       in_branch: whether this is inside of a branch, which may not be taken.
       takes_shared: whether dots may belong to no row.
+      takes_sums: whether parameters may meet sums over rows, which are taken apart there.
       no_shard_map: why parameters and data may not meet in a ``shard_map``, and what to do then.
       arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
         their last axis or without rows.
@@ -57,6 +59,7 @@ class Walk(Tracking):
     computes_data = True
     in_branch = False
     takes_shared = True
+    takes_sums = False
     no_shard_map: str | None = None
     stacked = False
     arrays_of_rows: tuple[str, ...] = ()
@@ -185,8 +188,8 @@ class Walk(Tracking):
         if not active:
             return marked(values, operands)
         if len(values) == 1:
-            return [dataclasses.replace(values[0], support=support(eqn, operands))]
-        return values
+            values = [dataclasses.replace(values[0], support=support(eqn, operands))]
+        return with_summands(self, eqn, operands, values)
 
     def _without_data(self, eqn, operands):
         """Primals, with zeros for data that is not computed: outputs of no row do not use it."""
@@ -225,13 +228,16 @@ class Walk(Tracking):
         inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
         infos = [places[k].rows.place for k in inexact]
         in_rows = self.num_rows is None or all(places[k].rows.is_apart for k in inexact)
-        if infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
+        of_sum = None if in_rows else sum_meeting(self, eqn, function, operands, outputs)
+        if of_sum is not None:
+            meeting = of_sum
+        elif infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
             meeting = self.make_regrouped(eqn, function, operands, outputs, places)
         else:
             rows = [where.rows.place for where in places]
             meeting = self.make(eqn, function, operands, outputs, rows, self.num_rows)
         scalars = all(not meeting.outputs[position].shape for position in inexact)
-        for path in meeting.moving:
+        for path in meeting.moving if of_sum is None else ():
             is_shared = self.takes_shared and scalars and not meeting.needs_data
             if not in_rows and not is_shared:
                 raise RowAxisError(lost_message(self.describe(eqn), self.names[path], infos))
@@ -240,7 +246,8 @@ class Walk(Tracking):
         flows = [k in inexact for k in range(len(outputs))]
         if in_rows and self.num_rows is not None:
             places = [Where(settled(where.rows), where.positions) for where in places]
-        return [self.data(*triple) for triple in zip(outputs, flows, places)]
+        values = [self.data(*triple) for triple in zip(outputs, flows, places)]
+        return with_summands(self, eqn, operands, values)
 
     def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:
         return make_meeting(eqn, function, operands, outputs, rows, num_rows, self.names)
