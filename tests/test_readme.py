@@ -19,6 +19,7 @@ def test_python_snippets(standard_promotion):
     assert namespace["scores"].shape == (16,)
     assert namespace["dots"]["scale"].shape == (16,)
     assert namespace["by_document"].total().shape == (4,)
+    assert namespace["of_pairs"].total().shape == (6,)
     assert (namespace["values"].visits == 1).all()
     assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding
 

@@ -22,6 +22,7 @@ from ghostjax._jaxprs import (
     holds,
     inner_jaxprs,
     is_var,
+    stops,
 )
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
@@ -178,7 +179,7 @@ class Walk(Tracking):
         outputs = [None] * len(places)
         if self.computes_data or not all(is_data):
             outputs = bind(eqn, self._without_data(eqn, operands))
-        active = any(value.active for value in operands) and eqn.primitive.name != "stop_gradient"
+        active = any(value.active for value in operands) and not stops(eqn)
         values = [
             self.data(output, active and is_number(var), where) if found else Value(output)
             for output, var, where, found in zip(outputs, eqn.outvars, places, is_data)
@@ -202,7 +203,7 @@ class Walk(Tracking):
 
     def parameters_only(self, eqn, operands):
         outputs = bind(eqn, [value.primal for value in operands])
-        if eqn.primitive.name == "stop_gradient":
+        if stops(eqn):
             return [Value(output) for output in outputs]
         found = self.pushed(eqn, functools.partial(bind, eqn), operands, outputs)
         direct = _is_layout(eqn) and operands[0].direct
@@ -227,19 +228,21 @@ class Walk(Tracking):
     def meet(self, eqn, function, operands, outputs, places: list[Where]) -> list[Value]:
         inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
         infos = [places[k].rows.place for k in inexact]
-        in_rows = self.num_rows is None or all(places[k].rows.is_apart for k in inexact)
+        in_rows = self.num_rows is None or all(self.has_examples(places[k]) for k in inexact)
         of_sum = None if in_rows else sum_meeting(self, eqn, function, operands, outputs)
         if of_sum is not None:
             meeting = of_sum
         elif infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
             meeting = self.make_regrouped(eqn, function, operands, outputs, places)
         else:
-            rows = [where.rows.place for where in places]
-            meeting = self.make(eqn, function, operands, outputs, rows, self.num_rows)
+            of_nobody = self.shares and not in_rows  # one sum, as of a single row
+            rows = [None if of_nobody else where.rows.place for where in places]
+            count = None if of_nobody else self.num_rows
+            meeting = self.make(eqn, function, operands, outputs, rows, count)
         scalars = all(not meeting.outputs[position].shape for position in inexact)
         for path in meeting.moving if of_sum is None else ():
             is_shared = self.takes_shared and scalars and not meeting.needs_data
-            if not in_rows and not is_shared:
+            if not (in_rows or is_shared or self.shares):
                 raise RowAxisError(lost_message(self.describe(eqn), self.names[path], infos))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
@@ -248,6 +251,10 @@ class Walk(Tracking):
             places = [Where(settled(where.rows), where.positions) for where in places]
         values = [self.data(*triple) for triple in zip(outputs, flows, places)]
         return with_summands(self, eqn, operands, values)
+
+    def has_examples(self, where: Where) -> bool:
+        """Whether places of a value belong to examples; of shares, what has none is of nobody."""
+        return where.rows.is_apart and not (self.shares and self.labels and not where.positions)
 
     def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:
         return make_meeting(eqn, function, operands, outputs, rows, num_rows, self.names)
@@ -279,7 +286,7 @@ class Walk(Tracking):
         meeting = self.make(eqn, function, local, outputs, rows, count)
         first = next(iter(found.values()))
         for ids in found.values():
-            if not isinstance(ids, np.ndarray):
+            if not isinstance(ids, np.ndarray) and not self.shares:
                 self.count_conflicts([jnp.sum(ids == SEVERAL, dtype=jnp.int32)])
             if ids is not first:
                 self.count_conflicts([jnp.sum(jnp.ravel(ids) != jnp.ravel(first))])

@@ -57,7 +57,7 @@ MIXING = {
 @pytest.mark.parametrize("name", MIXING)
 def test_mixed_rows_are_an_error_that_names_the_place(name):
     fn = value_grad_and_dots(lambda p, x: jnp.mean(jnp.square(MIXING[name](p, x))))
-    with pytest.raises(ValueError, match=r"test_errors\.py:\d+(.|\n)*per_example=True"):
+    with pytest.raises(ValueError, match=r"test_errors\.py:\d+(.|\n)*coupled=\"share\""):
         fn(DENSE, X, direction=DENSE)
 
 
