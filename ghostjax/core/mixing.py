@@ -77,7 +77,8 @@ def combined(operation: str, info: Mixed) -> str:
 def several(operation: str, reason: str) -> str:
     return (
         f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
-        f"its own. But {SHARE}"
+        "its own. If rows do not see each other in the loss, write it for one row and pass "
+        f"per_example=True to value_grad_and_dots; if they do, {SHARE}"
     )
 
 

@@ -1,6 +1,7 @@
 """What does not reach the loss, or carries no gradient, may mix rows."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from ghostjax import (
     value_and_dots_fn,
     value_grad_and_dots,
 )
-from tests.dots.checks import directions_like, draw, expected_stacked
+from tests.dots.checks import check, directions_like, draw, expected_stacked
 
 B, F = 6, 4
 PARAMS = {"w": draw(F, F), "b": draw(F, seed=1)}
@@ -259,6 +260,33 @@ def test_wide_data_in_a_loop_with_narrow_parameters():
         late = jax.jit(lambda p: value_and_dots_fn(loss_fn)(p, x)[2](directions))(PARAMS)
         testing.assert_dots_close(early, jax.tree.map(lambda leaf: leaf[0], expected))
         testing.assert_dots_close(late, expected)
+
+
+class Named(nn.Module):
+    """LayerNorm with statistics over a named axis of positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.sin(nn.LayerNorm(axis_name="positions")(x))
+
+
+def test_a_norm_over_a_named_axis():
+    model = nn.vmap(
+        Named,
+        in_axes=1,
+        out_axes=1,
+        axis_name="positions",
+        variable_axes={"params": None},
+        split_rngs={"params": False},
+    )()
+    x = draw(B, 3, F)
+    params = {"LayerNorm_0": {"scale": draw(F, seed=1), "bias": draw(F, seed=2)}}
+
+    def row_losses(p, x):
+        return jnp.sum(jnp.square(model.apply({"params": p}, x)) * jnp.arange(1.0, 5.0), (1, 2))
+
+    with jax.numpy_rank_promotion("allow"):
+        check(row_losses, params, x)
 
 
 def test_no_tracer_leaks():
