@@ -10,7 +10,7 @@ import jax
 from ghostjax._checks import check_direction
 from ghostjax._dots import LABELS, GradDots, directed, with_keywords
 from ghostjax._labels import check_labels
-from ghostjax._loss import check_reduction, trace_loss
+from ghostjax._loss import check_coupled, check_reduction, trace_loss
 from ghostjax._row_gradients import directed_with_norms
 
 
@@ -22,6 +22,7 @@ def value_grad_and_dots(
     has_aux: bool = False,
     per_example: bool = False,
     loss_reduction: str = "mean",
+    coupled: str = "error",
     norms: bool = False,
 ) -> Callable[..., GradDots]:
     """``jax.value_and_grad``, and the inner product of every row's gradient with a direction.
@@ -44,6 +45,15 @@ def value_grad_and_dots(
         B times its share; "sum": dots[i] is row i's share of <grads, direction>. A row's share is
         the derivative of the loss as that row alone sees the parameters move along the direction,
         which is defined for losses that are no sum over rows, too (their maximum, say).
+      coupled: what to do where rows see each other in the loss, as in contrastive losses and in
+        BatchNorm in training. "error": refuse. "share": dots[i] is row i's share, the derivative of
+        the loss as the parameters move along the direction in row i's uses of them alone,
+
+            dots[p][i] = sum over the uses u of p in row i of < d loss / d p_u , direction[p] >
+
+        (times B for "mean"). A use belongs to the row that has the place of its result; where no
+        row axis is left, as in a product of all pairs of rows, to nobody: it goes to ``shared``, so
+        that shares and ``shared`` add up to <grads, direction>.
       norms: whether the result has ``squared_norms`` of the rows' gradients, and so ``cosine``, at
         the price of ``ghostjax.squared_norms`` without its pass.
 
@@ -65,7 +75,8 @@ def value_grad_and_dots(
     tracked through every operation. What cannot be followed is an error, never a skip.
 
     Raises:
-      RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
+      RowAxisError: rows are mixed, or lost where a parameter is used, without ``coupled="share"``;
+        names the operation.
       ValueError, TypeError: the batch or the direction does not fit.
       NotImplementedError: a parameter goes into an operation that cannot be walked.
 
@@ -84,6 +95,12 @@ def value_grad_and_dots(
     Source: Data Shapley in One Training Run, arXiv:2406.11011, for what the dots are good for.
     """
     check_reduction(loss_reduction)
+    check_coupled(coupled)
+    if norms and coupled == "share":
+        raise ValueError(
+            "coupled rows have shares of the loss, and no norms of gradients of their own. Call "
+            'with norms=False, or with coupled="error".'
+        )
 
     @functools.wraps(loss_fn)
     def fn(
@@ -102,6 +119,7 @@ def value_grad_and_dots(
             has_aux=has_aux,
             per_example=per_example,
             loss_reduction=loss_reduction,
+            coupled=coupled,
         )
         params = jax.tree.unflatten(loss.params, arrays.params)
         directions = check_direction(params, direction, stacked=True)

@@ -13,7 +13,7 @@ from ghostjax._explanation import Explanation, Use
 from ghostjax._flops import equation_flops, flops, flops_after, rounds_unknown
 from ghostjax._jaxprs import describe_operation
 from ghostjax._late import harvesting
-from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
+from ghostjax._loss import Arrays, Loss, check_coupled, check_reduction, trace_loss
 from ghostjax.core import Meeting, Regrouped, Rows
 
 
@@ -25,6 +25,7 @@ def explain(
     has_aux: bool = False,
     per_example: bool = False,
     loss_reduction: str = "mean",
+    coupled: str = "error",
     directions: int | None = None,
 ) -> Callable[..., Explanation]:
     """Where parameters meet data, how their dots are made there, and what that costs.
@@ -34,7 +35,7 @@ def explain(
     From shapes alone: nothing is run or compiled.
 
     Args:
-      loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction: as for
+      loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction, coupled: as for
         ``value_grad_and_dots``.
       directions: K, where the direction is to have a leading axis of K directions; None where it
         has none. Static.
@@ -63,6 +64,7 @@ def explain(
     (65, 1.5)
     """
     check_reduction(loss_reduction)
+    check_coupled(coupled)
     if directions is not None and operator.index(directions) < 1:
         raise ValueError(
             f"directions must be the number of stacked directions, at least 1, or None. Got "
@@ -80,6 +82,7 @@ def explain(
             has_aux=has_aux,
             per_example=per_example,
             loss_reduction=loss_reduction,
+            coupled=coupled,
         )
         return _explained(loss, arrays, directions)
 

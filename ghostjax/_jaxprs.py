@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 _CALLS = ("jit", "pjit")
 _RULES = ("custom_jvp_call", "custom_vjp_call")
+# Name of the marks on what does not reach the loss.
+UNUSED = "ghostjax_unused"
 _OWN_FOLDERS = tuple(
     f"{pathlib.Path(file).parent.as_posix()}/" for file in (__file__, jax.__file__)
 )
@@ -71,6 +73,11 @@ def live_equations(jaxpr: core.Jaxpr, live_outputs: list[bool]) -> tuple[list[An
             needed.append(eqn)
             live.update(var for var in eqn.invars if is_var(var))
     return needed[::-1], live
+
+
+def stops(eqn: Any) -> bool:
+    """Whether no gradient of the loss flows back through an equation, as JAX or a mark says."""
+    return eqn.primitive.name == "stop_gradient" or eqn.params.get("name") == UNUSED
 
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from ghostjax._dots import (
     with_keywords,
 )
 from ghostjax._labels import check_labels, counted, positions_of
-from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
+from ghostjax._loss import Arrays, Loss, check_coupled, check_reduction, trace_loss
 from ghostjax.core import Harvest, Labels, Meeting, added_up, contract, varying_as, zeros_of
 
 
@@ -132,6 +132,7 @@ def value_and_dots_fn(
     has_aux: bool = False,
     per_example: bool = False,
     loss_reduction: str = "mean",
+    coupled: str = "error",
     remat: bool = False,
 ) -> Callable[..., tuple[Any, Any, LateDots]]:
     """``jax.value_and_grad``, and a function that gives the dots when the direction is known.
@@ -144,7 +145,7 @@ def value_and_dots_fn(
     update. Where the direction is known before, ``value_grad_and_dots`` needs less memory.
 
     Args:
-      loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction: as for
+      loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction, coupled: as for
         ``value_grad_and_dots``.
       remat: keep no factors; ``dots(direction)`` makes both passes again.
 
@@ -167,6 +168,7 @@ def value_and_dots_fn(
     (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([ 1., 12.], dtype=float32))
     """
     check_reduction(loss_reduction)
+    check_coupled(coupled)
 
     @functools.wraps(loss_fn)
     def fn(
@@ -181,6 +183,7 @@ def value_and_dots_fn(
             has_aux=has_aux,
             per_example=per_example,
             loss_reduction=loss_reduction,
+            coupled=coupled,
         )
         found = check_labels(loss, labels, num_labels)
         dots = (_without_factors if remat else _with_factors)(loss, arrays, found)

@@ -12,7 +12,7 @@ from jax.extend import core
 from ghostjax._checks import batch_rows, check_argnums, check_parameters
 from ghostjax._jaxprs import live_equations
 from ghostjax._modules import opened
-from ghostjax.core import Push, Rows, Track, Value, Walk, Where
+from ghostjax.core import Push, Rows, Track, Value, Walk, Where, marked_where_unused
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class Loss:
       batch_leaves: how many leaves the batch has.
       outputs: tree of (loss, aux).
       loss_reduction: "mean" or "sum".
+      shares: whether rows may be mixed, so that dots are shares.
       named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
     """
 
@@ -40,6 +41,7 @@ class Loss:
     outputs: Any
     loss_reduction: str
     named_meetings: dict[str, Any]
+    shares: bool = False
 
     @property
     def walked_rows(self) -> int | None:
@@ -51,6 +53,7 @@ class Loss:
 
         ``others`` are the constants and the other arrays; ``vectors`` the direction, if known.
         """
+        walk.shares = self.shares
         count = len(self.jaxpr.constvars)
         vectors = [None] * len(params) if vectors is None else vectors
         operands = [
@@ -145,6 +148,7 @@ def trace_loss(
     loss_reduction: str,
     check_loss: Callable[[Any], None] = check_scalar,
     named_meetings: dict[str, Any] | None = None,
+    coupled: str = "error",
 ) -> tuple[Loss, Arrays]:
     """Traces ``loss_fn`` once, with every array among its arguments an input."""
     numbers, batch_numbers = check_argnums(argnums, batch_argnums, len(args))
@@ -188,9 +192,12 @@ def trace_loss(
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(params, seen, arrays)
     check_loss(shapes[0])
     # What nothing needs is not walked: it may mix rows, and its parameters are unused.
-    needed, _ = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    outputs = len(closed.jaxpr.outvars)
+    needed, _ = live_equations(closed.jaxpr, [True] * outputs)
     loss = Loss(
-        jaxpr=closed.jaxpr.replace(eqns=needed),
+        jaxpr=marked_where_unused(
+            closed.jaxpr.replace(eqns=needed), [True] + [False] * (outputs - 1)
+        ),
         names=names,
         num_rows=num_rows,
         per_example=per_example,
@@ -199,8 +206,14 @@ def trace_loss(
         outputs=jax.tree.structure(shapes),
         loss_reduction=loss_reduction,
         named_meetings=named_meetings or {},
+        shares=coupled == "share",
     )
     return loss, Arrays(jax.tree.leaves(params), jax.tree.leaves(batch), [*closed.consts, *arrays])
+
+
+def check_coupled(coupled: str) -> None:
+    if coupled not in ("error", "share"):
+        raise ValueError(f'coupled must be "error" or "share", got {coupled!r}.')
 
 
 def check_reduction(loss_reduction: str) -> None:

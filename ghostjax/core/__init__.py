@@ -25,6 +25,7 @@ from ghostjax.core.promises import PREFIX as PREFIX
 from ghostjax.core.promises import ROW_RULES as ROW_RULES
 from ghostjax.core.promises import RowRule as RowRule
 from ghostjax.core.push import Push as Push
+from ghostjax.core.reach import marked_where_unused as marked_where_unused
 from ghostjax.core.split import Split as Split
 from ghostjax.core.squares import DirectedSquares as DirectedSquares
 from ghostjax.core.squares import Squares as Squares

@@ -192,6 +192,16 @@ def _crosses(eqn, num_rows: int) -> bool:
 
 
 def _reduced(eqn, operands, num_rows):
+    axes = eqn.params["axes"]
+    if axes and all(isinstance(axis, int) for axis in axes):  # of arrays: under jax.vmap
+        return [
+            info
+            if not isinstance(info, Rows)
+            else lost(eqn, "over the row axis")
+            if info.axis in axes
+            else info.at(info.axis - sum(axis < info.axis for axis in axes))
+            for info in operands
+        ]
     if _crosses(eqn, num_rows):
         return lost(eqn, "combines the rows of several devices")
     return list(operands)

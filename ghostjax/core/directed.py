@@ -23,6 +23,7 @@ class Directed(Walk):
     """
 
     follows = True
+    takes_sums = True
     arrays_of_rows = ("taps",)
     other_arrays = ("shared",)
 

@@ -81,6 +81,14 @@ def localized(where: Where, shape: tuple[int, ...], cells: int) -> Where:
     return Where()
 
 
+def by_label(ids: Any, sums: Any, count: int) -> Any:
+    """Sums [..., cells] added up by label, [..., S + 1]; the last is what belongs to nobody."""
+    ids = jnp.ravel(ids)
+    ids = jnp.where((ids < 0) | (ids >= count), count, ids)
+    zeros = jnp.zeros((*sums.shape[:-1], count + 1), sums.dtype)
+    return zeros.at[..., ids].add(sums)
+
+
 class Regrouped:
     """A meeting with rows of its own, whose sums are added up by label.
 
@@ -120,14 +128,7 @@ class Regrouped:
         return self._by_label(ids, sums), gradient
 
     def _by_label(self, ids, sums):
-        ids = jnp.ravel(ids)
-        ids = jnp.where((ids < 0) | (ids >= self.count), self.count, ids)
-
-        def regrouped(sums):
-            zeros = jnp.zeros((*sums.shape[:-1], self.count + 1), sums.dtype)
-            return zeros.at[..., ids].add(sums)
-
-        return jax.tree.map(regrouped, sums)
+        return jax.tree.map(lambda sums: by_label(ids, sums, self.count), sums)
 
     def has_rest(self, path: int) -> bool:
         del path

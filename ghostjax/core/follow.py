@@ -65,11 +65,13 @@ def rows_after(
     supports: Sequence[Any],
     count: int,
     conflicts: list[Any],
+    shares: bool = False,
 ) -> list[Track]:
     """Where rows are in the outputs.
 
     Where gradient flows through several operands, they must agree; where that shows only when the
-    program runs, ``conflicts`` gets the number of places where they do not.
+    program runs, ``conflicts`` gets the number of places where they do not. But with ``shares``
+    they need not: what has its rows in place counts, else such places are of several rows.
 
     Args:
       supports: by operand, an array that is zero only where the operand is, and where no gradient
@@ -77,7 +79,7 @@ def rows_after(
     """
     own = [k for k, track in enumerate(tracks) if track.is_apart]
     deciding = [k for k in own if actives[k]] or own
-    is_active = any(actives[k] for k in own)
+    is_active = any(actives[k] for k in own) and not shares
     if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
         return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
     others = others_of(eqn, tracks, actives, deciding)
@@ -95,19 +97,20 @@ def rows_after(
         for k in (0, 1):
             aligned = _aligned(eqn, k, tracks, count)
             if isinstance(parts[k][0].place, Mixed) and aligned is not None:
-                conflicts.append(jnp.sum(aligned, dtype=jnp.int32))
+                if not shares:
+                    conflicts.append(jnp.sum(aligned, dtype=jnp.int32))
                 parts[k] = parts[1 - k]
     if any(isinstance(track.place, Mixed) for track in value_operands(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
         _check_additions(eqn, tracks[2], operands, count, conflicts)
     return [
-        combined(eqn, list(found), shape_of(var), count, is_active, conflicts)
+        combined(eqn, list(found), shape_of(var), count, is_active, conflicts, shares)
         for found, var in zip(zip(*parts), eqn.outvars, strict=True)
     ]
 
 
-def combined(eqn, tracks: list[Track], shape, count, is_active: bool, conflicts: list[Any]):
+def combined(eqn, tracks: list[Track], shape, count, is_active, conflicts, shares: bool):
     """Where rows are in what is made of several values of one shape."""
     for track in tracks:
         if isinstance(track.place, Mixed) and track.place is not _MIXED:
@@ -117,6 +120,10 @@ def combined(eqn, tracks: list[Track], shape, count, is_active: bool, conflicts:
     if not tracks:  # an order of rows, say
         return Track(lost(eqn, "tells no rows apart"))
     result = tracks[0]
+    in_place = {track.place: track for track in tracks if isinstance(track.place, Rows)}
+    if shares and len(in_place) == 1:
+        tracks = [*in_place.values()]
+        result = tracks[0]
     for track in tracks[1:]:
         if track.place == result.place and track.ids is result.ids:
             continue

@@ -31,6 +31,7 @@ class Harvest(Walk):
     """
 
     follows = True
+    takes_sums = True
     other_arrays = ("marker",)
 
     def __init__(self, names, num_rows, marker: Any = None, slots=None, labels=None):

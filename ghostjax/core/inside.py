@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
+from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts, stops
 from ghostjax.core.devices import enter
 from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
 from ghostjax.core.places import propagate
@@ -82,7 +82,7 @@ def reached(jaxpr: core.Jaxpr, actives: list[bool], *, by_gradient: bool = True)
     """Which outputs depend on active inputs: so that gradient flows, or at all."""
     found = {var for var, active in zip(jaxpr.invars, actives, strict=True) if active}
     for eqn in jaxpr.eqns:
-        passes = not by_gradient or eqn.primitive.name != "stop_gradient"
+        passes = not by_gradient or not stops(eqn)
         if passes and any(is_var(atom) and atom in found for atom in eqn.invars):
             found.update(var for var in eqn.outvars if not by_gradient or is_number(var))
     return [is_var(atom) and atom in found for atom in jaxpr.outvars]

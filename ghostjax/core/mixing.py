@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, is_var
+from ghostjax._jaxprs import describe_operation, is_var, stops
 from ghostjax.core.devices import where_traced
 from ghostjax.core.inside import inside, is_container, is_number
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
@@ -14,7 +14,10 @@ WAY_OUT = (
     "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
     "to value_grad_and_dots, which then needs no row axis."
 )
-
+SHARE = (
+    'pass coupled="share" to value_grad_and_dots or value_and_dots_fn, for the derivative of the '
+    "loss as only one row's uses of the parameters move."
+)
 
 # By primitive: ``check(eqn, infos, actives, rows, num_rows)`` of what only derivatives do.
 CHECKS: dict[str, Callable[..., None]] = {}
@@ -60,7 +63,7 @@ def check_inside(jaxpr, infos, actives, num_rows, around, in_rule):
             known.get(atom, (None, False)) if is_var(atom) else (None, False)
             for atom in inner.invars
         ]
-        active = any(active for _, active in pairs) and inner.primitive.name != "stop_gradient"
+        active = any(active for _, active in pairs) and not stops(inner)
         sides = [list(side) for side in zip(*pairs)] or [[], []]
         rows = check_rows(inner, *sides, num_rows, around, in_rule=in_rule)
         known.update(
@@ -71,15 +74,16 @@ def check_inside(jaxpr, infos, actives, num_rows, around, in_rule):
 def combined(operation: str, info: Mixed) -> str:
     return (
         f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
-        "no row has a gradient of its own. Statistics of the batch have to be constants, as the "
-        f"running averages of BatchNorm are. {WAY_OUT}"
+        "no row has a gradient of its own. Statistics of the batch can be constants, as the "
+        f"running averages of BatchNorm are. Or {SHARE}"
     )
 
 
 def several(operation: str, reason: str) -> str:
     return (
         f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
-        f"its own. {WAY_OUT}"
+        "its own. If rows do not see each other in the loss, write it for one row and pass "
+        f"per_example=True to value_grad_and_dots; if they do, {SHARE}"
     )
 
 
@@ -96,7 +100,8 @@ def lost_message(place, path, infos) -> str:
     reasons = [info.reason for info in infos if isinstance(info, Mixed)]
     return (
         f"parameter {path} meets data in {place}, whose result has no axis with "
-        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT}"
+        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT} "
+        f"Where rows see each other in the loss, {SHARE}"
     )
 
 

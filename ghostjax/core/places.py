@@ -100,7 +100,10 @@ def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     elif name in ELEMENTWISE:
         outputs = elementwise(eqn, operands)
     elif mixed := [o for o in operands if isinstance(o, Mixed)]:
-        outputs = mixed[0]
+        # What is the same for all rows does not move them.
+        rows = [None if isinstance(o, Mixed) else o for o in operands]
+        looks = name in RULES and any(rows)
+        outputs = RULES[name](eqn, rows, num_rows) if looks else mixed[0]
     elif name in RULES:
         outputs = RULES[name](eqn, operands, num_rows)
     else:

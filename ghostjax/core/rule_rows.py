@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, is_var
+from ghostjax._jaxprs import describe_operation, is_var, stops
 from ghostjax.core.inside import inside, is_container
 from ghostjax.core.linear import (
     Kind,
@@ -62,7 +62,7 @@ def follow(steps: Sequence[Step], places: Places, num_rows: int) -> Iterator[Fol
         places.infos.update(zip(step.outputs, rows))
         if any(moving):
             places.moving.update(step.outputs)
-        if any(active) and eqn.primitive.name != "stop_gradient":
+        if any(active) and not stops(eqn):
             places.active.update(step.outputs)
         yield step, infos, moving, rows
 

@@ -220,6 +220,7 @@ class DirectedSquares(Directed):
     """
 
     other_arrays = (*Directed.other_arrays, "squares")
+    takes_sums = False  # the norm of a row's gradient is made of its parts of all meetings
     no_shard_map = OfRows.no_shard_map
     padded = True
     make = OfRows.make

@@ -33,6 +33,7 @@ class Tracking:
       num_rows: B; None where the jaxpr is that of a single row.
       checks_rows: whether rows that are mixed are an error; another walk may have looked.
       follows: whether rows that do not stay in place are followed by their numbers.
+      shares: whether rows may be mixed while gradient flows, as their shares are asked for.
       labels: of positions, where examples are not rows.
       around: the calls that are being walked, the innermost first, for messages.
       conflicts: how often gradient flows through places of several examples at once; from loops
@@ -42,6 +43,7 @@ class Tracking:
     num_rows: int | None
     checks_rows = True
     follows = False
+    shares = False
     labels: Labels | None = None
     around: tuple[Any, ...] = ()
     conflicts: dict[str, Any]
@@ -84,7 +86,7 @@ class Tracking:
         found, error = None, None
         if not any(isinstance(info, (Known, Moved)) for info in infos):
             try:
-                if self.checks_rows or self.follows:
+                if (self.checks_rows or self.follows) and not self._shares(eqn, operands):
                     found = check_rows(eqn, infos, actives, self.num_rows, self.around)
                 else:
                     found = propagate(eqn, infos, self.num_rows)
@@ -116,6 +118,8 @@ class Tracking:
                 continue
             if is_sum and track.place.is_sum and any(is_single(other) for other in tracks):
                 return [track]
+            if self.shares:
+                continue
             raise RowAxisError(combined(describe_operation(eqn, self.around), track.place))
         if is_container(eqn) and any(track.is_apart for track in tracks):
             inside = self._followed_inside(eqn, operands)
@@ -124,7 +128,8 @@ class Tracking:
         conflicts: list[Any] = []
         primals = [value.primal for value in operands]
         supports = [weights(value) for value in operands]
-        found = rows_after(eqn, tracks, actives, primals, supports, self.num_rows, conflicts)
+        args = eqn, tracks, actives, primals, supports, self.num_rows, conflicts
+        found = rows_after(*args, self.shares)
         self.count_conflicts(conflicts)
         apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
         lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
@@ -133,11 +138,17 @@ class Tracking:
             if moved is not None:
                 return moved
         sums = all(isinstance(track.place, Mixed) and track.place.is_sum for track in found)
-        if len(apart) > 1 and lost and not sums:
+        if len(apart) > 1 and lost and not sums and not self.shares:
             raise RowAxisError(several(describe_operation(eqn, self.around), lost[0]))
-        if any(actives) and not lost and eqn.primitive.name in CHECKS:
+        checked = eqn.primitive.name in CHECKS and not self._shares(eqn, operands)
+        if any(actives) and not lost and checked:
             self._check_rule(eqn, tracks, actives)
         return found
+
+    def _shares(self, eqn, operands) -> bool:
+        """Whether rows may be mixed: but for what has parameters, and needs rows in its rule."""
+        has_rule = eqn.primitive.name in CHECKS and any(value.tangents for value in operands)
+        return self.shares and not has_rule
 
     def _check_rule(self, eqn, tracks: Sequence[Track], actives) -> None:
         """What holds of rows in a derivative rule must hold along every axis that tells rows apart,

@@ -6,6 +6,8 @@ data            depends on the batch; knows which axis indexes rows, and whether
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,12 @@ from ghostjax.core.place_rules import RowInfo
 from ghostjax.core.tracks import NOWHERE, Where
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["primal", "tangents", "where", "support"],
+    meta_fields=["is_data", "active", "mask", "direct", "axes"],
+    drop_fields=["summands"],
+)
 @dataclasses.dataclass(frozen=True)
 class Value:
     """One value of the walk: arrays with a static class, so that it passes through transforms.
@@ -32,17 +39,20 @@ class Value:
       direct: whether a parameter-only value is a parameter, but for its layout and dtype, or what a
         loop takes of it in one round; so that inner products of gradients are the same.
       axes: of a parameter or its transpose, outside of loops, by axis that of the parameter.
+      summands: of a sum over rows, a function that gives what rows add to it, or None. It does not
+        pass through transforms.
     """
 
     primal: Any
     tangents: dict[int, Any] = dataclasses.field(default_factory=dict)
-    is_data: bool = dataclasses.field(default=False, metadata={"static": True})
-    active: bool = dataclasses.field(default=False, metadata={"static": True})
+    is_data: bool = False
+    active: bool = False
     where: Where = NOWHERE
     support: Any = None
-    mask: bool = dataclasses.field(default=False, metadata={"static": True})
-    direct: bool = dataclasses.field(default=False, metadata={"static": True})
-    axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    mask: bool = False
+    direct: bool = False
+    axes: tuple[int, ...] | None = None
+    summands: Callable[[], Any] | None = None
 
     @property
     def rows(self) -> RowInfo:
@@ -51,7 +61,7 @@ class Value:
 
 def unsupported(values: Any) -> list[Value]:
     """Values on their way into control flow or out of it, where masks would have to be kept."""
-    return [dataclasses.replace(value, support=None, mask=False) for value in values]
+    return [dataclasses.replace(value, support=None, mask=False, summands=None) for value in values]
 
 
 def paths_of(values: Any) -> list[int]:

@@ -22,6 +22,7 @@ from ghostjax._jaxprs import (
     holds,
     inner_jaxprs,
     is_var,
+    stops,
 )
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
@@ -31,6 +32,7 @@ from ghostjax.core.mixing import gives_nothing, lost_message, without_position
 from ghostjax.core.places import Mixed, Rows
 from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
+from ghostjax.core.sums import sum_meeting, with_summands
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
 from ghostjax.core.tracks import SEVERAL, Track, Where, settled
@@ -52,6 +54,7 @@ class Walk(Tracking):
       specs: by meeting, zeros like the cotangents that are to be kept.
       in_branch: whether this is inside of a branch, which may not be taken.
       takes_shared: whether dots may belong to no row.
+      takes_sums: whether parameters may meet sums over rows, which are taken apart there.
       no_shard_map: why parameters and data may not meet in a ``shard_map``, and what to do then.
       arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
         their last axis or without rows.
@@ -60,6 +63,7 @@ class Walk(Tracking):
     computes_data = True
     in_branch = False
     takes_shared = True
+    takes_sums = False
     no_shard_map: str | None = None
     stacked = False
     arrays_of_rows: tuple[str, ...] = ()
@@ -178,7 +182,7 @@ class Walk(Tracking):
         outputs = [None] * len(places)
         if self.computes_data or not all(is_data):
             outputs = bind(eqn, self._without_data(eqn, operands))
-        active = any(value.active for value in operands) and eqn.primitive.name != "stop_gradient"
+        active = any(value.active for value in operands) and not stops(eqn)
         values = [
             self.data(output, active and is_number(var), where) if found else Value(output)
             for output, var, where, found in zip(outputs, eqn.outvars, places, is_data)
@@ -188,8 +192,8 @@ class Walk(Tracking):
         if not active:
             return marked(values, operands)
         if len(values) == 1:
-            return [dataclasses.replace(values[0], support=support(eqn, operands))]
-        return values
+            values = [dataclasses.replace(values[0], support=support(eqn, operands))]
+        return with_summands(self, eqn, operands, values)
 
     def _without_data(self, eqn, operands):
         """Primals, with zeros for data that is not computed: outputs of no row do not use it."""
@@ -202,7 +206,7 @@ class Walk(Tracking):
 
     def parameters_only(self, eqn, operands):
         outputs = bind(eqn, [value.primal for value in operands])
-        if eqn.primitive.name == "stop_gradient":
+        if stops(eqn):
             return [Value(output) for output in outputs]
         found = self.pushed(eqn, functools.partial(bind, eqn), operands, outputs)
         direct = _is_layout(eqn) and operands[0].direct
@@ -231,23 +235,33 @@ class Walk(Tracking):
     def meet(self, eqn, function, operands, outputs, places: list[Where]) -> list[Value]:
         inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
         infos = [places[k].rows.place for k in inexact]
-        in_rows = self.num_rows is None or all(places[k].rows.is_apart for k in inexact)
-        if infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
+        in_rows = self.num_rows is None or all(self.has_examples(places[k]) for k in inexact)
+        of_sum = None if in_rows else sum_meeting(self, eqn, function, operands, outputs)
+        if of_sum is not None:
+            meeting = of_sum
+        elif infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
             meeting = self.make_regrouped(eqn, function, operands, outputs, places)
         else:
-            rows = [where.rows.place for where in places]
-            meeting = self.make(eqn, function, operands, outputs, rows, self.num_rows)
+            of_nobody = self.shares and not in_rows  # one sum, as of a single row
+            rows = [None if of_nobody else where.rows.place for where in places]
+            count = None if of_nobody else self.num_rows
+            meeting = self.make(eqn, function, operands, outputs, rows, count)
         scalars = all(not meeting.outputs[position].shape for position in inexact)
-        for path in meeting.moving:
+        for path in meeting.moving if of_sum is None else ():
             is_shared = self.takes_shared and scalars and not meeting.needs_data
-            if not in_rows and not is_shared:
+            if not (in_rows or is_shared or self.shares):
                 raise RowAxisError(lost_message(self.describe(eqn), self.names[path], infos))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
         flows = [k in inexact for k in range(len(outputs))]
         if in_rows and self.num_rows is not None:
             places = [Where(settled(where.rows), where.positions) for where in places]
-        return [self.data(*triple) for triple in zip(outputs, flows, places)]
+        values = [self.data(*triple) for triple in zip(outputs, flows, places)]
+        return with_summands(self, eqn, operands, values)
+
+    def has_examples(self, where: Where) -> bool:
+        """Whether places of a value belong to examples; of shares, what has none is of nobody."""
+        return where.rows.is_apart and not (self.shares and self.labels and not where.positions)
 
     def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:
         return make_meeting(eqn, function, operands, outputs, rows, num_rows, self.names)
@@ -279,7 +293,7 @@ class Walk(Tracking):
         meeting = self.make(eqn, function, local, outputs, rows, count)
         first = next(iter(found.values()))
         for ids in found.values():
-            if not isinstance(ids, np.ndarray):
+            if not isinstance(ids, np.ndarray) and not self.shares:
                 self.count_conflicts([jnp.sum(ids == SEVERAL, dtype=jnp.int32)])
             if ids is not first:
                 self.count_conflicts([jnp.sum(jnp.ravel(ids) != jnp.ravel(first))])
