@@ -171,6 +171,7 @@ _VALUES = {
     "dynamic_slice": slice(1),
     "dynamic_update_slice": slice(2),
     "gather": slice(1),
+    "ragged_dot_general": slice(2),
     "select_n": slice(1, None),
     **dict.fromkeys(["scatter", *_SCATTERS], slice(0, None, 2)),
 }
