@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -229,6 +230,28 @@ class Cells:
     axes: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Cells of what a derivative rule sums: where it has each of their axes, and their sizes."""
+
+    places: tuple[Rows, ...]
+    sizes: tuple[int, ...]
+
+    def sums(self, product: jax.Array) -> jax.Array:
+        """Over all places of a cell; the last axis of cells is the fastest."""
+        axes = {place.axis for place in self.places}
+        product = jnp.sum(product, axis=[k for k in range(product.ndim) if k not in axes])
+        number = 0
+        for place, size in zip(self.places, self.sizes):
+            axis = sorted(axes).index(place.axis)
+            along = jnp.arange(product.shape[axis]) // place.inner % size
+            number = number * size + jnp.expand_dims(
+                along, [k for k in range(product.ndim) if k != axis]
+            )
+        zeros = jnp.zeros(math.prod(self.sizes), product.dtype)
+        return zeros.at[number.ravel()].add(product.ravel())
+
+
 def is_inexact(output: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
 
@@ -257,7 +280,7 @@ def wide_dtype(*arrays: Any) -> jnp.dtype:
 
 
 def row_sums(
-    cotangents: Any, tangents: Any, rows: Rows | Cells | None, num_rows: int | None
+    cotangents: Any, tangents: Any, rows: Rows | Cells | Grid | None, num_rows: int | None
 ) -> jax.Array:
     """sum of cotangents * tangents over everything but the rows, in float32 or wider: [B].
 
@@ -266,6 +289,8 @@ def row_sums(
     product = paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
+    if isinstance(rows, Grid):
+        return rows.sums(product)
     if isinstance(rows, Cells):
         others = [k for k in range(product.ndim) if k not in rows.axes]
         return jnp.sum(product, axis=others).reshape(-1)

@@ -273,14 +273,23 @@ def _gather(eqn, position, ids, operands, others):
     if position:
         return in_place(eqn, position, ids)
     dims, indices = eqn.params["dimension_numbers"], operands[1]
-    shape = shape_of(eqn.invars[0])
-    ids = _full(ids, shape, [*dims.start_index_map, *dims.operand_batching_dims])
-    sizes = [min(size, n) for size, n in zip(eqn.params["slice_sizes"], ids.shape)]
+    shape, sizes, mode = shape_of(eqn.invars[0]), eqn.params["slice_sizes"], eqn.params["mode"]
+    # Along what is taken whole, there is one place to start at.
+    indexed = [axis for axis in dims.start_index_map if sizes[axis] != shape[axis]]
+    by_batch = any(ids.shape[axis] > 1 for axis in dims.operand_batching_dims)
+    if all(ids.shape[axis] == 1 for axis in indexed) and (by_batch or mode in _IN_RANGE):
+        found = in_place(eqn, position, ids)
+        if found[0] is not None:
+            return found
+    ids = _full(ids, shape, [*indexed, *dims.operand_batching_dims])
+    sizes = [min(size, n) for size, n in zip(sizes, ids.shape)]
     # The gradient of a look-up out of range is dropped, but where it is to be clipped.
-    mode = eqn.params["mode"]
     if mode != lax.GatherScatterMode.CLIP:
         mode = lax.GatherScatterMode.FILL_OR_DROP
     return [lax.gather(jnp.asarray(ids), indices, dims, tuple(sizes), mode=mode, fill_value=NOBODY)]
+
+
+_IN_RANGE = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def scattered(eqn, ids: Any, updates: Any, operands, reduce: Any) -> Any:

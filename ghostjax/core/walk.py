@@ -256,17 +256,21 @@ class Walk(Tracking):
             if is_inexact(outputs[k])
         }
         (cells, count), *others = {cells_of(ids) for ids in found.values()}
-        is_rule = eqn is not None and eqn.primitive.name in KINDS
-        if others or (is_rule and isinstance(cells, Cells) and cells.axes):
+        if others:
             raise RowAxisError(
                 f"parameter {self.named(operands)} meets data in {self.describe(eqn)}, where "
                 "examples are told apart along several axes. Let them lie along one axis, as in "
                 "[B * T, features]."
             )
-        local = [
-            dataclasses.replace(value, where=localized(value.where, jnp.shape(value.primal), count))
-            for value in operands
-        ]
+        is_rule = eqn is not None and eqn.primitive.name in KINDS
+        local = operands
+        if not (is_rule and isinstance(cells, Cells) and cells.axes):
+            local = [
+                dataclasses.replace(
+                    value, where=localized(value.where, jnp.shape(value.primal), count)
+                )
+                for value in operands
+            ]
         rows = [cells if k in found else None for k in range(len(outputs))]
         count = as_many(count, self.num_rows)
         meeting = self.make(eqn, function, local, outputs, rows, count)
