@@ -9,9 +9,10 @@ import numpy as np
 from jax import lax
 
 from ghostjax.core.devices import crosses
-from ghostjax.core.moves import Others, move, scattered
+from ghostjax.core.moves import Others, move
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
+from ghostjax.core.scatters import scattered
 from ghostjax.core.tracks import (
     NO_TRACK,
     NOBODY,

@@ -33,7 +33,7 @@ from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import KINDS, make_meeting
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
-from ghostjax.core.tracks import SEVERAL, Track, Where, settled
+from ghostjax.core.tracks import SEVERAL, Track, Where
 from ghostjax.core.values import Value, paths_of, unsupported
 
 
@@ -75,13 +75,13 @@ class Walk(Tracking):
         self.emitted: dict[str, Any] = {}
         self.specs: dict[str, Any] = {}
         self.conflicts: dict[str, Any] = {}
-        self._prefix, self._count = "", 0
+        self._prefix, self._count, self._memory = "", 0, {}
 
     def inside(self, key: str, slots: dict[str, Any] | None = None) -> Self:
         """A walk of the same kind for the body of a loop, a branch, or what is rematerialised."""
         walk = copy.copy(self)
         walk.emitted, walk.specs, walk.conflicts = {}, {}, {}
-        walk._prefix, walk._count = f"{key}.", 0
+        walk._prefix, walk._count, walk._memory = f"{key}.", 0, {}
         walk.slots = slots
         return walk
 
@@ -239,7 +239,7 @@ class Walk(Tracking):
         outputs = self.attach(meeting, function, operands)
         flows = [k in inexact for k in range(len(outputs))]
         if in_rows and self.num_rows is not None:
-            places = [Where(settled(where.rows), where.positions) for where in places]
+            places = [Where(self.settled(where.rows), where.positions) for where in places]
         return [self.data(*triple) for triple in zip(outputs, flows, places)]
 
     def make(self, eqn, function, operands, outputs, rows, num_rows) -> Meeting:
