@@ -1,18 +1,17 @@
-"""value_grad_and_dots: the direction form, for any JAX function."""
+"""The result of a pass with a direction at hand, its certificate, and that pass."""
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ghostjax._aggregate import aggregate
-from ghostjax._checks import check_direction
-from ghostjax._labels import by_row_label, check_labels, counted, or_nan, positions_of
-from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
+from ghostjax._labels import by_row_label, counted, or_nan, positions_of
+from ghostjax._loss import Arrays, Loss
 from ghostjax.core import Directed, Labels, zeros_of
 
 
@@ -34,6 +33,8 @@ class GradDots:
         where rows are moved by data, or labels are given, can it be anything but 0.
       loss_reduction: "mean" or "sum", static: the scale of the dots.
       num_rows: B, static.
+      squared_norms: a tree of the parameters, every leaf [B] (with labels [S]): of the rows'
+        gradients, as ``squared_norms`` gives them; None if they were not asked for.
     """
 
     value: jax.Array
@@ -44,6 +45,22 @@ class GradDots:
     conflicts: jax.Array
     loss_reduction: str = dataclasses.field(metadata={"static": True})
     num_rows: int = dataclasses.field(metadata={"static": True})
+    squared_norms: Any = None
+
+    def cosine(self, direction: Any) -> jax.Array:
+        """The cosine of every row's gradient with the direction over all parameters, [B] or [K, B];
+        0 where one of them is zero. Needs ``norms=True``."""
+        if self.squared_norms is None:
+            raise ValueError("cosine needs squared norms: call value_grad_and_dots with norms=True")
+        stacked = _is_stacked(self.dots)
+
+        def squares(leaf, dots):
+            axes = range(stacked, leaf.ndim)
+            return jnp.sum(jnp.square(leaf.astype(dots.dtype)), axis=axes, keepdims=False)
+
+        own = sum(jax.tree.leaves(jax.tree.map(squares, direction, self.dots)))
+        size = jnp.sqrt(own[..., None] * aggregate(self.squared_norms))
+        return jnp.where(size > 0, self.total() / jnp.where(size > 0, size, 1), 0)
 
     def total(self) -> jax.Array:
         """The dots summed over all parameters, [B]; of K stacked directions [K, B]."""
@@ -68,6 +85,7 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
       as an error of order one, by name.
 
     >>> import jax.numpy as jnp
+    >>> from ghostjax import value_grad_and_dots
     >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
     >>> direction = jnp.array([[1.0, 0.5], [3.0, 1.0]])
     >>> result = value_grad_and_dots(lambda w, x: jnp.mean(x @ w))(w, x, direction=direction)
@@ -105,101 +123,6 @@ def _conservation_error(grads: Any, direction: Any, dots: Any, shared: Any, scal
     return jax.tree.unflatten(treedef, errors)
 
 
-def value_grad_and_dots(
-    loss_fn: Callable[..., Any],
-    *,
-    argnums: int | Sequence[int] = 0,
-    batch_argnums: int | Sequence[int] = 1,
-    has_aux: bool = False,
-    per_example: bool = False,
-    loss_reduction: str = "mean",
-) -> Callable[..., GradDots]:
-    """``jax.value_and_grad``, and the inner product of every row's gradient with a direction.
-
-        dots[p][i] = < d l_i / d p , direction[p] >            or, of K directions at once,
-        dots[p][k, i] = < d l_i / d p , direction[p][k] >
-
-    for any JAX function, out of the backward pass that gives the gradient. Where the direction
-    depends on that gradient, see ``value_and_dots_fn``.
-
-    Args:
-      loss_fn: ``loss_fn(params, batch, ...) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-        With ``per_example``, the loss of one row: the batch arguments come without their leading
-        axis, and the returned value is the mean (or sum) over rows, aux stacked over rows.
-      argnums: which positional arguments are the parameters: trees of floating-point arrays. Or an
-        Equinox or NNX module, of which the parameters are, and the gradient is, what they are for
-        ``eqx.filter_grad`` and ``nnx.grad``; state that the loss changes is an error there.
-      batch_argnums: which are the batch: trees of arrays that share their leading size B.
-      loss_reduction: "mean": the loss is a mean over rows and dots[i] refers to row i's own loss,
-        B times its share; "sum": dots[i] is row i's share of <grads, direction>. A row's share is
-        the derivative of the loss as that row alone sees the parameters move along the direction,
-        which is defined for losses that are no sum over rows, too (their maximum, say).
-
-    Returns:
-      ``fn(*args, direction, labels=None, num_labels=None, **kwargs) -> GradDots``, with
-      ``direction`` a tree like the parameters (a tuple of trees for several argnums), same shapes
-      and dtypes; or with a leading axis K on every leaf, of K directions, and then dots are [K, B]
-      and only the products with the directions are computed K times. With ``labels``, integers [B]
-      or [B, T], dots are those of ``num_labels`` = S examples, [S]: label s has all that belongs
-      to places with that number; negative ones are padding, of nobody. Labels [B, T] are for batch
-      arrays [B, T, ...]: a parameter's use counts for the position where it is used, so that
-      documents in one row have the dots of documents apart, if they do not see each other. It is
-      a pure function for use under ``jax.jit``.
-
-    Guarantees: value, aux and grads are computed by the operations of ``jax.value_and_grad``; but a
-    matrix product over many positions or with many directions makes its weight gradient row by row,
-    if that costs less, and the sum over rows equals that of ``jax.grad`` to rounding. Where
-    parameters are used is found in the jaxpr, whatever library made it; which axis holds rows is
-    tracked through every operation. What cannot be followed is an error, never a skip.
-
-    Raises:
-      RowAxisError: rows are mixed, or lost where a parameter is used; names the operation.
-      ValueError, TypeError: the batch or the direction does not fit.
-      NotImplementedError: a parameter goes into an operation that cannot be walked.
-
-    >>> import jax.numpy as jnp
-    >>> def loss_fn(w, x):
-    ...     return jnp.mean(jnp.square(x @ w) / 2)
-    >>> fn = value_grad_and_dots(loss_fn)
-    >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
-    >>> result = fn(w, x, direction=jnp.array([1.0, 0.5]))
-    >>> result.value, result.grads, result.dots
-    (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([1., 6.], dtype=float32))
-    >>> fn(w, x, direction=jnp.eye(2)).dots
-    Array([[1., 3.],
-           [0., 6.]], dtype=float32)
-
-    Source: Data Shapley in One Training Run, arXiv:2406.11011, for what the dots are good for.
-    """
-    check_reduction(loss_reduction)
-
-    @functools.wraps(loss_fn)
-    def fn(
-        *args: Any,
-        direction: Any,
-        labels: Any = None,
-        num_labels: int | None = None,
-        **kwargs: Any,
-    ) -> GradDots:
-        loss, arrays = trace_loss(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-        )
-        params = jax.tree.unflatten(loss.params, arrays.params)
-        directions = check_direction(params, direction, stacked=True)
-        return directed(loss, arrays, direction, directions, check_labels(loss, labels, num_labels))
-
-    own = {"direction": inspect.Parameter.empty, **LABELS}
-    fn.__signature__ = with_keywords(loss_fn, own)  # jax.jit looks for donated names there
-    return fn
-
-
 def directed(
     loss: Loss,
     arrays: Arrays,
@@ -210,6 +133,21 @@ def directed(
     """One forward and backward pass with a channel behind every meeting.
 
     ``directions`` is K where the direction is stacked.
+    """
+
+    def make(others, vectors, *args):
+        del others
+        return Directed(*args, vectors, positions_of(labels))
+
+    return directed_with(make, (), loss, arrays, direction, directions, labels)[0]
+
+
+def directed_with(make, others, loss, arrays, direction, directions, labels):
+    """The same with another walk, ``make(others, vectors, ...)``.
+
+    Returns:
+      The result; what the walk emitted; and the gradient with respect to ``others``, a tree of
+      arrays, with the rows in front where the jaxpr is that of one row.
     """
     leading = () if directions is None else (directions,)
     positions = positions_of(labels)
@@ -222,23 +160,25 @@ def directed(
     stacked = directions is not None
     vectors = loss.push(arrays, jax.tree.leaves(direction), stacked)
 
-    def objective(params, taps, shared):
-        def walked(taps, batch):
+    def objective(params, taps, shared, others):
+        def walked(taps, batch, others):
             numbered = dict(enumerate(taps)), dict(enumerate(shared))
-            walk = Directed(loss.names, loss.walked_rows, *numbered, stacked, vectors, positions)
+            walk = make(others, vectors, loss.names, loss.walked_rows, *numbered, stacked)
             value, aux = loss.open(walk, params, batch, arrays.others)
-            return [value.primal, *(leaf.primal for leaf in aux)], walk.conflicts
+            outputs = [value.primal, *(leaf.primal for leaf in aux)]
+            return outputs, walk.emitted, walk.conflicts
 
         if loss.per_example:  # JAX's batching rules track the rows
-            walked = jax.vmap(walked, in_axes=(-1, 0))
-        outputs, conflicts = walked(taps, arrays.batch)
+            walked = jax.vmap(walked, in_axes=(-1, 0, 0))
+        outputs, emitted, conflicts = walked(taps, arrays.batch, others)
         value, aux = loss.outputs_of(outputs)
-        return value, (aux, counted(conflicts, labels))
+        return value, (aux, emitted, counted(conflicts, labels))
 
-    (value, (aux, conflicts)), (grads, dots, rest) = jax.value_and_grad(
-        objective, argnums=(0, 1, 2), has_aux=True
-    )(arrays.params, taps, shared)
-    return finished(loss, value, aux, grads, dots, rest, labels, conflicts)
+    (value, (aux, emitted, conflicts)), (grads, dots, rest, given) = jax.value_and_grad(
+        objective, argnums=(0, 1, 2, 3), has_aux=True
+    )(arrays.params, taps, shared, others)
+    found = finished(loss, value, aux, grads, dots, rest, labels, conflicts)
+    return found, emitted, given
 
 
 def finished(loss, value, aux, grads, dots, shared, labels, conflicts) -> GradDots:

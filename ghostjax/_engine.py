@@ -189,10 +189,6 @@ def _passes(loss: Loss, arrays: Arrays, num_train: int, train_weight, val_weight
 def _later(loss: Loss, arrays: Arrays, factors: dict[str, Any]):
     """Gradients and dots of parameters that are used more than once, or not as they are."""
 
-    def push(vectors):
-        found = loss.push(arrays, vectors, False)
-        return {key: found[key] for key in factors}
-
     def pulled(which):
         """The gradient of the training or of the validation rows."""
 
@@ -200,14 +196,10 @@ def _later(loss: Loss, arrays: Arrays, factors: dict[str, Any]):
             part = getattr(meeting, which)
             return lambda *own: meeting.by_parameter(meeting.gradient(part, *own))
 
-        return pull({key: mapped(of(m), m, *own) for key, (m, *own) in factors.items()})
+        gradients = {key: mapped(of(m), m, *own) for key, (m, *own) in factors.items()}
+        return loss.pull(arrays, gradients)
 
-    transposed = jax.linear_transpose(push, arrays.params)
-
-    def pull(gradients):
-        return transposed(gradients)[0]
-
-    vectors = push(pulled("val"))
+    vectors = loss.push(arrays, pulled("val"), False)
     num_train = next(iter(factors.values()))[0].num_train
     dots = [_zero_dots(leaf, num_train, arrays) for leaf in arrays.params]
     for key, (meeting, *own) in factors.items():
@@ -230,9 +222,7 @@ def _find(loss: Loss, arrays: Arrays, val_rows: int) -> tuple[Found, dict[str, A
     def run(params):
         walk = Split(loss, loss.num_rows - val_rows)
         _losses(loss, arrays, walk, params)
-        found.meetings.update(walk.found.meetings)
-        found.direct.update(walk.found.direct)
-        found.places.update(walk.found.places)
+        found.update(walk.found)
         return walk.specs
 
     specs = jax.eval_shape(run, arrays.params)

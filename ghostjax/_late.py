@@ -78,37 +78,50 @@ class LateDots:
         directions = check_direction(params, direction, stacked=True)
         if self.factors is None:
             return directed(loss, self.arrays, direction, directions, self.labels)
-        dots, shared = self._contracted(jax.tree.leaves(direction), directions)
+        vectors = jax.tree.leaves(direction)
+        dots, shared = contracted(
+            self.program, self.arrays, self.factors, vectors, directions, self.labels
+        )
         grads = jax.tree.leaves(self.grads)
         return finished(
             loss, self.value, self.aux, grads, dots, shared, self.labels, self.conflicts
         )
 
-    def _contracted(self, vectors: list[Any], directions: int | None):
-        loss = self.program.loss
-        moved = loss.push(self.arrays, vectors, stacked=directions is not None)
-        leading = () if directions is None else (directions,)
-        positions = positions_of(self.labels)
-        size = loss.num_rows if positions is None else positions.count
-        dots = [wide_zeros(leaf, (*leading, size)) for leaf in self.arrays.params]
-        if positions is None:
-            dots = [varying_as(leaf, self.program.rows) for leaf in dots]
-        shared = [wide_zeros(leaf, leading) for leaf in self.arrays.params]
-        for key, (kept, cotangents) in self.factors.items():
-            meeting = self.program.meetings[key]
 
-            def one(kept, cotangents, meeting=meeting, vectors=moved[key]):
-                return contract(meeting, kept, cotangents, vectors, directions)
+def contracted(
+    program: Program,
+    arrays: Arrays,
+    factors: dict[str, Any],
+    vectors: list[Any],
+    directions: int | None,
+    labels: Labels | None,
+) -> tuple[list[Any], list[Any]]:
+    """By parameter, the sums of all meetings' factors with directions, those of rows (or labels of
+    positions) and those of nobody; ``directions`` is K where ``vectors`` are stacked."""
+    loss = program.loss
+    moved = loss.push(arrays, vectors, stacked=directions is not None)
+    leading = () if directions is None else (directions,)
+    positions = positions_of(labels)
+    size = loss.num_rows if positions is None else positions.count
+    dots = [wide_zeros(leaf, (*leading, size)) for leaf in arrays.params]
+    if positions is None:
+        dots = [varying_as(leaf, program.rows) for leaf in dots]
+    shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
+    for key, (kept, cotangents) in factors.items():
+        meeting = program.meetings[key]
 
-            if loss.per_example:
-                one = jax.vmap(one, out_axes=-1)
-            for path, sums in one(kept, cotangents).items():
-                for total, part in zip((dots, shared), meeting.parted(path, sums)):
-                    if part is not None:
-                        # Inside shard_map, every meeting's own part is added up over the devices.
-                        kind = jax.typeof(total[path])
-                        total[path] = total[path] + added_up(part.astype(kind.dtype), kind)
-        return dots, shared
+        def one(kept, cotangents, meeting=meeting, vectors=moved[key]):
+            return contract(meeting, kept, cotangents, vectors, directions)
+
+        if loss.per_example:
+            one = jax.vmap(one, out_axes=-1)
+        for path, sums in one(kept, cotangents).items():
+            for total, part in zip((dots, shared), meeting.parted(path, sums)):
+                if part is not None:
+                    # Inside shard_map, every meeting's own part is added up over the devices.
+                    kind = jax.typeof(total[path])
+                    total[path] = total[path] + added_up(part.astype(kind.dtype), kind)
+    return dots, shared
 
 
 def value_and_dots_fn(

@@ -79,6 +79,17 @@ class Loss:
         self.open(walk, arrays.params, batch, arrays.others, vectors)
         return walk.emitted
 
+    def pull(self, arrays: "Arrays", gradients: dict[str, Any]) -> list[Any]:
+        """The transpose of ``push``: leaves of the parameters, of gradients at the operands of some
+        meetings."""
+
+        def push(vectors):
+            found = self.push(arrays, vectors, False)
+            return {key: found[key] for key in gradients}
+
+        (leaves,) = jax.linear_transpose(push, arrays.params)(gradients)
+        return leaves
+
     def evaluate(self, params: list, arrays: "Arrays") -> list:
         """The loss (of every row, where the jaxpr is that of one) and the leaves of aux."""
         count = len(self.jaxpr.constvars)
@@ -113,7 +124,7 @@ class Arrays:
     others: list[Any]
 
 
-def _check_scalar(loss: Any) -> None:
+def check_scalar(loss: Any) -> None:
     if not hasattr(loss, "shape") or loss.shape != ():
         raise ValueError(
             "loss_fn must return a scalar loss (with per_example, the scalar loss of one row; with "
@@ -132,7 +143,7 @@ def trace_loss(
     has_aux: bool,
     per_example: bool,
     loss_reduction: str,
-    check_loss: Callable[[Any], None] = _check_scalar,
+    check_loss: Callable[[Any], None] = check_scalar,
     named_meetings: dict[str, Any] | None = None,
 ) -> tuple[Loss, Arrays]:
     """Traces ``loss_fn`` once, with every array among its arguments an input."""

@@ -24,7 +24,11 @@ RANKS = {
     "_dots": 5,
     "_engine": 6,
     "_late": 6,
-    "_explain": 7,
+    "_explain": 8,
+    "_early": 8,
+    "_norms": 8,
+    "_pairs": 8,
+    "_row_gradients": 7,
     "_rowwise": 3,
     "_types": 1,
     "directions": 3,
@@ -33,10 +37,10 @@ RANKS = {
     "fidelity": 5,
     "values": 4,
     "weights": 4,
-    "runs": 7,
-    "cli": 8,
-    "__main__": 9,
-    "": 9,  # the package itself re-exports
+    "runs": 9,
+    "cli": 10,
+    "__main__": 11,
+    "": 11,  # the package itself re-exports
 }
 EXTRAS = ("orbax", "pyarrow", "rich", "tokenizers", "tyro")
 # What rich itself calls may import it there, and only there.

@@ -6,6 +6,7 @@ from ghostjax.core import kernels as kernels
 from ghostjax.core import manual as manual
 from ghostjax.core import moved_rules as moved_rules
 from ghostjax.core import opaque as opaque
+from ghostjax.core.at_once import Found as Found
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
 from ghostjax.core.examples import Regrouped as Regrouped
@@ -22,11 +23,16 @@ from ghostjax.core.promises import PREFIX as PREFIX
 from ghostjax.core.promises import ROW_RULES as ROW_RULES
 from ghostjax.core.promises import RowRule as RowRule
 from ghostjax.core.push import Push as Push
-from ghostjax.core.split import Found as Found
 from ghostjax.core.split import Split as Split
+from ghostjax.core.squares import DirectedSquares as DirectedSquares
+from ghostjax.core.squares import Squares as Squares
+from ghostjax.core.squares import Weighted as Weighted
+from ghostjax.core.squares import square as square
 from ghostjax.core.tracks import Track as Track
 from ghostjax.core.tracks import Where as Where
 from ghostjax.core.types import added_up as added_up
+from ghostjax.core.types import cotangent_as as cotangent_as
+from ghostjax.core.types import on_this_mesh as on_this_mesh
 from ghostjax.core.types import typed_as as typed_as
 from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of

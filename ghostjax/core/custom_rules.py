@@ -21,7 +21,7 @@ from ghostjax.core.devices import as_many, is_single
 from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
-from ghostjax.core.meeting import Cells, Meeting, Route, masked, row_sums, wide_dtype
+from ghostjax.core.meeting import Cells, Meeting, Route, row_sums, weighted, wide_dtype
 from ghostjax.core.mixing import CHECKS, WAY_OUT
 from ghostjax.core.places import Mixed, RowInfo, Rows
 from ghostjax.core.program import Program, is_literal, run
@@ -152,12 +152,15 @@ class RuleMeeting(Meeting):
         outputs = list(zip(moving, jax.eval_shape(rest, *summed)))
         return one
 
-    def gradient_of_rows(self, kept, cotangents, start: int, stop: int) -> dict[int, Any]:
-        """By position, the gradient of the moving operands by these rows alone."""
+    def gradient_of_rows(self, kept, cotangents, weights) -> dict[int, Any]:
+        """By position, the gradient of the moving operands by rows times their weights [B]."""
         env = self._given(kept, cotangents)
+        if self._split is None:
+            gradients = dict(zip(self._moving, self._gradients(env)))
+            return {k: weighted(own, None, None, weights) for k, own in gradients.items()}
         summed, rest = self._summed(env)
         places = self._split.summed.values()
-        own = [masked(u, info, self.num_rows, start, stop) for u, info in zip(summed, places)]
+        own = [weighted(u, info, self.num_rows, weights) for u, info in zip(summed, places)]
         found = dict(zip(self._split.outputs, rest(*own)))
         return {
             k: found[number] if number in found else jnp.zeros(self._shape(number), dtype)

@@ -41,9 +41,14 @@ class Directed(Walk):
         self.labels = labels
 
     def attach(self, meeting: Meeting, function, operands):
-        key, primals = self.next_key(), [value.primal for value in operands]
+        key = self.next_key()
         if self.slots is None:
-            return function(primals)
+            return function([value.primal for value in operands])
+        return self.behind(meeting, function, operands, self.slots[key])[0]
+
+    def behind(self, meeting: Meeting, function, operands, vectors) -> tuple[list[Any], Any]:
+        """The outputs behind a channel, and what was kept of the operands."""
+        primals = [value.primal for value in operands]
         some_tap = next(iter(self.taps.values()))
         route = meeting.route(some_tap.shape[0] if self.stacked else None, late=False)
         taken = meeting.takes_gradient(route)
@@ -78,11 +83,11 @@ class Directed(Walk):
 
         vectors = {
             path: [varying_as(vector, jax.typeof(primals[k])) for k, vector in zip(moving, own)]
-            for path, own in self.slots[key].items()
+            for path, own in vectors.items()
             for moving in [meeting.moving[path]]
         }
-        residuals = meeting.keep(operands), vectors
-        return through_channel(meeting, backward, outputs, carried, residuals)
+        kept = meeting.keep(operands)
+        return through_channel(meeting, backward, outputs, carried, (kept, vectors)), kept
 
 
 def through_channel(meeting: Meeting, backward, outputs, carried, residuals) -> list[Any]:

@@ -102,6 +102,17 @@ class Regrouped:
         kept, ids = kept
         return self._by_label(ids, self.meeting.sums(kept, vectors, cotangents, stacked, route))
 
+    def by_position(self, weights, kept, cotangents):
+        """The gradient of all examples times their weights."""
+        kept, ids = kept
+        ids = jnp.ravel(ids)
+        is_own = (ids >= 0) & (ids < self.count)
+        weights = jnp.where(is_own, weights[jnp.clip(ids, 0, self.count - 1)], 0)
+        return self.meeting.by_position(weights.astype(jnp.float32), kept, cotangents)
+
+    def gradient(self, weights, kept, cotangents):
+        return self.by_parameter(self.by_position(weights, kept, cotangents))
+
     def sums_and_gradient(self, kept, vectors, cotangents, stacked):
         kept, ids = kept
         sums, gradient = self.meeting.sums_and_gradient(kept, vectors, cotangents, stacked)

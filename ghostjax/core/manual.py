@@ -33,12 +33,10 @@ from ghostjax.core.walk import Walk
 
 def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     params = eqn.params
-    if not walk.enters_shard_map:
+    if walk.no_shard_map is not None:
         raise NotImplementedError(
             f"{walk.describe(eqn)}: parameters ({walk.named(operands)}) and data meet inside of "
-            "shard_map, where training and validation rows lie on different devices, so that the "
-            "engine cannot bring them together. Take value_grad_and_dots, with the gradient of the "
-            "validation loss as the direction."
+            f"shard_map, where {walk.no_shard_map}"
         )
     places = [_in_place(value.rows, "before") for value in operands]
     if not walk.follows:

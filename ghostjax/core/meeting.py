@@ -237,19 +237,22 @@ class Grid:
     places: tuple[Rows, ...]
     sizes: tuple[int, ...]
 
-    def sums(self, product: jax.Array) -> jax.Array:
-        """Over all places of a cell; the last axis of cells is the fastest."""
-        axes = {place.axis for place in self.places}
-        product = jnp.sum(product, axis=[k for k in range(product.ndim) if k not in axes])
-        number = 0
+    def numbers(self, shape: Sequence[int]) -> jax.Array:
+        """Of the cells at every place, the last axis of cells the fastest; size 1 elsewhere."""
+        found = jnp.zeros([1] * len(shape), jnp.int32)
         for place, size in zip(self.places, self.sizes):
-            axis = sorted(axes).index(place.axis)
-            along = jnp.arange(product.shape[axis]) // place.inner % size
-            number = number * size + jnp.expand_dims(
-                along, [k for k in range(product.ndim) if k != axis]
-            )
+            along = jnp.arange(shape[place.axis]) // place.inner % size
+            others = [axis for axis in range(len(shape)) if axis != place.axis]
+            found = found * size + jnp.expand_dims(along, others)
+        return found
+
+    def sums(self, product: jax.Array) -> jax.Array:
+        """Over all places of a cell."""
+        axes = {place.axis for place in self.places}
+        others = [axis for axis in range(product.ndim) if axis not in axes]
         zeros = jnp.zeros(math.prod(self.sizes), product.dtype)
-        return zeros.at[number.ravel()].add(product.ravel())
+        numbers = self.numbers(product.shape).ravel()
+        return zeros.at[numbers].add(jnp.sum(product, axis=others).ravel())
 
 
 def is_inexact(output: Any) -> bool:
@@ -299,13 +302,29 @@ def row_sums(
     return jnp.sum(split_rows(product, rows, num_rows), axis=1)
 
 
-def masked(array: jax.Array, rows: Rows, num_rows: int, start: int, stop: int) -> jax.Array:
-    """Zeros in all other rows."""
-    places = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
-    shape = [1] * array.ndim
-    shape[rows.axis] = -1
-    is_own = ((places >= start) & (places < stop)).reshape(shape)
-    return jnp.where(is_own, array, jnp.zeros_like(array))
+def weighted(
+    array: jax.Array, rows: Rows | Cells | Grid | None, num_rows: int | None, weights: Any
+) -> jax.Array:
+    """Every row times its weight [B]; zeros where that is zero, whatever was there.
+
+    Where ``rows`` is None there is but one, and one weight.
+    """
+    if rows is None:
+        places = jnp.reshape(weights, ())
+    elif isinstance(rows, Cells):
+        shape = [size if axis in rows.axes else 1 for axis, size in enumerate(array.shape)]
+        places = weights.reshape(shape)
+    elif isinstance(rows, Grid):
+        places = weights[rows.numbers(array.shape)]
+    else:
+        shape = [1] * array.ndim
+        shape[rows.axis] = -1
+        numbers = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
+        places = weights[numbers].reshape(shape)
+    zeros = jnp.zeros_like(array)
+    if places.dtype == bool:
+        return jnp.where(places, array, zeros)
+    return jnp.where(places == 0, zeros, (array * places).astype(array.dtype))
 
 
 @jax.custom_vjp

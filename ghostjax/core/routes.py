@@ -38,6 +38,10 @@ class Sizes:
     o: int
 
 
+def operations_per_number() -> int:
+    return OPERATIONS_PER_NUMBER.get(jax.default_backend(), OPERATIONS_ELSEWHERE)
+
+
 def rows_cost_less(sizes: Sizes, directions: int, *, gradient: bool) -> bool:
     """Whether to make the weight gradient row by row rather than push K directions forward.
 
@@ -45,7 +49,7 @@ def rows_cost_less(sizes: Sizes, directions: int, *, gradient: bool) -> bool:
     [i, o] is written and read, added to the sum (two passes) and dotted with K directions; where
     the gradient is not made on the way, that part is a product of its own, B T i o.
     """
-    per_number = OPERATIONS_PER_NUMBER.get(jax.default_backend(), OPERATIONS_ELSEWHERE)
+    per_number = operations_per_number()
     matrix = sizes.i * sizes.o
     tangents = directions * (sizes.b * sizes.t * matrix + per_number * matrix)
     passes = (4 if gradient else 2) + directions

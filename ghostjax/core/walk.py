@@ -49,7 +49,7 @@ class Walk(Tracking):
       specs: by meeting, zeros like the cotangents that are to be kept.
       in_branch: whether this is inside of a branch, which may not be taken.
       takes_shared: whether dots may belong to no row.
-      enters_shard_map: whether parameters and data may meet in a ``shard_map``.
+      no_shard_map: why parameters and data may not meet in a ``shard_map``, and what to do then.
       arrays_of_rows, other_arrays: names of the attributes that hold arrays, with the rows along
         their last axis or without rows.
     """
@@ -57,7 +57,7 @@ class Walk(Tracking):
     computes_data = True
     in_branch = False
     takes_shared = True
-    enters_shard_map = True
+    no_shard_map: str | None = None
     stacked = False
     arrays_of_rows: tuple[str, ...] = ()
     other_arrays: tuple[str, ...] = ()

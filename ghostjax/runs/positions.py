@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ghostjax import directions, fidelity
-from ghostjax._dots import value_grad_and_dots
+from ghostjax._early import value_grad_and_dots
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.step import PARTS, TrainState, gradient_in_parts, in_parts, validate
 from ghostjax.runs.text import TextTask

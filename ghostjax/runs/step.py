@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from ghostjax import directions, fidelity
-from ghostjax._dots import GradDots, conservation_error, value_grad_and_dots
+from ghostjax._dots import GradDots, conservation_error
+from ghostjax._early import value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores

@@ -1,0 +1,188 @@
+"""squared_norms and value_and_clipped_grad: per-example gradients by their size."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghostjax._dots import LABELS, with_keywords
+from ghostjax._labels import check_labels
+from ghostjax._row_gradients import Pass, row_pass, trace_rows, weighted_gradient
+
+
+def squared_norms(
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    per_example: bool = False,
+    loss_reduction: str = "mean",
+) -> Callable[..., Any]:
+    """The squared norm of every row's gradient, parameter by parameter.
+
+        squared_norms(loss_fn)(params, batch)[p][i] = | d l_i / d p |^2
+
+    for any JAX function. Parameters that are used several times, tied or repeated, have the cross
+    terms of their uses in it. The norm of a row's whole gradient is the root of the sum over p,
+    ``jnp.sqrt(aggregate(norms))``.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch, ...)`` gives the loss, a scalar; or the losses of all rows,
+        [N], and then ``loss_reduction`` says nothing.
+      argnums, batch_argnums, has_aux, per_example, loss_reduction: as for ``value_grad_and_dots``.
+        "mean": l_i is row i's own loss, N times its share; "sum": l_i is row i's share.
+
+    Returns:
+      ``fn(*args, labels=None, num_labels=None, **kwargs)`` -> a tree of the parameters, every leaf
+      [N] in float32 (float64 for float64 parameters). With labels, as for ``value_grad_and_dots``,
+      [S]: the norms of the examples' gradients. NaN where gradient flows through places of several
+      examples at once.
+
+    Guarantees: one forward and one backward pass. The gradient of a parameter that is used once, in
+    a matrix product or elementwise, is never formed; of others that of one row at a time is. What
+    belongs to no row, such as weight decay inside the loss, is in no row's norm.
+
+    Raises:
+      What ``value_grad_and_dots`` raises.
+
+    >>> import jax.numpy as jnp
+    >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
+    >>> squared_norms(lambda w, x: jnp.mean(jnp.square(x @ w) / 2))(w, x)
+    Array([ 1., 45.], dtype=float32)
+
+    Source: Goodfellow, Efficient Per-Example Gradient Computations, arXiv:1510.01799; over pairs of
+    positions: Li et al., arXiv:2110.05679.
+    """
+
+    @functools.wraps(loss_fn)
+    def fn(*args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any) -> Any:
+        loss, arrays = trace_rows(
+            loss_fn,
+            args,
+            kwargs,
+            argnums=argnums,
+            batch_argnums=batch_argnums,
+            has_aux=has_aux,
+            per_example=per_example,
+            loss_reduction=loss_reduction,
+        )
+        found = check_labels(loss, labels, num_labels)
+        left = row_pass(loss, arrays, found, at_once=True)
+        return left.squared_norms()
+
+    fn.__signature__ = with_keywords(loss_fn, LABELS)
+    return fn
+
+
+def value_and_clipped_grad(
+    loss_fn: Callable[..., Any],
+    max_norm: Any,
+    *,
+    weights: Any = None,
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    per_example: bool = False,
+    loss_reduction: str = "mean",
+) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad``, with every row's gradient clipped before they are added up.
+
+        value, grads = value_and_clipped_grad(loss_fn, C)(params, batch)
+        grads = 1/N sum_i w_i g_i min(1, C / |g_i|),     g_i = d l_i / d params
+
+    ("sum": without the 1/N), for any JAX function. No noise is added: that is for optax or
+    jax_privacy, and so is the accounting.
+
+    Args:
+      loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction: as for
+        ``squared_norms``. A loss that gives [N] is added up, its value and gradient are sums.
+      max_norm: C > 0, the largest norm of a row's gradient over all parameters; may be traced.
+      weights: w, [N], floats or booleans: 0 for padding, whose gradient then does not count
+        whatever it is. Rows are still N. With labels [S], of examples.
+
+    Returns:
+      ``fn(*args, labels=None, num_labels=None, **kwargs) -> (value, grads)``, or
+      ``((value, aux), grads)`` with ``has_aux``. ``value`` is that of ``loss_fn``, without weights.
+      With labels the gradients of examples are clipped, those of a user's rows for one.
+
+    Guarantees: a forward and a backward pass for the norms, and another in which every row has its
+    weight; of a parameter that is used once no row's gradient is formed, of others one at a time.
+    A row's gradient that is zero stays so; one that is not finite makes ``grads`` NaN.
+
+    Raises:
+      ValueError: ``max_norm`` is not positive, weights do not fit, or a parameter's gradient
+        belongs to no row, as that of weight decay inside the loss.
+      What ``value_grad_and_dots`` raises.
+
+    >>> import jax.numpy as jnp
+    >>> def loss_fn(w, x):
+    ...     return jnp.sum(x @ w)
+    >>> w, x = jnp.array([1.0, 1.0]), jnp.array([[3.0, 4.0], [0.0, 0.5]])
+    >>> value_and_clipped_grad(loss_fn, 1.0, loss_reduction="sum")(w, x)
+    (Array(7.5, dtype=float32), Array([0.6, 1.3], dtype=float32))
+
+    Source: Lee and Kifer, arXiv:2009.03106 (two passes); Li et al., arXiv:2110.05679.
+    """
+    if not isinstance(max_norm, jax.core.Tracer) and not (jnp.ndim(max_norm) == 0 and max_norm > 0):
+        raise ValueError(f"max_norm must be a positive number, got {max_norm}.")
+
+    @functools.wraps(loss_fn)
+    def fn(*args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any) -> Any:
+        loss, arrays = trace_rows(
+            loss_fn,
+            args,
+            kwargs,
+            argnums=argnums,
+            batch_argnums=batch_argnums,
+            has_aux=has_aux,
+            per_example=per_example,
+            loss_reduction=loss_reduction,
+        )
+        found = check_labels(loss, labels, num_labels)
+        left = row_pass(loss, arrays, found, at_once=True)
+        _check_shared(left)
+        total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
+        own = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
+        own = jnp.where(total == 0, 1, own)
+        if weights is not None:
+            own = _weighted(own, weights)
+        if found is not None and found.ids.ndim == 1:
+            is_own = (found.ids >= 0) & (found.ids < found.count)
+            own = jnp.where(is_own, own[jnp.clip(found.ids, 0, found.count - 1)], 0)
+        grads = weighted_gradient(loss, arrays, own, found)
+        grads = jax.tree.unflatten(loss.params, grads)
+        return ((left.value, left.aux) if has_aux else left.value), grads
+
+    fn.__signature__ = with_keywords(loss_fn, LABELS)
+    return fn
+
+
+def _weighted(own: jax.Array, weights: Any) -> jax.Array:
+    dtype = jnp.result_type(weights)
+    is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.floating))
+    if jnp.shape(weights) != own.shape or not is_number:
+        raise ValueError(
+            f"weights must be floats or booleans, one for each of the {own.size} examples. Found "
+            f"{dtype}{list(jnp.shape(weights))}."
+        )
+    weights = jnp.asarray(weights).astype(own.dtype)
+    return jnp.where(weights == 0, 0, own * weights)
+
+
+def _check_shared(left: Pass) -> None:
+    faults = [
+        f"  {left.loss.names[path]} in {left.found.places.get(key, 'the loss')}"
+        for key, meeting in left.found.meetings.items()
+        for path, in_rows in meeting.in_rows.items()
+        if not in_rows
+    ]
+    if faults:
+        raise ValueError(
+            "clipped gradients are those of rows, but a part of the loss belongs to no row:\n"
+            + "\n".join(faults)
+            + "\nLeave it out of the loss and add its gradient afterwards, weight decay by "
+            "optax.add_decayed_weights."
+        )
