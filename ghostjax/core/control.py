@@ -141,23 +141,32 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         ]
         if all(_same_class(*pair) for pair in zip(classes, carry)):
             break
-        carry = [_coerce(walk, eqn, *pair) for pair in zip(carry, classes)]
+        carry = [
+            _coerce(walk, eqn, dataclasses.replace(value, tangents={}), wanted)
+            if loops.is_unowned(value, wanted)
+            else _coerce(walk, eqn, value, wanted)
+            for value, wanted in zip(carry, classes)
+        ]
 
     starts = operands[num_consts:start]
     if params["length"] and any(map(loops.is_unowned, starts, carry)):
-        # What starts as a constant belongs to those who use it in the first round.
+        # What starts without rows belongs to those who use it in the first round.
         last = -1 if params["reverse"] else 0
         first = jax.tree.map(lambda array: array[last], sliced)
         trial = walk.inside(f"{key}start")
         trial.meetings = {}  # nothing of this round is kept
         after, _ = body(trial, carry, first)
         after = [_coerce(walk, eqn, *pair) for pair in zip(after, classes)]
-        carry = [
-            dataclasses.replace(value, where=used.where)
-            if loops.is_unowned(begun, value)
-            else value
-            for begun, value, used in zip(starts, carry, after)
-        ]
+        for k, begun in enumerate(starts):
+            if not loops.is_unowned(begun, carry[k]):
+                continue
+            if begun.tangents and _is_passed_on(walk, eqn, [*consts, *carry, *first], k):
+                value = walk.meet(eqn, list, [begun], [begun.primal], [after[k].where])[0]
+                carry[k] = _coerce(walk, eqn, value, classes[k])
+            elif begun.tangents:
+                carry[k] = walk.promote(begun, classes[k].where, eqn)
+            else:
+                carry[k] = dataclasses.replace(carry[k], where=after[k].where)
 
     def step(carry, each):
         sliced, slots = each
@@ -176,6 +185,18 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     )
     outputs = _received(walk, results)
     return carry + [_stack(walk, value, params["length"]) for value in outputs]
+
+
+def _is_passed_on(walk: Walk, eqn: Any, values: list[Value], number: int) -> bool:
+    """Whether gradient flows to a carry from itself in the round before: then it is combined with
+    rows there, and only with its own unless that is counted as a conflict."""
+    position = scan_counts(eqn)[0] + number
+    values = [
+        Value(value.primal, {}, value.is_data, k == position, value.where)
+        for k, value in enumerate(values)
+    ]
+    run = walk.inside("trial").run
+    return _classes(functools.partial(run, eqn.params["jaxpr"]), values)[number].active
 
 
 def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:

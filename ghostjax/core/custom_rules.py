@@ -17,16 +17,17 @@ import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
-from ghostjax.core.devices import is_single
+from ghostjax.core.devices import as_many, is_single
 from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
-from ghostjax.core.meeting import Meeting, Route, row_sums, weighted, wide_dtype
+from ghostjax.core.meeting import Cells, Meeting, Route, row_sums, weighted, wide_dtype
 from ghostjax.core.mixing import CHECKS, WAY_OUT
 from ghostjax.core.places import Mixed, RowInfo, Rows
 from ghostjax.core.program import Program, is_literal, run
 from ghostjax.core.push import PUSHES
 from ghostjax.core.routes import KINDS
+from ghostjax.core.rule_cells import split_along
 from ghostjax.core.rule_rows import Places, follow, kinds_of, split_at_sums
 from ghostjax.core.rules import pullback, pushforward
 
@@ -52,11 +53,25 @@ class RuleMeeting(Meeting):
         self._dtypes = [jnp.result_type(operands[k].primal) for k in self._moving]
         inexact = [info for info, var in zip(self.rows, eqn.outvars) if is_real_or_complex(var)]
         self._split = None
+        paths = ", ".join(self.names[path] for path in self.moving)
+        cells = next((info for info in inexact if isinstance(info, Cells)), None)
+        if cells is not None and cells.axes:
+
+            def split(infos, count):
+                places = _places(program, infos, active, set(self._cotangents))
+                return _split(eqn, program, places, paths, as_many(count, self.num_rows))
+
+            self._split = split_along(eqn, operands, cells, split)
+            if self._split is None:
+                raise RowAxisError(
+                    f"parameter {paths} meets data in {describe_operation(eqn)}, where "
+                    "examples are told apart along several axes. Let them lie along one axis, as "
+                    "in [B * T, features]."
+                )
         single = self.num_rows is None or is_single(self.num_rows)
         if not single and all(isinstance(info, Rows) for info in inexact):
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
-            paths = ", ".join(self.names[path] for path in self.moving)
             self._split = _split(eqn, program, places, paths, self.num_rows)
 
     def take_consts(self):

@@ -9,9 +9,10 @@ import numpy as np
 from jax import lax
 
 from ghostjax.core.devices import crosses
-from ghostjax.core.moves import Others, move, scattered
+from ghostjax.core.moves import Others, move
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
+from ghostjax.core.scatters import scattered
 from ghostjax.core.tracks import (
     NO_TRACK,
     NOBODY,
@@ -178,6 +179,7 @@ _VALUES = {
     "dynamic_slice": slice(1),
     "dynamic_update_slice": slice(2),
     "gather": slice(1),
+    "ragged_dot_general": slice(2),
     "select_n": slice(1, None),
     **dict.fromkeys(["scatter", *_SCATTERS], slice(0, None, 2)),
 }

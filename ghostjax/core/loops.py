@@ -160,8 +160,9 @@ _ADDITIVE = frozenset(["add", "add_any", "convert_element_type", "pvary", "copy"
 
 
 def is_unowned(start: Any, value: Any) -> bool:
-    """Whether a carry starts as a constant whose rows are told by numbers."""
-    return isinstance(value.rows, Moved) and not (start.is_data or start.tangents)
+    """Whether a carry starts without rows, and those it gets are told by numbers."""
+    kinds = (Known, Moved) if start.tangents else Moved
+    return isinstance(value.rows, kinds) and not start.is_data
 
 
 def as_sum(where: Where) -> Where:

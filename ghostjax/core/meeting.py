@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -230,6 +231,31 @@ class Cells:
     axes: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class SummedCells:
+    """Cells of what a derivative rule sums: where it has each of their axes, and their sizes."""
+
+    places: tuple[Rows, ...]
+    sizes: tuple[int, ...]
+
+    def numbers(self, shape: Sequence[int]) -> jax.Array:
+        """Of the cells at every place, the last axis of cells the fastest; size 1 elsewhere."""
+        found = jnp.zeros([1] * len(shape), jnp.int32)
+        for place, size in zip(self.places, self.sizes):
+            along = jnp.arange(shape[place.axis]) // place.inner % size
+            others = [axis for axis in range(len(shape)) if axis != place.axis]
+            found = found * size + jnp.expand_dims(along, others)
+        return found
+
+    def sums(self, product: jax.Array) -> jax.Array:
+        """Over all places of a cell."""
+        axes = {place.axis for place in self.places}
+        others = [axis for axis in range(product.ndim) if axis not in axes]
+        zeros = jnp.zeros(math.prod(self.sizes), product.dtype)
+        numbers = self.numbers(product.shape).ravel()
+        return zeros.at[numbers].add(jnp.sum(product, axis=others).ravel())
+
+
 def is_inexact(output: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
 
@@ -258,7 +284,7 @@ def wide_dtype(*arrays: Any) -> jnp.dtype:
 
 
 def row_sums(
-    cotangents: Any, tangents: Any, rows: Rows | Cells | None, num_rows: int | None
+    cotangents: Any, tangents: Any, rows: Rows | Cells | SummedCells | None, num_rows: int | None
 ) -> jax.Array:
     """sum of cotangents * tangents over everything but the rows, in float32 or wider: [B].
 
@@ -267,6 +293,8 @@ def row_sums(
     product = paired(cotangents, tangents)
     if rows is None:
         return jnp.sum(product)
+    if isinstance(rows, SummedCells):
+        return rows.sums(product)
     if isinstance(rows, Cells):
         others = [k for k in range(product.ndim) if k not in rows.axes]
         return jnp.sum(product, axis=others).reshape(-1)
@@ -276,7 +304,7 @@ def row_sums(
 
 
 def weighted(
-    array: jax.Array, rows: Rows | Cells | None, num_rows: int | None, weights: Any
+    array: jax.Array, rows: Rows | Cells | SummedCells | None, num_rows: int | None, weights: Any
 ) -> jax.Array:
     """Every row times its weight [B]; zeros where that is zero, whatever was there."""
     places = weights_at(array, rows, num_rows, weights)
@@ -289,7 +317,7 @@ def weighted(
 
 
 def weights_at(
-    array: jax.Array, rows: Rows | Cells | None, num_rows: int | None, weights: Any
+    array: jax.Array, rows: Rows | Cells | SummedCells | None, num_rows: int | None, weights: Any
 ) -> jax.Array:
     """The weight [B] of every place of an array, broadcast over what is not told apart.
 
@@ -300,6 +328,8 @@ def weights_at(
     if isinstance(rows, Cells):
         shape = [size if axis in rows.axes else 1 for axis, size in enumerate(array.shape)]
         return weights.reshape(shape)
+    if isinstance(rows, SummedCells):
+        return weights[rows.numbers(array.shape)]
     shape = [1] * array.ndim
     shape[rows.axis] = -1
     numbers = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows

@@ -16,6 +16,7 @@ from ghostjax.core.place_rules import shape_of
 from ghostjax.core.program import is_literal, run
 from ghostjax.core.rules import pullback, pushforward
 from ghostjax.core.tracks import Track, Where, merged, numbers
+from ghostjax.core.types import typed_as
 from ghostjax.core.values import Value
 
 
@@ -47,8 +48,7 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         wanted = [pair for pair, is_number in zip(of_outputs, numbered) if is_number]
     # Gradient flows through what the rule is given alone: the operands are factors there.
     values = [Value(value.primal, {}, value.is_data, False, value.where) for value in operands] + [
-        Value(jnp.zeros(shape_of(var), var.aval.dtype), {}, True, True, Where(track))
-        for track, var in given
+        Value(_zeros(var.aval), {}, True, True, Where(track)) for track, var in given
     ]
     env = dict(zip(program.inputs, values, strict=True))
     env.update((number, Value(const)) for number, const in program.consts.items())
@@ -73,6 +73,10 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         differ = jnp.asarray(merged(*pair)[1])
         walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])
     return found
+
+
+def _zeros(aval: Any) -> Any:
+    return typed_as(jnp.zeros(aval.shape, aval.dtype), aval)
 
 
 FOLLOWED.update(dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _followed))

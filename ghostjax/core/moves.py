@@ -21,7 +21,8 @@ from jax import lax
 from ghostjax._jaxprs import bind
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import propagate
-from ghostjax.core.tracks import NOBODY
+from ghostjax.core.scatters import scattered
+from ghostjax.core.tracks import NOBODY, repeated
 
 
 class Others(enum.IntEnum):
@@ -56,15 +57,19 @@ def in_place(eqn: Any, position: int, ids: Any) -> list[Any]:
     """Numbers along axes that stay in place, as rows do."""
     shape = shape_of(eqn.invars[position])
     axes = [axis for axis, size in enumerate(ids.shape) if size != 1]  # there may be no places
+    stays = [Rows(axis) for axis in axes]
     outputs: list[list[RowInfo]] = [[] for _ in eqn.outvars]
     for axis in axes:
         infos: list[RowInfo] = [None] * len(eqn.invars)
         infos[position] = Rows(axis)
         for found, info in zip(outputs, propagate(eqn, infos, shape[axis])):
             found.append(info)
-    ids = ids.reshape([size for size in ids.shape if size != 1])
+    short = ids.reshape([size for size in ids.shape if size != 1])
     return [
-        _along(ids, places, shape_of(var)) for places, var in zip(outputs, eqn.outvars, strict=True)
+        ids  # itself, by which it is known again
+        if places == stays and len(shape_of(var)) == ids.ndim
+        else _along(short, places, shape_of(var))
+        for places, var in zip(outputs, eqn.outvars, strict=True)
     ]
 
 
@@ -87,14 +92,6 @@ def _along(ids: Any, places: list[RowInfo], shape: tuple[int, ...]) -> Any:
             [shape[k] if k in axes else 1 for k in range(len(shape))]
         )
     return ids[tuple(indices)]
-
-
-def _full(ids: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
-    """``ids`` repeated along ``axes``."""
-    xp = np if isinstance(ids, np.ndarray) else jnp
-    return xp.broadcast_to(
-        ids, [shape[k] if k in axes else size for k, size in enumerate(ids.shape)]
-    )
 
 
 def _reshape(eqn, position, ids, operands, others):
@@ -127,7 +124,7 @@ def _reshaped(ids: Any, old: Sequence[int], new: Sequence[int]) -> Any:
         tells = any(ids.shape[axis] > 1 for axis in own)
         full.extend(own if tells else ())
         short.extend(size if tells else 1 for size in new[begin:j])
-    return _full(ids, old, full).reshape(short)
+    return repeated(ids, old, full).reshape(short)
 
 
 def _slice(eqn, position, ids, operands, others):
@@ -171,7 +168,7 @@ def _concatenate(eqn, position, ids, operands, others):
         return None
     sizes = [shape_of(var)[axis] for var in eqn.invars]
     before, after = sum(sizes[:position]), sum(sizes[position + 1 :])
-    ids = _full(ids, shape_of(eqn.invars[position]), [axis])
+    ids = repeated(ids, shape_of(eqn.invars[position]), [axis])
     return [_padded(ids, [(before, after) if k == axis else (0, 0) for k in range(ids.ndim)])]
 
 
@@ -203,7 +200,7 @@ def _pad(eqn, position, ids, operands, others):
     if position:
         return None
     config = eqn.params["padding_config"]
-    ids = _full(
+    ids = repeated(
         ids, shape_of(eqn.invars[0]), [axis for axis, widths in enumerate(config) if any(widths)]
     )
     for axis, (low, high, interior) in enumerate(config):
@@ -256,11 +253,11 @@ def _dynamic_update_slice(eqn, position, ids, operands, others):
     axes = [axis for axis in range(len(whole)) if whole[axis] != part[axis]]
     starts = [s if axis in axes else 0 for axis, s in enumerate(operands[2:])]
     if position == 0:
-        ids = _full(ids, whole, axes)
+        ids = repeated(ids, whole, axes)
         update = np.full([part[k] if k in axes else n for k, n in enumerate(ids.shape)], NOBODY)
         update = update.astype(np.int32)
     else:
-        update = _full(ids, part, axes)
+        update = repeated(ids, part, axes)
         ids = np.full([whole[k] if k in axes else n for k, n in enumerate(ids.shape)], NOBODY)
         ids = ids.astype(np.int32)
     if not axes:
@@ -273,39 +270,23 @@ def _gather(eqn, position, ids, operands, others):
     if position:
         return in_place(eqn, position, ids)
     dims, indices = eqn.params["dimension_numbers"], operands[1]
-    shape = shape_of(eqn.invars[0])
-    ids = _full(ids, shape, [*dims.start_index_map, *dims.operand_batching_dims])
-    sizes = [min(size, n) for size, n in zip(eqn.params["slice_sizes"], ids.shape)]
+    shape, sizes, mode = shape_of(eqn.invars[0]), eqn.params["slice_sizes"], eqn.params["mode"]
+    # Along what is taken whole, there is one place to start at.
+    indexed = [axis for axis in dims.start_index_map if sizes[axis] != shape[axis]]
+    by_batch = any(ids.shape[axis] > 1 for axis in dims.operand_batching_dims)
+    if all(ids.shape[axis] == 1 for axis in indexed) and (by_batch or mode in _IN_RANGE):
+        found = in_place(eqn, position, ids)
+        if found[0] is not None:
+            return found
+    ids = repeated(ids, shape, [*indexed, *dims.operand_batching_dims])
+    sizes = [min(size, n) for size, n in zip(sizes, ids.shape)]
     # The gradient of a look-up out of range is dropped, but where it is to be clipped.
-    mode = eqn.params["mode"]
     if mode != lax.GatherScatterMode.CLIP:
         mode = lax.GatherScatterMode.FILL_OR_DROP
     return [lax.gather(jnp.asarray(ids), indices, dims, tuple(sizes), mode=mode, fill_value=NOBODY)]
 
 
-def scattered(eqn, ids: Any, updates: Any, operands, reduce: Any) -> Any:
-    """``updates`` scattered into ``ids`` as the equation does, by ``reduce`` of ``lax``."""
-    dims = eqn.params["dimension_numbers"]
-    whole, part = shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
-    inserted = (*dims.inserted_window_dims, *dims.operand_batching_dims)
-    window = [axis for axis in range(len(whole)) if axis not in inserted]
-    updated = dict(zip(dims.update_window_dims, window))
-    scattered = [axis for axis in range(len(part)) if axis not in updated]
-    partial = [axis for own, axis in updated.items() if whole[axis] != part[own]]
-    axes = [*inserted, *dims.scatter_dims_to_operand_dims, *partial]
-    full = [*axes]
-    for own, axis in updated.items():
-        if ids.shape[axis] > 1 or updates.shape[own] > 1:
-            full.append(axis)
-    ids = _full(ids, whole, full)
-    own = [own for own, axis in updated.items() if axis in full]
-    updates = _full(updates, part, [*scattered, *own])
-    mode = eqn.params["mode"]
-    if mode != lax.GatherScatterMode.CLIP:
-        mode = lax.GatherScatterMode.FILL_OR_DROP
-    return reduce(
-        jnp.asarray(ids, jnp.int32), operands[1], jnp.asarray(updates, jnp.int32), dims, mode=mode
-    )
+_IN_RANGE = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _scatter(eqn, position, ids, operands, others):

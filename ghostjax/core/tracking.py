@@ -16,8 +16,8 @@ from ghostjax.core.mixing import CHECKS, FOLLOWED, FORWARDS, check_rows, combine
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 from ghostjax.core.positions import positions_after
-from ghostjax.core.support import weights
-from ghostjax.core.tracks import Known, Moved, Track, Where, is_single, numbers
+from ghostjax.core.support import LAYOUTS, weights
+from ghostjax.core.tracks import Known, Moved, Track, Where, is_single, numbers, settled
 from ghostjax.core.values import Value, unsupported
 
 # By primitive, ``handle(walk, eqn, operands)``: what walks inside.
@@ -49,6 +49,7 @@ class Tracking:
     conflicts: dict[str, Any]
     named_meetings: dict[str, Any]
     _prefix: str
+    _memory: dict[tuple[Any, int], tuple[Any, Any]]
 
     @property
     def counts(self) -> tuple[int | None, int | None]:
@@ -129,7 +130,7 @@ class Tracking:
         primals = [value.primal for value in operands]
         supports = [weights(value) for value in operands]
         args = eqn, tracks, actives, primals, supports, self.num_rows, conflicts
-        found = rows_after(*args, self.shares)
+        found = self._remembered(_layout_of(eqn, tracks), lambda: rows_after(*args, self.shares))
         self.count_conflicts(conflicts)
         apart = [active for track, active in zip(tracks, actives) if active and track.is_apart]
         lost = [track.place.reason for track in found if isinstance(track.place, Mixed)]
@@ -149,6 +150,21 @@ class Tracking:
         """Whether rows may be mixed: but for what has parameters, and needs rows in its rule."""
         has_rule = eqn.primitive.name in CHECKS and any(value.tangents for value in operands)
         return self.shares and not has_rule
+
+    def _remembered(self, key: Any, function: Callable[[], Any]) -> Any:
+        """The same arrays again for the same ``key``: by them, equal numbers are known as such."""
+        if key is None:
+            return function()
+        name, ids = key
+        if (name, id(ids)) not in self._memory:
+            self._memory[name, id(ids)] = ids, function()
+        return self._memory[name, id(ids)][1]
+
+    def settled(self, track: Track) -> Track:
+        if not isinstance(track.place, Moved):
+            return settled(track)
+        found = self._remembered(("settled", track.ids), lambda: settled(track))
+        return self._remembered(("settled", found.ids), lambda: found)
 
     def _check_rule(self, eqn, tracks: Sequence[Track], actives) -> None:
         """What holds of rows in a derivative rule must hold along every axis that tells rows apart,
@@ -209,3 +225,11 @@ class Tracking:
     def count_conflicts(self, counts: list[Any]) -> None:
         for count in counts:
             self.conflicts[f"{self._prefix}{len(self.conflicts)}"] = count
+
+
+def _layout_of(eqn: Any, tracks: Sequence[Track]) -> tuple[Any, Any] | None:
+    """A key for what an operation does that changes no more than layout."""
+    if eqn.primitive.name not in LAYOUTS or not isinstance(tracks[0].place, Moved):
+        return None
+    shapes = [shape_of(var) for var in (eqn.invars[0], *eqn.outvars)]
+    return (eqn.primitive.name, str(eqn.params), str(shapes), tracks[0].place), tracks[0].ids

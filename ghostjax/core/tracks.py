@@ -9,6 +9,7 @@ have the rank of the value, and size 1 along axes that do not tell examples apar
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -119,6 +120,14 @@ def track_of(ids: Any, shape: tuple[int, ...], count: int) -> Track:
         if size % (inner * count) == 0 and np.array_equal(along, np.arange(size) // inner % count):
             return Track(Rows(axis, size // (inner * count), inner))
     return Track(Known(ids.astype(np.int32)))
+
+
+def repeated(ids: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+    """``ids`` repeated along ``axes``."""
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    return xp.broadcast_to(
+        ids, [shape[k] if k in axes else size for k, size in enumerate(ids.shape)]
+    )
 
 
 def merged(first: Any, second: Any) -> tuple[Any, Any]:

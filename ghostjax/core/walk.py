@@ -35,7 +35,7 @@ from ghostjax.core.routes import KINDS, make_meeting
 from ghostjax.core.sums import sum_meeting, with_summands
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
-from ghostjax.core.tracks import SEVERAL, Track, Where, settled
+from ghostjax.core.tracks import SEVERAL, Track, Where
 from ghostjax.core.values import Value, paths_of, unsupported
 
 # Containers that are operations to a derivative: what JAX knows of them is a rule for the whole.
@@ -82,13 +82,13 @@ class Walk(Tracking):
         self.emitted: dict[str, Any] = {}
         self.specs: dict[str, Any] = {}
         self.conflicts: dict[str, Any] = {}
-        self._prefix, self._count = "", 0
+        self._prefix, self._count, self._memory = "", 0, {}
 
     def inside(self, key: str, slots: dict[str, Any] | None = None) -> Self:
         """A walk of the same kind for the body of a loop, a branch, or what is rematerialised."""
         walk = copy.copy(self)
         walk.emitted, walk.specs, walk.conflicts = {}, {}, {}
-        walk._prefix, walk._count = f"{key}.", 0
+        walk._prefix, walk._count, walk._memory = f"{key}.", 0, {}
         walk.slots = slots
         return walk
 
@@ -255,7 +255,7 @@ class Walk(Tracking):
         outputs = self.attach(meeting, function, operands)
         flows = [k in inexact for k in range(len(outputs))]
         if in_rows and self.num_rows is not None:
-            places = [Where(settled(where.rows), where.positions) for where in places]
+            places = [Where(self.settled(where.rows), where.positions) for where in places]
         values = [self.data(*triple) for triple in zip(outputs, flows, places)]
         return with_summands(self, eqn, operands, values)
 
@@ -277,17 +277,21 @@ class Walk(Tracking):
             if is_inexact(outputs[k])
         }
         (cells, count), *others = {cells_of(ids) for ids in found.values()}
-        is_rule = eqn is not None and eqn.primitive.name in KINDS
-        if others or (is_rule and isinstance(cells, Cells) and cells.axes):
+        if others:
             raise RowAxisError(
                 f"parameter {self.named(operands)} meets data in {self.describe(eqn)}, where "
                 "examples are told apart along several axes. Let them lie along one axis, as in "
                 "[B * T, features]."
             )
-        local = [
-            dataclasses.replace(value, where=localized(value.where, jnp.shape(value.primal), count))
-            for value in operands
-        ]
+        is_rule = eqn is not None and eqn.primitive.name in KINDS
+        local = operands
+        if not (is_rule and isinstance(cells, Cells) and cells.axes):
+            local = [
+                dataclasses.replace(
+                    value, where=localized(value.where, jnp.shape(value.primal), count)
+                )
+                for value in operands
+            ]
         rows = [cells if k in found else None for k in range(len(outputs))]
         count = as_many(count, self.num_rows)
         meeting = self.make(eqn, function, local, outputs, rows, count)

@@ -148,6 +148,25 @@ def recurrent(p, x):
     return jnp.mean(jax.lax.scan(cell, start, x.swapaxes(0, 1))[1], axis=0)
 
 
+def started_by_parameters(p, x, order=None):
+    """Carries start as parameters, which belong to those whose rows they are combined with."""
+
+    def cell(state, each):
+        state = jnp.tanh(state @ p["v"] @ p["w"] + each @ p["w"])
+        losses = jnp.mean(jnp.square(state @ p["v"]), axis=-1)
+        return state if order is None else state[order], losses
+
+    start = jnp.broadcast_to(p["b"], (len(x), H))
+    return jnp.mean(jax.lax.scan(cell, start, x.swapaxes(0, 1))[1], axis=0)
+
+
+def started_and_dropped(p, x):
+    """No rows are combined with what the loop starts from."""
+    xs = hidden(p, x[jnp.argsort(x[:, 0, 0])]).swapaxes(0, 1)
+    start = jnp.broadcast_to(p["b"], (len(x), H))
+    return jnp.mean(jax.lax.scan(lambda state, each: (jnp.roll(each, 1, 0), state), start, xs)[1])
+
+
 def joined_by_zeros(p, x):
     """Which belong to the rows that have them."""
     h = hidden(p, x)
@@ -249,6 +268,14 @@ CASES = {
     "reversed_and_rematerialised": (reversed_and_rematerialised, rows),
     "rolled_in_a_carry": (rolled_in_a_carry, rolled_rows),
     "recurrent": (lambda p, x: jnp.mean(recurrent(p, x[jnp.argsort(x[:, 0, 0])])), recurrent),
+    "started_by_parameters": (
+        lambda p, x: jnp.mean(started_by_parameters(p, x[jnp.argsort(x[:, 0, 0])])),
+        started_by_parameters,
+    ),
+    "started_by_parameters_reversed": (
+        lambda p, x: jnp.mean(started_by_parameters(p, x[::-1])),
+        started_by_parameters,
+    ),
     "joined_by_zeros": (
         lambda p, x: jnp.mean(joined_by_zeros(p, x[jnp.argsort(x[:, 0, 0])])),
         joined_by_zeros,
@@ -311,6 +338,7 @@ def padding_that_is_added_to_rows(p, x):
         added_up_by_data,
         mixed_in_a_loop,
         inputs_mixed_by_data,
+        lambda p, x: jnp.mean(started_by_parameters(p, x, jnp.argsort(x[:, 0, 0]))),
     ],
 )
 def test_rows_that_data_mix_have_no_dots(loss_fn):
@@ -342,8 +370,9 @@ def test_rows_that_data_mix_have_no_dots(loss_fn):
             lambda p, x: jnp.mean(rows(p, jnp.concatenate([p["v"][None, :, :], x[:, :H]]))),
             r"\['v'\] meets data in concatenate at .*joins along the row axis",
         ),
+        (started_and_dropped, r"\['b'\] meets data in scan at .*rows are moved there"),
     ],
-    ids=["outputs", "inputs", "running_sums", "parameters_among_rows"],
+    ids=["outputs", "inputs", "running_sums", "parameters_among_rows", "start_of_a_loop"],
 )
 def test_rows_that_are_known_to_mix_are_an_error(loss_fn, message):
     with pytest.raises(ValueError, match=message):

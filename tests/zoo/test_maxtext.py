@@ -84,13 +84,7 @@ def apart(batch, labels):
         yield kept
 
 
-NOT_YET = pytest.mark.xfail(
-    raises=AssertionError,
-    reason="places that pad sorted tokens to a tile are counted as conflicts, so that dots are NaN",
-)
-
-
-@pytest.mark.parametrize("kind", ["dense", pytest.param("sparse", marks=NOT_YET)])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_maxtext(kind):
     package("maxtext")
     package("pathwaysutils")
