@@ -11,6 +11,8 @@ from ghostjax import conservation_error, value_and_dots_fn, value_grad_and_dots
 from tests.fuzz.programs import Program
 
 RTOL = 1e-9
+# Groups of rows, where rows have labels.
+GROUPS = 3
 # What ghostjax refuses by name.
 REFUSALS = (ValueError, NotImplementedError)
 
@@ -51,7 +53,7 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
         if reason is None:
             raise
         return Outcome("refused", reason, f"{type(error).__name__}: {error}")
-    result, (value, grads, dots) = lowered.compile()(params, batch, flag, directions)
+    result, (value, grads, dots, nobody) = lowered.compile()(params, batch, flag, directions)
     if int(result.conflicts) > 0:
         if not all(np.isnan(leaf).all() for leaf in jax.tree.leaves(result.dots)):
             return Outcome("wrong", message=f"{result.conflicts} conflicts, but not all dots NaN")
@@ -61,9 +63,9 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
         *differences("grads", result.grads, result.grads if grads is None else grads),
         *differences("dots", result.dots, dots),
     ]
-    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(dots))
-    if max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(result.shared)) > RTOL * largest:
-        wrong.append(f"shared: found {result.shared}, expected none")
+    # What rows have in common is as small as rounding where all rows have labels.
+    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves((dots, nobody)))
+    wrong += differences("shared", result.shared, nobody, largest)
     errors = jax.tree.map(np.max, conservation_error(result, directions))
     wrong += [
         f"certificate: {name}: {error}" for name, error in errors.items() if not error <= RTOL
@@ -72,12 +74,23 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
 
 
 def labels_for(program) -> dict[str, Any]:
-    """Of every position one of its own, where these are told apart."""
-    if program.family != "positions":
-        return {}
-    count = program.sizes.b * program.sizes.t
-    labels = jnp.arange(count).reshape(program.sizes.b, program.sizes.t)
-    return {"labels": labels, "num_labels": count}
+    """Of every position one of its own, where these are told apart; every other program of rows has
+    groups of rows, and rows of nobody."""
+    if program.family == "positions":
+        count = program.sizes.b * program.sizes.t
+        labels = np.arange(count).reshape(program.sizes.b, program.sizes.t)
+        return {"labels": labels, "num_labels": count}
+    if program.family == "rows" and program.seed // 4 % 2:
+        labels = np.random.default_rng([program.seed, 3]).integers(-2, GROUPS, program.sizes.b)
+        return {"labels": labels, "num_labels": GROUPS}
+    return {}
+
+
+def members(program) -> np.ndarray:
+    """[S, B]: which rows an example has."""
+    labels = labels_for(program).get("labels", np.arange(program.sizes.b))
+    count = GROUPS if "labels" in labels_for(program) else program.sizes.b
+    return np.equal.outer(np.arange(count), labels).astype(np.float64)
 
 
 def _found(program, params, batch, flag, directions, late: bool):
@@ -90,7 +103,8 @@ def _found(program, params, batch, flag, directions, late: bool):
 
 
 def _expected(program, params, batch, flag, directions):
-    """The value, the gradient (if rows tell it) and by parameter dots [..., B or B * T]."""
+    """The value, the gradient (if rows tell it), by parameter dots [..., examples], and the part of
+    nobody."""
     scale = program.sizes.b if program.reduction == "mean" else 1
     if program.family == "rows":
         of_rows = jax.vmap(jax.value_and_grad(program.row_loss), in_axes=(None, 0, None))
@@ -104,7 +118,11 @@ def _expected(program, params, batch, flag, directions):
             )
 
         total = jax.tree.map(lambda rows: jnp.sum(rows, axis=0) / scale, grads)
-        return jnp.sum(values) / scale, total, jax.tree.map(dots, grads, directions)
+        of_rows = jax.tree.map(dots, grads, directions)
+        own = members(program)
+        of_groups = jax.tree.map(lambda leaf: leaf @ own.T, of_rows)
+        nobody = jax.tree.map(lambda leaf: leaf @ (1 - own.sum(axis=0)) / scale, of_rows)
+        return jnp.sum(values) / scale, total, of_groups, nobody
 
     count = program.sizes.b * (program.sizes.t if program.family == "positions" else 1)
     steps = jax.tree.map(lambda _: jnp.zeros(count, jnp.float64), params)
@@ -114,15 +132,13 @@ def _expected(program, params, batch, flag, directions):
         return found[0], jax.tree.map(lambda leaf: leaf * scale, found[1])
 
     is_stacked = jax.tree.leaves(directions)[0].ndim > jax.tree.leaves(params)[0].ndim
-    if not is_stacked:
-        value, dots = shares(directions)
-        return value, None, dots
-    values, dots = jax.vmap(shares)(directions)
-    return values[0], None, dots
+    value, dots = jax.vmap(shares)(directions) if is_stacked else shares(directions)
+    none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[:-1]), dots)
+    return jnp.ravel(value)[0], None, dots, none
 
 
-def differences(name: str, own: Any, wanted: Any) -> list[str]:
-    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(wanted))
+def differences(name: str, own: Any, wanted: Any, largest: float = 0.0) -> list[str]:
+    largest = max(largest, *(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(wanted)))
     found = []
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(wanted), strict=True

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax import squared_norms, value_and_clipped_grad
-from tests.fuzz.compare import REFUSALS, Outcome, differences, labels_for, reason_of
+from tests.fuzz.compare import REFUSALS, Outcome, differences, labels_for, members, reason_of
 
 
 def norms_outcome(program) -> Outcome:
@@ -42,9 +42,13 @@ def norms_outcome(program) -> Outcome:
 
 
 def _gradients(program, params, batch, flag):
-    """By parameter, those of rows or places."""
+    """By parameter, those of examples."""
     if program.family == "rows":
-        return jax.vmap(jax.grad(program.row_loss), in_axes=(None, 0, None))(params, batch, flag)
+        of_row = jax.vmap(jax.grad(program.row_loss), in_axes=(None, 0, None))
+        own = members(program)
+        return jax.tree.map(
+            lambda leaf: jnp.tensordot(own, leaf, 1), of_row(params, batch, flag)
+        )
     scale = program.sizes.b if program.reduction == "mean" else 1
     steps = jax.tree.map(lambda _: jnp.zeros(program.sizes.b * program.sizes.t), params)
 
