@@ -44,7 +44,7 @@ class Summands:
 _JOINT = frozenset(
     """
     add add_any broadcast_in_dim concatenate convert_element_type copy neg pvary reduce_sum reshape
-    select_n slice squeeze sub transpose
+    select_n slice squeeze stack sub transpose
     """.split()  # noqa: SIM905
 )
 # Linear in one operand when the others are given: in which ones.

@@ -70,6 +70,15 @@ CASES = {
         ),
         lambda p: p["s"] + jnp.log(jnp.square(p["u"])),
     ),
+    "uncertainty_of_stacked_tasks": (
+        lambda p, b: jnp.sum(
+            jnp.exp(-p["b"][:2]) * jnp.stack([jnp.mean(tokens(p, b)), jnp.mean(others(p, b))])
+        ),
+        lambda p, b: (
+            jnp.exp(-p["b"][0]) * rows(p, b) + jnp.exp(-p["b"][1]) * jnp.mean(others(p, b), 1)
+        ),
+        nothing,
+    ),
     "weight_decay_times_the_loss": (
         lambda p, b: jnp.mean(rows(p, b)) * decay(p),
         lambda p, b: rows(p, b) * decay(p),
