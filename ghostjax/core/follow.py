@@ -81,6 +81,9 @@ def rows_after(
     own = [k for k, track in enumerate(tracks) if track.is_apart]
     deciding = [k for k in own if actives[k]] or own
     is_active = any(actives[k] for k in own) and not shares
+    active, deciding = deciding, _with_places_of_data(eqn, tracks, own, deciding)
+    if eqn.primitive.name == "select_n" and len(active) == 1 and len(deciding) > 1:
+        return [_selected_beside_data(eqn, *active, deciding, tracks, operands, count, conflicts)]
     if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
         return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
     others = others_of(eqn, tracks, actives, deciding)
@@ -103,12 +106,55 @@ def rows_after(
                 parts[k] = parts[1 - k]
     if any(isinstance(track.place, Mixed) for track in value_operands(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
+    if eqn.primitive.name in _COLLECTIVES:
+        _check_devices(eqn, [tracks[k] for k in deciding], conflicts)
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
         _check_additions(eqn, tracks[2], operands, count, conflicts)
     return [
         combined(eqn, list(found), shape_of(var), count, is_active, conflicts, shares)
         for found, var in zip(zip(*parts), eqn.outvars, strict=True)
     ]
+
+
+def _with_places_of_data(eqn, tracks, own: list[int], deciding: list[int]) -> list[int]:
+    """Data through which no gradient flows tell whose their own places are where examples are put
+    together; elsewhere, and beside rows that stay in place, they are numbers as others are."""
+    name, places = eqn.primitive.name, [tracks[k].place for k in deciding]
+    if name not in _PUTS_TOGETHER or len(own) == len(deciding):
+        return deciding
+    if name == "concatenate":
+        axis = eqn.params["dimension"]
+        is_along = [
+            place.axis == axis if isinstance(place, Rows) else place.shape[axis] > 1
+            for place in places
+        ]
+        return (
+            own if any(is_along) or all(map(is_single, map(tracks.__getitem__, own))) else deciding
+        )
+    if any(isinstance(place, Rows) for place in places):
+        return deciding
+    return [k for k in own if k > 0] if name == "select_n" else own
+
+
+_PUTS_TOGETHER = frozenset(["concatenate", "dynamic_update_slice", "scatter", "select_n", "stack"])
+
+
+def _check_devices(eqn, tracks: Sequence[Track], conflicts: list[Any]) -> None:
+    """What several devices put together must have the same numbers on all of them."""
+    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+    names = names if isinstance(names, (tuple, list)) else (names,)
+    names = tuple(name for name in names if not isinstance(name, int))
+    for track in tracks:
+        if names and isinstance(track.place, Moved):
+            differ = lax.pmax(track.ids, names) != lax.pmin(track.ids, names)
+            conflicts.append(jnp.sum(differ, dtype=jnp.int32))
+
+
+_COLLECTIVES = frozenset(
+    """
+    all_gather all_gather_invariant all_to_all pmax pmin psum psum_invariant reduce_scatter
+    """.split()  # noqa: SIM905
+)
 
 
 def combined(eqn, tracks: list[Track], shape, count, is_active, conflicts, shares: bool):
@@ -210,6 +256,31 @@ def _selected(eqn, tracks: dict[int, Track], operands, count) -> Track:
         for k in range(1, len(operands))
     ]
     return track_of(lax.select_n(operands[0], *cases), shape, count)
+
+
+def _selected_beside_data(
+    eqn, active: int, deciding, tracks, operands, count, conflicts: list[Any]
+) -> Track:
+    """Of one value with gradient and others without: those of what a place is taken from, as short
+    as theirs; ``conflicts`` gets the number of places with parts of several."""
+    shape = shape_of(eqn.outvars[0])
+    ids = {k: numbers(tracks[k], shape, count) for k in deciding}
+    short = np.broadcast_shapes(*(each.shape for each in ids.values()))
+    if all(isinstance(each, np.ndarray) for each in ids.values()):
+        wide = [np.broadcast_to(each, short) for each in ids.values()]
+        if all(np.array_equal(each, wide[0]) for each in wide):
+            return tracks[active]
+    cases = [jnp.broadcast_to(ids.get(k, ids[active]), short) for k in range(1, len(operands))]
+    which = jnp.broadcast_to(operands[0], shape).astype(jnp.int32)
+    axes = [axis for axis, size in enumerate(short) if size == 1]
+    most, least = (reduce(which, axis=axes, keepdims=True) for reduce in (jnp.max, jnp.min))
+    all_of, differ = ids[active], False
+    for k in deciding:
+        all_of, unlike = merged(all_of, ids[k])
+        differ = differ | unlike
+    conflicts.append(jnp.sum((most != least) & differ, dtype=jnp.int32))
+    found = jnp.where(most == least, lax.select_n(least, *cases), all_of)
+    return track_of(found, shape, count)
 
 
 def chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | None:

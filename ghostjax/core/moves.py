@@ -356,6 +356,13 @@ def _broadcast_in_dim(eqn, position, ids, operands, others):
     return [ids.reshape(shape)]
 
 
+def _ppermute(eqn, position, ids, operands, others):
+    """Numbers that are the same on all devices stay; those that get nothing get nobody."""
+    if isinstance(ids, np.ndarray):
+        return in_place(eqn, position, ids)
+    return [lax.ppermute(ids - NOBODY, eqn.params["axis_name"], eqn.params["perm"]) + NOBODY]
+
+
 _SCATTERS = ["scatter", *(f"scatter-{kind}" for kind in ("add", "sub", "mul", "min", "max"))]
 # By primitive, the operand that becomes a part of the result.
 _PARTS = {"pad": 0, "dynamic_update_slice": 1, **dict.fromkeys(_SCATTERS, 2)}
@@ -366,6 +373,7 @@ MOVES: dict[str, Move] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "pad": _pad,
+    "ppermute": _ppermute,
     "reshape": _reshape,
     "rev": _rev,
     "select_n": _select_n,

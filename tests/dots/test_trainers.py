@@ -98,7 +98,7 @@ def test_an_equinox_module_in_the_place_of_value_and_grad():
 
 def test_every_test_that_the_table_names_is_there():
     table = README.read_text().split("### In your trainer")[1].split("\n## ")[0]
-    named = {word.strip("`") for word in table.split() if word.startswith("`tests/")}
+    named = {word.strip("`,") for word in table.split() if word.startswith("`tests/")}
     assert len(named) >= 5
     assert all((README.parent / name).exists() for name in named)
 

@@ -46,9 +46,7 @@ def _gradients(program, params, batch, flag):
     if program.family == "rows":
         of_row = jax.vmap(jax.grad(program.row_loss), in_axes=(None, 0, None))
         own = members(program)
-        return jax.tree.map(
-            lambda leaf: jnp.tensordot(own, leaf, 1), of_row(params, batch, flag)
-        )
+        return jax.tree.map(lambda leaf: jnp.tensordot(own, leaf, 1), of_row(params, batch, flag))
     scale = program.sizes.b if program.reduction == "mean" else 1
     steps = jax.tree.map(lambda _: jnp.zeros(program.sizes.b * program.sizes.t), params)
 

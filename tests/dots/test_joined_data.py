@@ -1,0 +1,113 @@
+"""Examples that are put together from hidden values and from data that parameters have not met."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ghostjax import value_grad_and_dots
+from tests.dots.checks import check_loss, draw
+
+B, F, FIRST = 6, 4, 2
+PARAMS = {"w": draw(F, F), "u": draw(F, F, seed=1)}
+BATCH = {"x": draw(B, F, seed=3), "number": jnp.arange(B)}
+
+
+def hidden(p, x):
+    return jnp.tanh(x @ p["w"])
+
+
+def last(p, h):
+    return jnp.sum(jnp.sin(h @ p["u"]), -1)
+
+
+def rows(p, batch):
+    is_first = (batch["number"] < FIRST)[:, None]
+    return last(p, jnp.where(is_first, hidden(p, batch["x"]), batch["x"]))
+
+
+def concatenated(p, x):
+    return jnp.concatenate([x[FIRST:][::-1], hidden(p, x[:FIRST])])
+
+
+def stacked(p, x):
+    return jnp.stack([hidden(p, x[k]) if k < FIRST else x[k] for k in range(B)])
+
+
+def updated(p, x):
+    return jax.lax.dynamic_update_slice(x, hidden(p, x[:FIRST]), (0, 0))
+
+
+def scattered(p, x):
+    order = jnp.arange(FIRST)[::-1]
+    return x.at[order].set(hidden(p, x[order]))
+
+
+def pipelined(p, batch):
+    """Stages side by side, each with a row of its own."""
+
+    def step(stages, row):
+        weights = jnp.stack([p["w"], p["u"]])
+        stages = jnp.einsum("sf,sfg->sg", stages.at[0].set(row), weights)
+        return jnp.roll(stages, 1, 0), stages[1]
+
+    padded = jnp.concatenate([batch["x"], jnp.zeros((1, F))])
+    return jnp.sum(jnp.sin(jax.lax.scan(step, jnp.zeros((2, F)), padded)[1][1:])) / B
+
+
+def selected(p, batch):
+    order = jnp.argsort(batch["x"][:, 0])
+    x, is_first = batch["x"][order], batch["number"][order] < FIRST
+    return jnp.mean(last(p, jnp.where(is_first[:, None], hidden(p, x), x)))
+
+
+CASES = {
+    "selected": (selected, rows),
+    "pipelined": (pipelined, lambda p, batch: jnp.sin(batch["x"] @ p["w"] @ p["u"]).sum(-1)),
+}
+CASES |= {
+    put.__name__: ((lambda p, batch, put=put: jnp.mean(last(p, put(p, batch["x"])))), rows)
+    for put in (concatenated, stacked, updated, scattered)
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_examples_put_together_from_hidden_values_and_data(name):
+    check_loss(*CASES[name], PARAMS, BATCH, exact_gradient=False)
+
+
+def pipelined_over_devices(p, x):
+    """GPipe: devices of one row of the mesh have different examples at the same place."""
+    mesh = jax.make_mesh((2,), ("stage",), axis_types=(AxisType.Auto,))
+
+    def local(weights, x):
+        stage, passed, outputs = jax.lax.axis_index("stage"), jnp.zeros((1, F)), []
+        for k in range(B + 1):
+            own = jnp.where(stage == 0, x[min(k, B - 1)][None], passed)
+            outputs.append(jnp.tanh(own @ weights[0]))
+            passed = jax.lax.ppermute(outputs[-1], "stage", [(0, 1), (1, 0)])
+        last = jnp.where(stage == 1, jnp.concatenate(outputs[1:]), 0)
+        return jnp.mean(jnp.square(jax.lax.psum(last, "stage")))
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P("stage"), P()), out_specs=P())
+    return run(jnp.stack([p["w"], p["u"]]), x)
+
+
+def selected_in_parts(p, batch):
+    """Features of one row, and of another's hidden values."""
+    order = jnp.argsort(batch["x"][:, 0])
+    h = jnp.where(jnp.arange(F)[None] == 0, batch["x"][order[::-1]], hidden(p, batch["x"][order]))
+    return jnp.mean(last(p, h))
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [lambda p, batch: pipelined_over_devices(p, batch["x"]), selected_in_parts],
+    ids=["devices_put_together_different_rows", "parts_of_several_rows"],
+)
+def test_what_cannot_be_told_apart_is_counted(loss_fn):
+    run = jax.jit(lambda p, batch: value_grad_and_dots(loss_fn)(p, batch, direction=p))
+    result = run(PARAMS, BATCH)
+    assert int(result.conflicts) > 0
+    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(result.dots))
