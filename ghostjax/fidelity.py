@@ -22,6 +22,13 @@ MAX_PREDICTION_ERROR = 0.5  # of the actual decrease, in the median step
 MIN_PREDICTION_CORRELATION = 0.5
 MAX_FAR_OFF = 0.1  # of the steps; fewer are told as single ones
 MAX_SAMPLING_ERROR = 1.0  # of the spread of the values
+# What a log may lack.
+NOT_MEASURED = {
+    "errors": "the standard errors of the scores, so that none can be told from zero",
+    "predictions": "predicted and actual decrease of the validation loss, so that no step counts "
+    "less",
+    "certificate": "the conservation error, so that nothing tells whether a part is left out",
+}
 
 
 def predicted_decrease(val_grads: Any, updates: Any) -> jax.Array:
@@ -242,6 +249,8 @@ class Fidelity:
       sampling_error: root mean square of the values' standard errors over the values' spread.
       conservation_error: the largest of any step.
       audit_error: the largest of any audited step, None if there was none.
+      missing: what was not measured at all, of ``NOT_MEASURED``; its figures are NaN, that of the
+        certificate is None.
       undefined_steps: how many of ``steps`` have a predicted or actual decrease or a conservation
         error that is not finite; the figures leave out what is not.
       undefined_examples: likewise, of ``examples``, for values and their standard errors.
@@ -254,7 +263,7 @@ class Fidelity:
     prediction_ratio: float
     plain_correlation: float
     sampling_error: float
-    conservation_error: float
+    conservation_error: float | None
     audit_error: float | None
     undefined_steps: int = 0
     steps: int = 0
@@ -262,6 +271,7 @@ class Fidelity:
     examples: int = 0
     far_off_steps: int = 0
     tolerance: float = MAX_CONSERVATION_ERROR
+    missing: tuple[str, ...] = ()
 
     @property
     def is_off_often(self) -> bool:
@@ -275,6 +285,9 @@ class Fidelity:
     def warnings(self) -> list[str]:
         """Plain sentences, one for every reason not to trust the scores."""
         found = []
+        if self.missing:
+            listed = "; ".join(NOT_MEASURED[name] for name in self.missing)
+            found.append(f"Not measured, so the scores are taken on trust: {listed}.")
         if self.undefined_steps:
             found.append(
                 f"Of {self.steps} steps, {self.undefined_steps} had a predicted or actual decrease "
@@ -285,7 +298,8 @@ class Fidelity:
                 f"Of {self.examples} examples, {self.undefined_examples} have a value or standard "
                 "error that is not finite: the figures are of the others."
             )
-        if not self.conservation_error <= self.tolerance:
+        certificate = self.conservation_error
+        if certificate is not None and not certificate <= self.tolerance:
             found.append(
                 "The scores do not add up to what the gradient says: the conservation error "
                 f"reached {self.conservation_error:.1e}. Numbers may be out of range, or a use of "
@@ -322,16 +336,16 @@ class Fidelity:
 
 def summarize(
     *,
-    predicted: np.ndarray,
-    actual: np.ndarray,
+    predicted: np.ndarray | None,
+    actual: np.ndarray | None,
     correlations: np.ndarray,
-    conservation_errors: np.ndarray,
+    conservation_errors: np.ndarray | None,
     audit_errors: np.ndarray,
     values: np.ndarray,
-    value_errors: np.ndarray,
+    value_errors: np.ndarray | None,
     tolerance: float = MAX_CONSERVATION_ERROR,
 ) -> Fidelity:
-    """Sums up what the steps of a run measured, outside ``jax.jit``.
+    """Sums up what the steps of a run measured, outside ``jax.jit``. None: it was not measured.
 
     Args:
       predicted, actual: [steps], decreases of the validation loss.
@@ -354,19 +368,31 @@ def summarize(
     >>> round(found.prediction_ratio, 3), found.audit_error, found.warnings()
     (0.933, None, [])
     """
+    is_measured = {
+        "errors": value_errors is not None,
+        "predictions": predicted is not None and actual is not None,
+        "certificate": conservation_errors is not None,
+    }
+    predicted, actual = (predicted, actual) if is_measured["predictions"] else ([], [])
     arrays = predicted, actual, conservation_errors, values, value_errors
     predicted, actual, conservation_errors, values, value_errors = (
-        np.asarray(array, np.float64) for array in arrays
+        np.asarray([] if array is None else array, np.float64) for array in arrays
     )
     has_both = np.isfinite(predicted) & np.isfinite(actual)
     has_certificate = np.isfinite(conservation_errors)
-    has_value = np.isfinite(values) & np.isfinite(value_errors)
+    has_value = np.isfinite(values)
+    known = [has_both] * is_measured["predictions"] + [has_certificate] * is_measured["certificate"]
+    steps = len(known[0]) if known else len(correlations)
+    undefined = ~np.logical_and.reduce([np.ones(steps, bool), *known])
+    if is_measured["errors"]:
+        has_value &= np.isfinite(value_errors)
+        value_errors = value_errors[has_value]
     predicted, actual = predicted[has_both], actual[has_both]
     error = _ratio(_of(np.median, np.abs(predicted - actual)), _of(np.median, np.abs(actual)))
     is_off = far_off(predicted, actual)
     if is_off.sum() <= MAX_FAR_OFF * len(is_off):
         predicted, actual = predicted[~is_off], actual[~is_off]
-    values, value_errors = values[has_value], value_errors[has_value]
+    values = values[has_value]
     audited = audit_errors[~np.isnan(audit_errors)]
     together = _of(np.std, predicted) * _of(np.std, actual)
     moved = _of(np.mean, (predicted - _of(np.mean, predicted)) * (actual - _of(np.mean, actual)))
@@ -376,14 +402,19 @@ def summarize(
         prediction_ratio=_ratio(actual.sum(), predicted.sum()),
         plain_correlation=_of(np.median, correlations[np.isfinite(correlations)]),
         sampling_error=_ratio(np.sqrt(_of(np.mean, value_errors**2)), _of(np.std, values)),
-        conservation_error=_of(np.max, conservation_errors[has_certificate]),
+        conservation_error=(
+            _of(np.max, conservation_errors[has_certificate])
+            if is_measured["certificate"]
+            else None
+        ),
         audit_error=float(audited.max()) if len(audited) else None,
-        undefined_steps=int(np.sum(~(has_both & has_certificate))),
-        steps=len(has_both),
+        undefined_steps=int(undefined.sum()),
+        steps=steps,
         undefined_examples=int(np.sum(~has_value)),
         examples=len(has_value),
         far_off_steps=int(is_off.sum()),
         tolerance=tolerance,
+        missing=tuple(name for name, given in is_measured.items() if not given),
     )
 
 

@@ -42,6 +42,7 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
     "_public": 11,
+    "_extras": 11,
     "": 12,  # the package itself re-exports
 }
 # The rooms of ghostjax.runs, and which others each may import.
@@ -53,6 +54,7 @@ ROOMS = {
     "data": ("errors", "models", "config"),
     "training": ("errors", "models", "config", "data", "analysis"),
     "analysis": ("errors", "store"),
+    "loop": ("errors", "store", "analysis"),
     "report": ("errors", "config", "store", "data", "training", "analysis"),
     "commands": ("errors", "config", "store", "data", "training", "analysis", "report"),
 }
