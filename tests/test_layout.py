@@ -10,6 +10,7 @@ import ghostjax
 ROOT = pathlib.Path(ghostjax.__file__).parent
 RANKS = {
     "_aggregate": 0,
+    "_audit": 1,
     "_errors": 0,
     "_checks": 2,
     "_channel": 1,

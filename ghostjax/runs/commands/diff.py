@@ -40,9 +40,9 @@ class DiffConfig:
         ghostjax diff run-a run-b --json | jq '.sets.prose.correlation'
 
     --csv prints one row per example and validation set, with all digits, the largest change (in
-    standard errors; without these, as it is) first; then the examples that only one run visited, with empty cells for the
-    other. verdict_a and verdict_b are those of ghostjax rank, or absent; beyond_errors is empty
-    where there are too few visits to tell.
+    standard errors; without these, as it is) first; then the examples that only one run visited,
+    with empty cells for the other. verdict_a and verdict_b are those of ghostjax rank, or absent;
+    beyond_errors is empty where there are too few visits, or no errors, to tell.
     --json prints the figures and, under examples, the same rows.
 
     The exit code is 0 whether or not the runs differ.

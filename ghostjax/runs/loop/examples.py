@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from ghostjax.runs.loop.columns import texts_of_ids
 
+EXCERPT = 120  # characters
 UNKNOWN = "unknown"  # the domain of examples without one
 _COLUMNS = ("domain", "size", "excerpt")
 
