@@ -14,6 +14,10 @@ WAY_OUT = (
     "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
     "to value_grad_and_dots, which then needs no row axis."
 )
+ALONE = (
+    "If rows do not see each other in the loss, write it for one row and pass per_example=True to "
+    "value_grad_and_dots"
+)
 SHARE = (
     'pass coupled="share" to value_grad_and_dots or value_and_dots_fn, for the derivative of the '
     "loss as only one row's uses of the parameters move."
@@ -75,15 +79,14 @@ def combined(operation: str, info: Mixed) -> str:
     return (
         f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
         "no row has a gradient of its own. Statistics of the batch can be constants, as the "
-        f"running averages of BatchNorm are. Or {SHARE}"
+        f"running averages of BatchNorm are. {ALONE}; if they do, {SHARE}"
     )
 
 
 def several(operation: str, reason: str) -> str:
     return (
         f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
-        "its own. If rows do not see each other in the loss, write it for one row and pass "
-        f"per_example=True to value_grad_and_dots; if they do, {SHARE}"
+        f"its own. {ALONE}; if they do, {SHARE}"
     )
 
 
