@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
 
         from jax.errors import JaxRuntimeError
 
-        from ghostjax.runs.commands import diff, rank, report, tokens, train
+        from ghostjax.runs.commands import diff, export, rank, report, tokens, train
         from ghostjax.runs.config import TrainConfig
         from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 
@@ -61,6 +61,7 @@ def _run(argv: list[str]) -> int:
         "train": (TrainConfig, lambda config: train.run(config, _given(argv))),
         "report": (report.ReportConfig, report.run),
         "rank": (rank.RankConfig, rank.run),
+        "export": (export.ExportConfig, export.run),
         "tokens": (tokens.TokensConfig, tokens.run),
         "diff": (diff.DiffConfig, diff.run),
     }
