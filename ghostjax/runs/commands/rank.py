@@ -128,6 +128,9 @@ def run(config: RankConfig) -> None:
         which = f" of {config.words}" if config.words else ""
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
 
+    if config.by == "loss" and not np.isfinite(source.numbers("scores", "loss")).any():
+        raise UsageError(f"--by loss: the log of {config.run} has no losses of rows")
+
     shares = None
     if config.mixture is not None:
         shares = domain_mixture(values, config.mixture_rate)

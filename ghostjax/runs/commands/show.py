@@ -128,10 +128,10 @@ def _rows(
     weights = visit_weights(source, name)
     scores, errors = (source.numbers("scores", f"{what}_{name}") for what in ("score", "error"))
     losses, rates = (source.numbers("scores", what) for what in ("loss", "learning_rate"))
-    steps, starts = (source.scores[what].to_numpy() for what in ("step", "start"))
+    steps, starts = (source.scores["step"].to_numpy(), source.numbers("scores", "start"))
     size, value = source.examples["size"][place].as_py(), 0.0
     for n in visits:
-        step, start = int(steps[n]), int(starts[n])
+        step, start = int(steps[n]), None if np.isnan(starts[n]) else int(starts[n])
         is_scored = bool(np.isfinite(scores[n]))
         value += weights[n] * scores[n] if is_scored else 0.0
         end = min(start + task.length + 1, size) if pieces is not None else None
@@ -166,8 +166,8 @@ def _print(source: Run, config: ShowConfig, name: str, place: int, rows: list[An
         is_scored = bool(np.isfinite(row["score"]))
         table.add_row(
             str(row["step"]),
-            f"{row['learning_rate']:.1e}",
-            f"{row['loss']:.3f}",
+            _figure(row["learning_rate"], ".1e"),
+            _figure(row["loss"], ".3f"),
             output.with_error(row["score"], row["error"], console) if is_scored else "not scored",
             f"{row['weight']:.2f}" if is_scored else "-",
             f"{row['value']:+.2e}",
@@ -181,3 +181,7 @@ def _print(source: Run, config: ShowConfig, name: str, place: int, rows: list[An
         told += f": value {value}"
     if not config.quiet:
         output.print_text(console, f"{told}, in {source.unit}\n")
+
+
+def _figure(number: float, form: str) -> str:
+    return f"{number:{form}}" if np.isfinite(number) else "-"

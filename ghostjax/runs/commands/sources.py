@@ -4,6 +4,7 @@ from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import Task
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.loop.run_log import TASK
 from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.run import Run
 
@@ -12,8 +13,11 @@ def read_task(source: Run) -> tuple[TrainConfig, Task]:
     """The options and the data of a run, read again.
 
     Raises:
-      UsageError: the data cannot be read, or changed since the run began.
+      UsageError: the data cannot be read, changed since the run began, or are those of a training
+        loop of one's own.
     """
+    if source.metadata.get("task") == TASK:
+        raise UsageError(f"{source.path} is the log of another training loop, which has the data")
     begun = source.begun()
     config = TrainConfig(source.path).resumed(begun["options"])
     try:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from ghostjax import RunLog
 from ghostjax.cli import main
 from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.commands.sources import read_task
@@ -100,3 +101,19 @@ def test_an_example_without_a_visit_has_nothing_to_show(tmp_path, capsys):
     values = read_values(read_run(path))["prose"]
     unvisited = values.ids[~values.visited][0]
     assert f"{unvisited} was not visited so far" in fails(["show", path, unvisited], capsys)
+
+
+def test_the_log_of_another_loop_has_what_was_logged(tmp_path, capsys):
+    with RunLog(tmp_path / "own", ("val",)) as log:
+        for step in range(3):
+            log.add(step, ["a", "b"], np.float32([1.0, -step]))
+    out, err = shown(tmp_path / "own", capsys, "b", "--json")
+    assert "is the log of another training loop, which has the data" in " ".join(err.split())
+    assert [row["score"] for row in json.loads(out)] == [0, -1, -2]
+    assert json.loads(out)[-1]["value"] == -3
+    assert "3 scored visits" in shown(tmp_path / "own", capsys, "b").out
+    message = fails(["rank", tmp_path / "own", "--by", "loss"], capsys)
+    assert "--by loss: the log of" in message
+    assert "has no losses of rows" in message
+    message = fails(["validate", tmp_path / "own"], capsys)
+    assert "is the log of another training loop, which has the data" in message
