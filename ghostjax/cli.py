@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
 
         from jax.errors import JaxRuntimeError
 
-        from ghostjax.runs.commands import diff, rank, report, tokens, train
+        from ghostjax.runs.commands import diff, export, rank, report, show, tokens, train, validate
         from ghostjax.runs.config import TrainConfig
         from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 
@@ -61,7 +61,10 @@ def _run(argv: list[str]) -> int:
         "train": (TrainConfig, lambda config: train.run(config, _given(argv))),
         "report": (report.ReportConfig, report.run),
         "rank": (rank.RankConfig, rank.run),
+        "show": (show.ShowConfig, show.run),
+        "export": (export.ExportConfig, export.run),
         "tokens": (tokens.TokensConfig, tokens.run),
+        "validate": (validate.ValidateConfig, validate.run),
         "diff": (diff.DiffConfig, diff.run),
     }
     config = None

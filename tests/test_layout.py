@@ -57,7 +57,7 @@ ROOMS = {
     "analysis": ("errors", "store"),
     "loop": ("errors", "store", "analysis"),
     "report": ("errors", "config", "store", "data", "training", "analysis"),
-    "commands": ("errors", "config", "store", "data", "training", "analysis", "report"),
+    "commands": ("errors", "config", "store", "data", "training", "analysis", "loop", "report"),
 }
 EXTRAS = ("orbax", "pyarrow", "rich", "scipy", "tokenizers", "tyro")
 # What rich itself calls may import it there, and only there.

@@ -6,35 +6,42 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
+from ghostjax.runs.analysis.losses import Visits, of_visits
 from ghostjax.runs.analysis.mixture import domain_mixture
 from ghostjax.runs.analysis.values import (
-    By,
     Valued,
     both_ends,
+    find,
     read_values,
 )
+from ghostjax.runs.commands.filters import Filter
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
 from ghostjax.runs.report.terminal import (
+    print_losses,
     print_meaning,
     print_mixture,
     print_values,
     print_warnings,
 )
 from ghostjax.runs.store.files import write_file
-from ghostjax.runs.store.run import read_run
+from ghostjax.runs.store.run import Run, read_run
 
 DEFAULT_COUNT = 10
+# The columns of the log that every visit has, whatever the validation set.
+OF_VISITS = ("loss",)
+
+RankBy = Literal["value", "mean", "loss"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RankConfig:
+class RankConfig(Filter):
     """Lists the training examples that helped most and those that hurt most.
 
     Reads a run directory and changes nothing in it. Of a run that goes on, it lists the values so
@@ -43,6 +50,8 @@ class RankConfig:
         ghostjax rank run
         ghostjax rank run --set prose --domain wiki --count 5
         ghostjax rank run --by mean --csv > values.csv
+        ghostjax rank run --by loss --id "wiki:*" --text "import|def"
+        ghostjax rank run --verdict hurts --min-visits 20
         ghostjax rank run --json | jq -r '.[] | select(.verdict == "hurts") | .id'
         ghostjax rank run --set prose --mixture weights.json
 
@@ -52,10 +61,15 @@ class RankConfig:
     and its scores count less.
 
     --csv and --json print one row per example and validation set, with all digits, best first:
-    set, rank, id, domain, visits, value, error, mean (value per visit), mean_error, verdict and
-    excerpt. Examples that were not visited come last and have neither rank nor value.
+    set, rank, id, domain, visits, value, error, mean (value per visit), mean_error, verdict,
+    excerpt, loss (the mean over the visits of the loss of the example's row before the update),
+    first_loss and last_loss. Examples that were not visited come last and have neither rank nor
+    value. Ranks and options count the examples that are chosen alone.
     Verdicts are helps, hurts and unclear, by a t test at 5%; few visits (fewer than 8, too few to
     tell); and not visited.
+
+    --by loss lists the examples with the highest loss and those with the lowest. Where labels are
+    wrong, it is the loss that shows it.
 
     --mixture writes {"domain": weight, ...}, with sum 1 and none 0: the share that each domain
     should have in the data of a next run, for the mean of the validation sets or that of --set. It
@@ -64,11 +78,10 @@ class RankConfig:
     as train_weights; for Grain it is weights of MapDataset.mix, in the order of your data sets.
 
     Attributes:
-      run: The run directory.
       set: The validation set to rank for. None: each of them.
-      domain: Only the examples of this domain.
       count: How many examples of either end. None: 10; with --csv or --json, all examples.
-      by: value: the sum over the visits; mean: the value per visit.
+      by: value: the sum over the visits; mean: the value per visit; loss: the mean loss over the
+        visits, scored or not.
       csv: Print CSV.
       json: Print JSON.
       mixture: Also write mixture weights of the domains to this file, JSON; replaces it.
@@ -76,11 +89,9 @@ class RankConfig:
       quiet: Print the tables without notes.
     """
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     set: str | None = None
-    domain: str | None = None
     count: int | None = None
-    by: By = "value"
+    by: RankBy = "value"
     csv: bool = False
     json: bool = False
     mixture: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -89,10 +100,11 @@ class RankConfig:
 
     def check(self) -> None:
         """Raises ``UsageError`` for the first option that cannot be used."""
+        super().check()
         check_count(self.count)
         check_formats(self.csv, self.json)
-        if self.mixture is not None and self.domain is not None:
-            raise UsageError("--mixture is of all domains: leave out --domain")
+        if self.mixture is not None and self.words:
+            raise UsageError(f"--mixture is of all examples: leave out what asks for {self.words}")
         if not 0 < self.mixture_rate < math.inf:
             raise UsageError(f"--mixture-rate must be positive, got {self.mixture_rate}")
 
@@ -110,15 +122,14 @@ def run(config: RankConfig) -> None:
     values = whole = read_values(source)
     if config.set is not None:
         values = whole = {config.set: values[config.set]}
-    if config.domain is not None:
-        domains = sorted(set(source.examples["domain"].to_pylist()))
-        check_choice("domain", config.domain, domains)
-        values = {
-            name: valued.select(valued.domains == config.domain) for name, valued in values.items()
-        }
+    chosen = config.mask(next(iter(values.values())))
+    values = {name: valued.select(chosen) for name, valued in values.items()}
     if not any(valued.visited.any() for valued in values.values()):
-        which = f" of domain {config.domain}" if config.domain is not None else ""
+        which = f" of {config.words}" if config.words else ""
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
+
+    if config.by == "loss" and not np.isfinite(source.numbers("scores", "loss")).any():
+        raise UsageError(f"--by loss: the log of {config.run} has no losses of rows")
 
     shares = None
     if config.mixture is not None:
@@ -127,19 +138,24 @@ def run(config: RankConfig) -> None:
         weights = json.dumps({share.name: share.weight for share in shares}, indent=2) + "\n"
         write_file(config.mixture, lambda file: file.write(weights.encode()))
     if config.csv:
-        output.print_csv(_rows(values, config))
+        output.print_csv(_rows(source, values, config))
     elif config.json:
-        output.print_json(list(_rows(values, config)))
+        output.print_json(list(_rows(source, values, config)))
     else:
         console = output.make_console(sys.stdout)
+        count = config.count or DEFAULT_COUNT
+        if config.by == "loss":
+            valued = next(iter(values.values()))
+            print_losses(console, *_by_loss(source, valued), count, config.words)
+            return
         for name, valued in values.items():
             print_values(
                 console,
                 f"validation set {name}",
                 valued,
                 by=config.by,
-                count=config.count or DEFAULT_COUNT,
-                domain=config.domain,
+                count=count,
+                chosen=config.words,
                 quiet=config.quiet,
             )
         if shares is not None:
@@ -151,19 +167,36 @@ def run(config: RankConfig) -> None:
             print_warnings(console, source, whole)
 
 
-def _rows(values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, Any]]:
+def _by_loss(source: Run, valued: Valued) -> tuple[Valued, Visits]:
+    """The examples that have a loss, the one with the highest first, and their losses."""
+    losses = _of_visits(source, valued)["loss"]
+    order = np.argsort(-losses.mean, kind="stable")  # NaN goes last
+    order = order[np.isfinite(losses.mean[order])]
+    return valued.select(order), Visits(*(each[order] for each in losses))
+
+
+def _of_visits(source: Run, valued: Valued) -> dict[str, Visits]:
+    """By name, what the examples' visits had."""
+    place = find(valued.ids, source.examples["id"].combine_chunks())
+    return {name: Visits(*(each[place] for each in of_visits(source, name))) for name in OF_VISITS}
+
+
+def _rows(source: Run, values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, Any]]:
     for name, valued in values.items():
-        ranked = valued.ranked(config.by)
+        if config.by == "loss":
+            ranked, _ = _by_loss(source, valued)
+            rest = valued.select(find(valued.ids, ranked.ids) < 0)
+        else:
+            ranked, rest = valued.ranked(config.by), valued.select(~valued.visited)
         chosen = np.arange(len(ranked))
-        unvisited = valued.select(~valued.visited)
         if config.count is not None:
             first, last = both_ends(ranked, config.count)
-            chosen, unvisited = np.concatenate([first, last[::-1]]), unvisited.select(slice(0))
-        for part, ranks in ((ranked, chosen), (unvisited, np.arange(len(unvisited)))):
+            chosen, rest = np.concatenate([first, last[::-1]]), rest.select(slice(0))
+        for part, ranks in ((ranked, chosen), (rest, np.arange(len(rest)))):
             means, mean_errors = part.measured("mean")
-            verdicts = part.verdicts
+            verdicts, visits = part.verdicts, _of_visits(source, part)
             for index in ranks:
-                yield {
+                row = {
                     "set": name,
                     "rank": int(index) + 1 if part is ranked else None,
                     "id": part.ids[index],
@@ -176,3 +209,10 @@ def _rows(values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, A
                     "verdict": verdicts[index],
                     "excerpt": part.excerpts[index],
                 }
+                for column, own in visits.items():
+                    row |= {
+                        column: own.mean[index],
+                        f"first_{column}": own.first[index],
+                        f"last_{column}": own.last[index],
+                    }
+                yield row

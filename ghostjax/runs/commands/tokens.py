@@ -21,14 +21,13 @@ from ghostjax.runs.commands.options import (
     check_formats,
     use_compilation_cache,
 )
+from ghostjax.runs.commands.sources import read_task
 from ghostjax.runs.config import TrainConfig
-from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import heat, output
 from ghostjax.runs.store import checkpoints
 from ghostjax.runs.store.files import write_file
-from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.training.positions import Windows, score_windows
 from ghostjax.runs.training.trainer import Trainer
@@ -192,17 +191,7 @@ def _groups(
 
 def _task(source: Run, config: TokensConfig) -> tuple[TrainConfig, TextTask]:
     """The data of the run, read again."""
-    begun = source.begun()
-    train_config = TrainConfig(source.path).resumed(begun["options"])
-    try:
-        task = load_task(train_config)
-    except UsageError as error:
-        raise UsageError(
-            f"the data of {source.path} cannot be read again, needed where the run was started: "
-            f"{error}"
-        ) from error
-    if begun["fingerprints"]["data"] != fingerprint(task.contents()):
-        raise UsageError(f"{source.path}: the data changed since the run began")
+    train_config, task = read_task(source)
     if config.val_batch_size is not None:
         train_config = dataclasses.replace(train_config, val_batch_size=config.val_batch_size)
         train_config.check()

@@ -110,6 +110,10 @@ class TextTask:
         """The text of a training example, in one piece per token; see ``Coder.pieces``."""
         return self._pieces(self._documents[index].text)
 
+    def text(self, index: int) -> str:
+        """The text of a training example."""
+        return self._documents[index].text.decode(errors="replace")
+
     def contents(self) -> list[Any]:
         # With the sizes, as a fingerprint does not see where one set ends and the next begins.
         ids = [example.id for example in self.examples]

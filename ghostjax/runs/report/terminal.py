@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ghostjax.runs.analysis.domains import by_domain
+from ghostjax.runs.analysis.losses import Visits
 from ghostjax.runs.analysis.mixture import Share
 from ghostjax.runs.analysis.summary import measure_fidelity, run_warnings
 from ghostjax.runs.analysis.values import (
@@ -12,6 +13,7 @@ from ghostjax.runs.analysis.values import (
     By,
     Valued,
     best_and_worst,
+    both_ends,
     read_values,
 )
 from ghostjax.runs.report import output
@@ -28,26 +30,53 @@ def print_values(
     *,
     by: By = "value",
     count: int,
-    domain: str | None = None,
+    chosen: str = "",
     quiet: bool = False,
 ) -> None:
     """Prints the ``count`` best and worst examples, the domains, and how many stand out.
 
     Args:
       about: whose values they are, for the titles.
-      domain: the one that all of the examples are of; then there is no table of domains.
+      chosen: what examples were chosen by; then there is no table of domains.
     """
     ranked = valued.ranked(by)
     measured, _ = ranked.measured(by)
-    if domain is not None:
-        about += f", domain {domain}"
+    if chosen:
+        about += f", {chosen}"
     for title, indices in best_and_worst(measured, count):
         console.print(_ranking(f"{title}: {about}", ranked, indices, by, console))
-    if domain is None:
+    if not chosen:
         per_visit = ", mean and median per visit" if by == "mean" else ""
         console.print(_by_domain(f"By domain: {about}{per_visit}", valued, by, console))
     if not quiet:
         output.print_text(console, f"{standing(valued)}\n")
+
+
+def print_losses(
+    console: Console, ranked: Valued, losses: Visits, count: int, chosen: str = ""
+) -> None:
+    """Prints the examples with the highest losses and those with the lowest.
+
+    Args:
+      ranked, losses: the examples that have a loss, the highest first.
+      chosen: what they were chosen by.
+    """
+    about = f", {chosen}" if chosen else ""
+    right = {"justify": "right"}
+    columns = {"rank": right, "id": {"max_width": 32}, "domain": {"max_width": 16}}
+    columns |= {"mean loss": right, "first": right, "last": right, "excerpt": {"ratio": 1}}
+    for title, indices in zip(("Highest", "Lowest"), both_ends(ranked, count)):
+        table = output.plain_table(f"{title} loss, mean over visits{about}", columns, console)
+        for n in indices:
+            table.add_row(
+                str(n + 1),
+                output.plain_cell(ranked.ids[n], console),
+                output.plain_cell(ranked.domains[n], console),
+                *(f"{own[n]:.3f}" for own in losses),
+                output.plain_cell(ranked.excerpts[n], console),
+            )
+        if len(indices):
+            console.print(table)
 
 
 def standing(valued: Valued) -> str:

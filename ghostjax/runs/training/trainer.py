@@ -26,6 +26,14 @@ PLAIN_STEPS = 5
 MEASURED = ("val_loss", "predicted", "actual", "conservation_error", "audit_error", "correlation")
 
 
+class TrainBatch(NamedTuple):
+    """Which examples [B], where their rows start [B], and the rows."""
+
+    indices: np.ndarray
+    starts: np.ndarray
+    rows: dict[str, np.ndarray]
+
+
 class Batch(NamedTuple):
     """What one step sees: which examples [B], where their rows start [B], and the rows."""
 
@@ -62,14 +70,10 @@ def batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[Batch]:
     anew without replacement.
     """
     sets = list(task.val_sizes)
-    order = VisitOrder(len(task.examples), config.batch_size, config.seed)
-    for step in itertools.count(start):
-        indices = order(step)
-        train_rows, starts = task.train_rows(indices, generator(config.seed, "windows", step))
+    for step, (indices, starts, train_rows) in enumerate(train_batches(config, task, start), start):
         val_rows = []
         for name in sets:
-            rng = generator(config.seed, f"set {name}", step)
-            chosen = rng.choice(task.val_sizes[name], config.val_batch_size, replace=False)
+            chosen, rng = val_choice(config, name, task.val_sizes[name], step)
             val_rows.append(task.val_rows(name, chosen, rng))
         stacked = {
             name: np.stack([rows[name] for rows in val_rows]).reshape(
@@ -78,6 +82,26 @@ def batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[Batch]:
             for name in val_rows[0]
         }
         yield Batch(indices, starts, train_rows, stacked)
+
+
+def train_batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[TrainBatch]:
+    """What ``batches`` has of the training rows alone."""
+    order = VisitOrder(len(task.examples), config.batch_size, config.seed)
+    for step in itertools.count(start):
+        indices = order(step)
+        rows, starts = task.train_rows(indices, generator(config.seed, "windows", step))
+        yield TrainBatch(indices, starts, rows)
+
+
+def val_choice(
+    config: TrainConfig, name: str, size: int, step: int
+) -> tuple[np.ndarray, np.random.Generator]:
+    """Which V of the ``size`` examples of a validation set a step takes, and what draws the rest.
+
+    The first half of them is one part of the rows, the second half the other.
+    """
+    rng = generator(config.seed, f"set {name}", step)
+    return rng.choice(size, config.val_batch_size, replace=False), rng
 
 
 class Trainer:

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ from tests.runs.made_up import DOMAINS, EXAMPLES, SETS, write_run
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("rank") / "run")
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """With visits enough to tell, of some examples one more."""
+    return write_run(tmp_path_factory.mktemp("rank") / "long", steps=63)
 
 
 def ranked(path: Path, capsys, *options: str) -> str:
@@ -75,6 +82,48 @@ def test_options_choose_set_domain_count_and_order(made_up, capsys):
     rows = rows_of_csv(ranked(made_up, capsys, "--csv", "--set", "prose", "--by", "mean"))
     means = [float(row["mean"]) for row in rows]
     assert means == sorted(means, reverse=True)
+
+
+FILTERS = {
+    "id": (["--id", "wiki:*", "noise:?"], lambda row: re.match(r"wiki:|noise:.$", row["id"])),
+    "whole id": (["--id", "wiki:3"], lambda row: row["id"] == "wiki:3"),
+    "text": (["--text", "DEF w|^xq"], lambda row: row["domain"] in ("scripts", "noise")),
+    "visits": (["--min-visits", "13"], lambda row: int(row["visits"]) == 13),
+    "verdict": (["--verdict", "helps", "hurts"], lambda row: row["verdict"] in ("helps", "hurts")),
+    "all": (
+        ["--domain", "wiki", "--verdict", "helps", "--id", "*:3*"],
+        lambda row: row["verdict"] == "helps" and row["id"].startswith("wiki:3"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "fits"), FILTERS.values(), ids=FILTERS)
+def test_filters_choose_what_fits_all_of_them(long, capsys, options, fits):
+    path, every = long, ["--csv", "--set", "prose"]
+    expected = [row["id"] for row in rows_of_csv(ranked(path, capsys, *every)) if fits(row)]
+    rows = rows_of_csv(ranked(path, capsys, *every, *options))
+    assert [row["id"] for row in rows] == expected
+    assert 0 < len(rows) < EXAMPLES
+    assert [int(row["rank"]) for row in rows] == [*range(1, len(rows) + 1)]
+    assert "By domain" not in ranked(path, capsys, *options)
+
+
+def test_by_loss_lists_the_losses_of_the_visits(made_up, capsys):
+    scores = read_run(made_up).scores.to_pylist()
+    rows = json.loads(ranked(made_up, capsys, "--by", "loss", "--json", "--set", "prose"))
+    for row in rows:
+        own = [visit["loss"] for visit in scores if visit["id"] == row["id"]]
+        assert row["loss"] == pytest.approx(np.mean(own), rel=1e-6)
+        assert (row["first_loss"], row["last_loss"]) == (own[0], own[-1])
+    losses = [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
+
+    highest, lowest = ranked(made_up, capsys, "--by", "loss", "--domain", "wiki").split("Lowest")
+    own = [row for row in rows if row["domain"] == "wiki"]
+    assert "Highest loss, mean over visits, domain wiki" in highest
+    for text, row in ((highest, own[0]), (lowest, own[-1])):
+        assert row["id"] in text
+        assert f"{row['loss']:.3f}" in text
 
 
 def test_no_example_is_at_both_ends(made_up, capsys):
@@ -212,6 +261,11 @@ def test_a_reader_that_goes_away_is_no_error(made_up):
 BAD = {
     "set": (["--set", "poems"], "no validation set 'poems' in the run: expected one of prose, c"),
     "domain": (["--domain", "x"], "no domain 'x' in the run: expected one of noise, scripts, wiki"),
+    "id": (["--id", "poem:*", "x"], "--id: no example has an id like poem:* or x"),
+    "text": (["--text", "("], "--text '(': no regular expression, missing )"),
+    "visits": (["--min-visits", "-1"], "--min-visits must be at least 0, got -1"),
+    "none left": (["--min-visits", "99"], "none of the examples of 99 visits or more was visited"),
+    "mixture": (["--mixture", "x", "--text", "a"], "--mixture is of all examples: leave out what "),
     "count": (["--count", "0"], "--count must be at least 1, got 0"),
     "formats": (["--csv", "--json"], "--csv and --json exclude each other"),
 }

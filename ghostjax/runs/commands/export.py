@@ -1,0 +1,183 @@
+"""``ghostjax export``: a cleaned or re-weighted subset of the training examples, as a file."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from ghostjax import selection
+from ghostjax.runs.analysis.values import By, Valued, Verdict, read_values
+from ghostjax.runs.commands.filters import Filter
+from ghostjax.runs.commands.options import check_choice
+from ghostjax.runs.commands.sources import read_task
+from ghostjax.runs.data.text import TextTask
+from ghostjax.runs.errors import UsageError
+from ghostjax.runs.report import output
+from ghostjax.runs.store.files import write_file
+from ghostjax.runs.store.run import Run, read_run
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(Filter):
+    """Writes a cleaned or re-weighted subset of the training examples to a file.
+
+        ghostjax export run --out kept.jsonl --drop hurts
+        ghostjax export run --out best.parquet --set prose --top 0.5
+        ghostjax export run --out weights.parquet --set prose --weights softmax --temperature 2
+        ghostjax export run --out clean.jsonl --drop hurts --documents
+
+    The file has a line of JSON (.jsonl) or a row (.parquet) for each example that is kept, in the
+    order of the training data: id, domain, visits, weight, value, error and verdict; with
+    --documents, also its text. With --text-field text --id-field id --domain-field domain, ghostjax
+    train takes such a file as it is.
+
+    The options that choose examples come first, then --drop, then --top, then --weights. Weights
+    have mean 1 over the file, so that learning rates need no change. An example that was not
+    visited has no value: --top and softmax leave it out.
+
+    The file is there as a whole or not at all.
+
+    Attributes:
+      out: The file to write, .jsonl or .parquet.
+      set: The validation set whose values decide. None: the only one there is.
+      drop: Leave out the examples of this verdict, or of these.
+      top: Keep the examples with the highest values: a fraction, below 1 or written with a point,
+        of the examples that are left and have a value, or their number.
+      by: What --top and --weights go by. value: the sum over the visits; mean: the value per visit.
+      weights: equal: 1 for all; softmax: they grow with the value, as selection.softmax has it.
+      temperature: Of softmax, in standard deviations of the values. Large: all weights alike.
+      documents: Also write the texts. It needs the files that the run was started with.
+      force: Replace a file that is there.
+      quiet: Do not tell what was written.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path()
+    set: str | None = None
+    drop: tuple[Verdict, ...] = ()
+    top: Annotated[str | None, tyro.conf.arg(metavar="FRACTION|K")] = None
+    by: By = "value"
+    weights: Literal["equal", "softmax"] = "equal"
+    temperature: float = 1.0
+    documents: bool = False
+    force: bool = False
+    quiet: bool = False
+
+    def check(self) -> None:
+        """Raises ``UsageError`` for the first option that cannot be used."""
+        super().check()
+        if self.out == Path():
+            raise UsageError("--out: give the file to write, .jsonl or .parquet")
+        if self.out.suffix not in SUFFIXES:
+            raise UsageError(f"--out {self.out}: expected a .jsonl or .parquet file")
+        if not self.temperature > 0:
+            raise UsageError(f"--temperature must be positive, got {self.temperature}")
+        if self.top is not None:
+            count_of(self.top, 1)
+        if not self.force and self.out.exists():
+            raise UsageError(f"{self.out} is there already: --force replaces it")
+
+
+def count_of(top: str, count: int) -> int:
+    """How many of ``count`` examples ``--top`` keeps.
+
+    >>> count_of("0.5", 9), count_of("20", 9), count_of("1.0", 9)
+    (5, 9, 9)
+
+    Raises:
+      UsageError: it is neither a fraction from 0 to 1 nor a number from 1 up.
+    """
+    try:
+        if top.isdecimal() and int(top) >= 1:
+            return min(int(top), count)
+        fraction = float(top)
+        if not top.isdecimal() and 0 < fraction <= 1:
+            return int(np.ceil(fraction * count))
+    except ValueError:
+        pass
+    raise UsageError(
+        f"--top {top}: expected a fraction above 0 and up to 1, written with a point, or a number "
+        "of examples from 1 up"
+    )
+
+
+def run(config: ExportConfig) -> None:
+    """Writes the file.
+
+    Raises:
+      UsageError: an option, the run directory or its data cannot be used, or nothing is left.
+      OSError: the file cannot be written; one that was there is unchanged.
+    """
+    config.check()
+    source = read_run(config.run)
+    check_choice("validation set", config.set, list(source.sets))
+    if config.set is None and len(source.sets) > 1:
+        raise UsageError(f"--set: give one of {', '.join(source.sets)}, whose values decide")
+    valued = read_values(source)[config.set or source.sets[0]]
+    kept = choose(valued, config)
+    weights = np.ones(len(kept), np.float32)
+    if config.weights == "softmax":
+        scores = np.float32(valued.measured(config.by)[0][kept])
+        weights = np.asarray(selection.softmax(scores, config.temperature))
+    rows = valued.select(kept)
+    columns = {
+        "id": pa.array(rows.ids, pa.string()),
+        "domain": pa.array(rows.domains, pa.string()),
+        "visits": pa.array(rows.visits, pa.int64()),
+        "weight": pa.array(weights, pa.float32()),
+        # from_pandas: NaN is null.
+        "value": pa.array(rows.values, pa.float64(), from_pandas=True),
+        "error": pa.array(rows.errors, pa.float64(), from_pandas=True),
+        "verdict": pa.array(rows.verdicts, pa.string()),
+    }
+    if config.documents:
+        columns["text"] = pa.array(_texts(source, kept), pa.string())
+    _write(config.out, pa.table(columns))
+    if not config.quiet:
+        console = output.make_console(sys.stdout)
+        line = f"{config.out}: {len(kept)} of {len(valued)} examples"
+        output.print_text(console, line)
+
+
+def choose(valued: Valued, config: ExportConfig) -> np.ndarray:
+    """Indices of the examples that are kept, ascending.
+
+    Raises:
+      UsageError: none is.
+    """
+    is_kept = config.mask(valued) & ~np.isin(valued.verdicts.astype(str), config.drop)
+    needs_value = config.top is not None or config.weights == "softmax"
+    if needs_value:
+        is_kept &= np.isfinite(valued.values)
+    kept = np.flatnonzero(is_kept)
+    if not len(kept):
+        raise UsageError(f"{config.run}: none of {len(valued)} examples is left to be written")
+    if config.top is None:
+        return kept
+    measured = valued.measured(config.by)[0][kept]
+    best = selection.top_k(np.float32(measured), count_of(config.top, len(kept)))
+    return kept[np.asarray(best) > 0]
+
+
+def _texts(source: Run, kept: np.ndarray) -> list[str]:
+    _, task = read_task(source)
+    if not isinstance(task, TextTask):
+        raise UsageError(f"--documents: {source.path} is no run on texts")
+    return [task.text(index) for index in kept]
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    if path.suffix == ".parquet":
+        write_file(path, lambda file: pq.write_table(table, file))
+        return
+    lines = "".join(
+        json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in table.to_pylist()
+    )
+    write_file(path, lambda file: file.write(lines.encode()))

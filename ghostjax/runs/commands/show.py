@@ -1,0 +1,187 @@
+"""``ghostjax show``: what made the value of one training example, visit by visit."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from ghostjax.runs.analysis.values import read_values, visit_weights
+from ghostjax.runs.commands.options import check_choice, check_count, check_formats
+from ghostjax.runs.commands.sources import read_task
+from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.data.task import Task
+from ghostjax.runs.data.text import TextTask
+from ghostjax.runs.errors import UsageError
+from ghostjax.runs.report import output
+from ghostjax.runs.store.run import Run, read_run
+from ghostjax.runs.training.trainer import val_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowConfig:
+    """Shows what made the value of one training example, visit by visit.
+
+        ghostjax show run wiki:4
+        ghostjax show run wiki:4 --set prose --count 5
+        ghostjax show run wiki:4 --csv > visits.csv
+        ghostjax show run wiki:4 --json | jq '.[0].val_examples'
+
+    The value is the sum, over the visits that were scored, of weight times score. The weight is
+    that of the step: 1, but where much more was predicted than happened.
+
+    --csv and --json print one row per validation set and visit, in the order of the steps: set,
+    step, row (its place in the batch), loss, learning_rate, score, error, weight, value (so far),
+    start and end (the tokens of the window that was scored), window (their text) and val_examples:
+    which held-out examples the step's validation gradient was taken of, by their place in the
+    validation set, from 0. What one of them had in the score is not in the log. Windows and
+    val_examples need the files that the run was started with; where these are not there, they are
+    empty, and a line says why.
+
+    Attributes:
+      run: The run directory.
+      id: The training example.
+      set: The validation set. None: each of them.
+      count: Only so many visits, those that count most. None: all.
+      csv: Print CSV.
+      json: Print JSON.
+      quiet: Print the table without notes.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
+    set: str | None = None
+    count: int | None = None
+    csv: bool = False
+    json: bool = False
+    quiet: bool = False
+
+    def check(self) -> None:
+        """Raises ``UsageError`` for the first option that cannot be used."""
+        check_count(self.count)
+        check_formats(self.csv, self.json)
+
+
+def run(config: ShowConfig) -> None:
+    """Prints the visits.
+
+    Raises:
+      UsageError: an option, or the run directory, cannot be used, or there is no such example.
+    """
+    config.check()
+    source = read_run(config.run)
+    check_choice("validation set", config.set, list(source.sets))
+    ids = source.examples["id"].to_pylist()
+    if config.id not in ids:
+        raise UsageError(
+            f"no training example {config.id!r} in {source.path}; ghostjax rank {source.path} "
+            "--csv lists their ids"
+        )
+    place = ids.index(config.id)
+    visits = np.flatnonzero(np.asarray(source.scores["id"].to_pylist(), object) == config.id)
+    if not len(visits):
+        raise UsageError(f"{config.id} was not visited so far, so it has no value")
+    found, note = None, ""
+    try:
+        found = read_task(source)
+    except UsageError as error:
+        note = f"No windows and validation examples: {error}"
+    sets = [config.set] if config.set else list(source.sets)
+    rows = {name: list(_rows(source, name, place, visits, found)) for name in sets}
+    if config.count is not None:
+        rows = {name: _most(own, config.count) for name, own in rows.items()}
+    every = [row for own in rows.values() for row in own]
+    if note and not config.quiet:
+        output.print_text(output.make_console(sys.stderr), note)
+    if config.csv:
+        output.print_csv({**row, "val_examples": _joined(row["val_examples"])} for row in every)
+    elif config.json:
+        output.print_json(every)
+    else:
+        for name, own in rows.items():
+            _print(source, config, name, place, own)
+
+
+def _most(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The visits that count most, in their order."""
+    sizes = np.abs([row["weight"] * row["score"] for row in rows])
+    kept = np.argsort(-np.nan_to_num(sizes), kind="stable")[:count]
+    return [rows[n] for n in sorted(kept)]
+
+
+def _joined(places: list[int] | None) -> str | None:
+    return None if places is None else " ".join(map(str, places))
+
+
+def _rows(
+    source: Run,
+    name: str,
+    place: int,
+    visits: np.ndarray,
+    found: tuple[TrainConfig, Task] | None,
+) -> Iterator[dict[str, Any]]:
+    config, task = found or (None, None)
+    pieces = task.pieces(place) if isinstance(task, TextTask) else None
+    weights = visit_weights(source, name)
+    scores, errors = (source.numbers("scores", f"{what}_{name}") for what in ("score", "error"))
+    losses, rates = (source.numbers("scores", what) for what in ("loss", "learning_rate"))
+    steps, starts = (source.scores["step"].to_numpy(), source.numbers("scores", "start"))
+    size, value = source.examples["size"][place].as_py(), 0.0
+    for n in visits:
+        step, start = int(steps[n]), None if np.isnan(starts[n]) else int(starts[n])
+        is_scored = bool(np.isfinite(scores[n]))
+        value += weights[n] * scores[n] if is_scored else 0.0
+        end = min(start + task.length + 1, size) if pieces is not None else None
+        val_examples = None
+        if config is not None and is_scored:
+            val_examples = val_choice(config, name, task.val_sizes[name], step)[0].tolist()
+        yield {
+            "set": name,
+            "step": step,
+            "row": int(n - np.searchsorted(steps, step)),
+            "loss": losses[n],
+            "learning_rate": rates[n],
+            "score": scores[n],
+            "error": errors[n],
+            "weight": weights[n] if is_scored else np.nan,
+            "value": value,
+            "start": start,
+            "end": end,
+            "window": None if pieces is None else "".join(pieces[start:end]),
+            "val_examples": val_examples,
+        }
+
+
+def _print(source: Run, config: ShowConfig, name: str, place: int, rows: list[Any]) -> None:
+    console = output.make_console(sys.stdout)
+    valued = read_values(source)[name].select(np.array([place]))
+    right = {"justify": "right"}
+    columns = {"step": right, "rate": right, "loss": right, "score": right, "weight": right}
+    columns |= {"value so far": right, "tokens": right, "window": {"ratio": 1}}
+    table = output.plain_table(f"{config.id}: validation set {name}", columns, console)
+    for row in rows:
+        is_scored = bool(np.isfinite(row["score"]))
+        table.add_row(
+            str(row["step"]),
+            _figure(row["learning_rate"], ".1e"),
+            _figure(row["loss"], ".3f"),
+            output.with_error(row["score"], row["error"], console) if is_scored else "not scored",
+            f"{row['weight']:.2f}" if is_scored else "-",
+            f"{row['value']:+.2e}",
+            "" if row["end"] is None else f"{row['start']}..{row['end']}",
+            output.plain_cell(row["window"] or "", console),
+        )
+    console.print(table)
+    told = f"{valued.visits[0]} scored visits, {valued.verdicts[0]}"
+    if valued.visits[0]:
+        value = output.with_error(valued.values[0], valued.errors[0], console)
+        told += f": value {value}"
+    if not config.quiet:
+        output.print_text(console, f"{told}, in {source.unit}\n")
+
+
+def _figure(number: float, form: str) -> str:
+    return f"{number:{form}}" if np.isfinite(number) else "-"
