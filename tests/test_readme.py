@@ -6,6 +6,8 @@ import re
 import jax
 import jax.numpy as jnp
 
+from ghostjax.runs.store.run import read_run
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -28,6 +30,7 @@ def test_python_snippets(standard_promotion):
     assert jnp.isfinite(loss)
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after, namespace["params"])
     assert all(jax.tree.leaves(moved))
+    assert read_run(pathlib.Path(namespace["out"])).summary["scored_steps"] == 10
     assert namespace["of_pairs"].total().shape == (6,)
     assert (namespace["values"].visits == 1).all()
     assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding

@@ -13,6 +13,7 @@ from ghostjax.runs.loop.run_log import RunLog
 from tests.runs.store.killed_log import in_child, kill_before
 
 STEPS, EVERY = 20, 3
+STRIDE = 7  # over the system calls; prime to how many a file takes
 SETS = ("a", "b")
 
 
@@ -32,20 +33,24 @@ def log_steps(out, steps=STEPS, step=None):
 
 def main(folder):
     os.fsync = lambda descriptor: None  # the disk is slow, and syncing it is for losing power
+    log_steps(folder / "whole")  # imports what children need
     begin = time.perf_counter()
-    in_child(lambda: log_steps(folder / "whole"))
+    in_child(lambda: log_steps(folder / "again"))
     longest, rng, kills, runs = time.perf_counter() - begin, random.Random(0), 0, 0
     while kills < 6:
         out = folder / "random" / str(runs)
         runs += 1
-        while in_child(lambda out=out: log_steps(out), rng.uniform(0, longest) * (kills < 20)):
+        while in_child(
+            lambda out=out: log_steps(out),
+            rng.uniform(0, longest) if kills < 8 else None,
+        ):
             kills += 1
     call, was_killed = 0, True
     while was_killed:
         out = folder / "calls" / str(call)
         was_killed = in_child(lambda out=out, call=call: cut_and_killed(out, call))
         in_child(lambda out=out: log_steps(out))
-        call += 1
+        call += STRIDE
     print(json.dumps({"kills": kills, "calls": call}))
 
 

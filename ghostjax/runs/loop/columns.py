@@ -21,6 +21,8 @@ def texts_of_ids(ids: Any) -> tuple[np.ndarray, str]:
     if array.ndim != 1:
         raise ValueError(f"ids must be [B], got shape {list(array.shape)}.")
     if array.dtype.kind in "iu":
+        if (array < 0).any():
+            raise ValueError("ids must not be negative: leave out rows that are padding.")
         return array.astype(str).astype(object), "integers"
     if not all(isinstance(one, str) for one in array.tolist()):
         raise TypeError("ids must be strings or integers.")
@@ -80,5 +82,5 @@ def check_finite(name: str, array: np.ndarray, ids: np.ndarray, step: int) -> No
         bad = ids[is_bad].tolist()
         listed = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if bad[4:] else "")
         raise ValueError(
-            f"step {step}: {name} of {listed} not finite; nothing was logged of this step."
+            f"step {step}: {name} of {listed} is not finite; nothing was logged of this step."
         )
