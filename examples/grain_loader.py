@@ -22,9 +22,9 @@ def task() -> Task:
     return Task(
         train=train.random_map(augmented),
         val={"clean": grain.MapDataset.source(pictures(32, seed=1))},
-        init=lambda seed: {"kernel": jnp.zeros((SIZE**2, CLASSES)), "bias": jnp.zeros(CLASSES)},
+        init=lambda seed: {"kernel": jnp.zeros((SIZE**2, CLASSES))},
         row_losses=lambda params, batch: optax.softmax_cross_entropy_with_integer_labels(
-            batch["x"] @ params["kernel"] + params["bias"], batch["y"]
+            batch["x"] @ params["kernel"], batch["y"]
         ),
         optimizer=optax.sgd(0.1),
         unit="nats",

@@ -31,17 +31,17 @@ def run(task: Task | Callable[[], Task] | str, out: str | Path, **options: Any) 
       ghostjax.runs.errors.StoppedError: training cannot go on; what came before is kept.
       ModuleNotFoundError: ``ghostjax[train]`` is not installed.
 
-    >>> import jax.numpy as jnp, pathlib, tempfile
+    >>> import jax.numpy as jnp, optax, pathlib, tempfile
     >>> examples = [{"id": f"n{n}", "x": float(n)} for n in range(8)]
     >>> task = Task(
     ...     train=examples[:6],
     ...     val={"last": examples[6:]},
     ...     init=lambda seed: {"mean": jnp.zeros(())},
     ...     row_losses=lambda params, batch: (batch["x"] - params["mean"]) ** 2,
+    ...     optimizer=optax.sgd(0.1),
     ... )
     >>> out = pathlib.Path(tempfile.mkdtemp()) / "run"
-    >>> options = {"optimizer": "sgd", "learning_rate": 0.1, "clip": 0.0, "quiet": True}
-    >>> summary = run(task, out, steps=4, batch_size=2, val_batch_size=2, **options)
+    >>> summary = run(task, out, steps=4, batch_size=2, val_batch_size=2, quiet=True)
     >>> summary["steps"], sorted(path.name for path in out.iterdir())[:3]
     (4, ['checkpoints', 'examples.parquet', 'log'])
     """

@@ -17,8 +17,9 @@ MAX_LISTED = 6  # differences
 def read_weights(path: Path, like: Any) -> Any:
     """Parameters like ``like``, with the numbers in ``path``.
 
-    Names are those of a parameter's path, joined by dots: ``blocks.qkv.kernel``. The path is a directory that orbax wrote, of parameters or of a tree that has them under
-    ``params``, a checkpoint of a ghostjax run among them; or a ``.safetensors`` file.
+    Names are those of a parameter's path, joined by dots: ``blocks.qkv.kernel``. The path is a
+    directory that orbax wrote, of parameters or of a tree that has them under ``params``, a
+    checkpoint of a ghostjax run among them; or a ``.safetensors`` file.
 
     Numbers take the dtype of ``like``.
 

@@ -44,6 +44,7 @@ def check_losses(task: LoadedTask, params: Any, batch: Any) -> None:
         raise UsageError(
             "row_losses mixes rows, so that no example has a loss of its own: "
             + " ".join(str(error).split())
+            + " In a task, take jax.vmap of a loss of one row."
         ) from error
     if conflicts:
         raise UsageError(

@@ -164,7 +164,7 @@ class Trainer:
         if self._learning_rates is not None:
             return float(self._learning_rates[number])
         found = optax.tree_utils.tree_get_all_with_path(state.opt_state, "learning_rate")
-        rates = [rate for _, rate in found if jnp.ndim(rate) == 0]
+        rates = [rate for _, rate in found if getattr(rate, "shape", None) == ()]
         return float(rates[0]) if len(rates) == 1 else math.nan
 
     def is_scored(self, number: int) -> bool:
