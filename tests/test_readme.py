@@ -30,7 +30,7 @@ def test_python_snippets(standard_promotion):
     assert all(jax.tree.leaves(moved))
     assert namespace["summary"]["steps"] == 8
     assert namespace["of_pairs"].total().shape == (6,)
-    assert (namespace["values"].visits == 1).all()
+    assert (namespace["values"].visits == 2).all()
     assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding
 
 

@@ -280,7 +280,7 @@ def test_the_command_line_resumes_and_refuses_a_task_that_changed(
         ),
         "shapes": (
             made(init=lambda seed: {**init(seed), "scale": jnp.ones(1)}, row_losses=row_losses),
-            "the task's row_losses changed",
+            "the task's row_losses and optimizer changed since",
         ),
     }
     for task, message in changed.values():
