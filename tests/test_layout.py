@@ -33,6 +33,8 @@ RANKS = {
     "_row_gradients": 7,
     "_rowwise": 3,
     "_types": 1,
+    "_task": 1,
+    "_run": 11,
     "directions": 3,
     "testing": 1,
     "linen": 3,
@@ -42,9 +44,9 @@ RANKS = {
     "runs": 10,
     "cli": 11,
     "__main__": 12,
-    "_public": 11,
+    "_public": 12,
     "_extras": 11,
-    "": 12,  # the package itself re-exports
+    "": 13,  # the package itself re-exports
 }
 # The rooms of ghostjax.runs, and which others each may import.
 ROOMS = {

@@ -31,6 +31,7 @@ def test_python_snippets(standard_promotion):
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after, namespace["params"])
     assert all(jax.tree.leaves(moved))
     assert read_run(pathlib.Path(namespace["out"])).summary["scored_steps"] == 10
+    assert namespace["summary"]["steps"] == 8
     assert namespace["of_pairs"].total().shape == (6,)
     assert (namespace["values"].visits == 1).all()
     assert (namespace["values"].of("val") != 0).sum() > 140  # the first step of Adam is rounding

@@ -11,6 +11,27 @@ from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import SIZES, SizeName
 from ghostjax.runs.store.schema import SET_NAME
 
+OWN_LEARNING_RATE = 1e-3
+# What a task of one's own says itself.
+FOR_OTHER_DATA = (
+    "model",
+    "train",
+    "val",
+    "text_field",
+    "id_field",
+    "domain_field",
+    "tokenizer",
+    "length",
+)
+
+
+def check_set_name(name: Any, where: str) -> None:
+    """Raises ``UsageError`` for what cannot be the name of a validation set."""
+    if not (isinstance(name, str) and SET_NAME.fullmatch(name)):
+        raise UsageError(
+            f"{where}: a validation set's name has letters, digits and hyphens alone, got {name!r}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -18,13 +39,15 @@ class TrainConfig:
 
     The score says how much the example helped or hurt a validation set. The first line below needs
     no data: it trains on reference prose and source code cut from the Python installation, with
-    prose and code of other topics held out. The third hunts for wrong labels. The last
-    two go on with a run that was interrupted, and with one that is to be longer.
+    prose and code of other topics held out. The third hunts for wrong labels. The fifth trains a
+    model of your own. The last two go on with a run that was interrupted, and with one that is to
+    be longer.
 
         ghostjax train --out run
         ghostjax train --out run --train forum.jsonl wiki.txt --val held_out.txt
         ghostjax train --out run --train digits.npz --val clean=clean.npz
         ghostjax train --out run --val prose=a.txt code=b.txt --optimizer "sgd(momentum=0.9)"
+        ghostjax train --out run --task my_module:make_task --optimizer sgd
         ghostjax train --out run --resume
         ghostjax train --out run --resume --steps 1024
 
@@ -39,6 +62,11 @@ class TrainConfig:
       resume: Go on with the run in --out from its last checkpoint, with the options it was started
         with. --steps may be given to change its length, that of a complete run too: the learning
         rate goes on as in a run of so many steps.
+      task: module:function, which returns a ghostjax.Task: your own data, model and losses, and
+        optimizer if you like. The module is looked for in the working directory, too. Options for
+        other models and data are refused beside it; --dtype then says what it computes in.
+      init_from: Start from these weights: an orbax checkpoint, such as RUN/checkpoints/512, or a
+        .safetensors file. Names and shapes must be those of the model's parameters.
       model: The model's size. For texts a GPT-2-shaped decoder; gpt2 has the shape of GPT-2 small.
         For arrays a perceptron.
       train: Files to train on. Texts: .txt (one document per block of lines; blank lines separate
@@ -63,7 +91,7 @@ class TrainConfig:
         sees a window of T + 1 tokens at a random place. None: all of the model's positions.
       optimizer: An optimizer of optax by name, or with arguments: "adamw(b2=0.95)", "contrib.muon".
       learning_rate: Peak learning rate, after a warm-up and before a cosine decay. None: the
-        model's own.
+        model's own; 0.001 with --task.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
       order: Where the validation gradient is taken. 2: at the midpoint of the update, so that
         scores know about curvature. 1: at the parameters; it saves a forward pass over the
@@ -84,6 +112,8 @@ class TrainConfig:
 
     out: Path
     resume: bool = False
+    task: str | None = None
+    init_from: Path | None = None
     model: SizeName = "tiny"
     train: tuple[Path, ...] = ()
     val: tuple[str, ...] = ()
@@ -117,7 +147,7 @@ class TrainConfig:
     @property
     def peak_learning_rate(self) -> float:
         """The largest learning rate of the run."""
-        default = SIZES[self.model].learning_rate
+        default = SIZES[self.model].learning_rate if self.task is None else OWN_LEARNING_RATE
         return default if self.learning_rate is None else self.learning_rate
 
     @property
@@ -128,10 +158,7 @@ class TrainConfig:
             name, separator, path = text.partition("=")
             if not separator:
                 name, path = "val", text
-            if not SET_NAME.fullmatch(name):
-                raise UsageError(
-                    f"--val {text}: a validation set's name has letters, digits and hyphens alone"
-                )
+            check_set_name(name, f"--val {text}")
             files.setdefault(name, []).append(Path(path))
         return files
 
@@ -157,6 +184,8 @@ class TrainConfig:
                 f"--batch-size {self.batch_size} cannot be divided into --microbatches "
                 f"{self.microbatches}"
             )
+        if self.task is not None:
+            self._check_own()
         limit = SIZES[self.model].positions
         if not 1 <= self.positions <= limit:
             raise UsageError(
@@ -174,6 +203,13 @@ class TrainConfig:
             raise UsageError(f"{given} needs {missing}: own data takes files for both")
         _ = self.val_files
 
+    def _check_own(self) -> None:
+        defaults = TrainConfig(self.out)
+        for name in FOR_OTHER_DATA:
+            if getattr(self, name) != getattr(defaults, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} and --task exclude each other: the task says it")
+
     def as_json(self) -> dict[str, Any]:
         """The options that make the run what it is, as ``run.json`` keeps them."""
         options = dataclasses.asdict(self)
@@ -186,7 +222,9 @@ class TrainConfig:
             for name, paths in self.val_files.items()
             for path in paths
         ]
-        options["tokenizer"] = None if self.tokenizer is None else os.path.abspath(self.tokenizer)
+        for name in ("tokenizer", "init_from"):
+            path = getattr(self, name)
+            options[name] = None if path is None else os.path.abspath(path)
         return options
 
     def resumed(
@@ -216,5 +254,6 @@ class TrainConfig:
             known["steps"] = own["steps"]
         known["train"] = tuple(Path(path) for path in known["train"])
         known["val"] = tuple(known["val"])
-        known["tokenizer"] = None if known["tokenizer"] is None else Path(known["tokenizer"])
+        for name in ("tokenizer", "init_from"):
+            known[name] = None if known[name] is None else Path(known[name])
         return dataclasses.replace(self, **known)

@@ -13,7 +13,7 @@ from ghostjax.runs.analysis.values import read_values, visit_weights
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.commands.sources import read_task
 from ghostjax.runs.config import TrainConfig
-from ghostjax.runs.data.task import Task
+from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
@@ -121,7 +121,7 @@ def _rows(
     name: str,
     place: int,
     visits: np.ndarray,
-    found: tuple[TrainConfig, Task] | None,
+    found: tuple[TrainConfig, LoadedTask] | None,
 ) -> Iterator[dict[str, Any]]:
     config, task = found or (None, None)
     pieces = task.pieces(place) if isinstance(task, TextTask) else None

@@ -1,19 +1,23 @@
 """``ghostjax train``: examples in, a trained model and the examples' values out."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ghostjax._task import IN_PYTHON, Task
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
+from ghostjax.runs.commands.unchanged import check_data, check_params, check_programs
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
-from ghostjax.runs.data.task import Task
+from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
@@ -23,12 +27,18 @@ from ghostjax.runs.store.begin import begun_now, versions, write_examples
 from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
 from ghostjax.runs.store.run import Run, read_run
-from ghostjax.runs.training.trainer import Step, Trainer
+from ghostjax.runs.store.weights import read_weights
+from ghostjax.runs.training import preflight
+from ghostjax.runs.training.trainer import Step, Trainer, batches
 
 COST_STEPS = 16  # scored ones; the times of fewer tell little
 
 
-def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, Any]:
+def run(
+    config: TrainConfig,
+    given: Collection[str] | None = None,
+    own: Task | Callable[[], Task] | None = None,
+) -> dict[str, Any]:
     """Trains, writes the run directory ``config.out``, prints a report; returns the summary.
 
     Everything that can be wrong with the options and the data is found before anything is written.
@@ -36,6 +46,7 @@ def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, 
 
     Args:
       given: The names of the options that were given, as ``TrainConfig.resumed`` asks for them.
+      own: The task that ``config.task`` is a name of. None: it is found by that name.
 
     Raises:
       UsageError: options or data cannot be used, or ``config.out`` is not empty.
@@ -43,31 +54,29 @@ def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, 
       KeyboardInterrupt: after the step at which it came was written; ``TerminatedError`` for
         SIGTERM.
     """
-    resumed = None
+    resumed, folders = None, []
     if config.resume:
         done = read_run(config.out)
         resumed = done.begun()
         config = config.resumed(resumed["options"], given)
         _check_length(done, config)
+        _check_task_given(config, own)
+        folders = [Path(resumed["folder"])] if "folder" in resumed else []
     else:
         files.check_out(config.out)
     config.check()
     use_compilation_cache(config.compilation_cache)
-    task = load_task(config)
-    trainer = Trainer(config, task)
-    data = fingerprint(task.contents())
-    params = task.init_params(config.seed)
+    task = load_task(config, own, folders)
+    _check_optimizer_given(config, task, given)
+    params, trainer, started = _prepare(config, task, resumed)
     if resumed is None:
         files.create_out(config.out)
-    elif resumed["fingerprints"]["data"] != data:
-        raise UsageError(f"{config.out}: the data changed since the run began")
     elif not config.quiet:
         _tell_new_versions(resumed.get("versions", {}))
     if resumed is None and task.skipped and not config.quiet:
         _tell_skipped(task.skipped)
     with files.lock(config.out), files.disk_errors(config.out, lambda: _way_out(config)):
         if resumed is None:
-            started = _metadata(config, task, trainer, data, fingerprint(params))
             files.write_json(config.out / "run.json", started)
         elif resumed["options"].get("steps") != config.steps:
             _change_length(config, resumed)
@@ -78,6 +87,68 @@ def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, 
     if not config.quiet:
         print_summary(make_console(sys.stdout), read_run(config.out))
     return summary
+
+
+def _prepare(
+    config: TrainConfig, task: LoadedTask, resumed: dict[str, Any] | None
+) -> tuple[Any, Trainer, dict[str, Any]]:
+    """Initial parameters, trainer and metadata, once all of them are known to be usable.
+
+    Raises:
+      UsageError: they are not, or not those that the run began with.
+    """
+    contents = task.contents()
+    digests = {name: fingerprint(own) for name, own in contents.items()}
+    data = fingerprint(contents)
+    if resumed is not None:
+        check_data(resumed, digests, data, config.out)
+    params = task.init_params(config.seed)
+    is_own, is_begun = config.task is not None, checkpoints.latest(config.out) is not None
+    # Behind a checkpoint the weights are not needed, so they may be gone.
+    if config.init_from is not None and not (is_begun and not config.init_from.exists()):
+        params = read_weights(config.init_from, params)
+        if resumed is not None:
+            what = f"the weights in {config.init_from}"
+            check_params(resumed, fingerprint(params), what, config.out)
+    elif resumed is not None and is_own and not is_begun:
+        check_params(resumed, fingerprint(params), "what the task's init gives", config.out)
+    trainer = Trainer(config, task, params)
+    metadata = _metadata(config, task, trainer, data, fingerprint(params))
+    metadata["data"] = digests
+    if is_own:
+        batch = next(batches(config, task))
+        state = trainer.init_state(params)
+        if resumed is None:
+            preflight.check_losses(task, params, batch)
+            preflight.check_micro_steps(trainer.optimizer, params, config.score_every)
+        metadata["programs"] = preflight.programs(task, state, batch.train_rows)
+        metadata["folder"] = os.getcwd()
+        if resumed is not None:
+            check_programs(resumed, metadata["programs"], metadata["versions"], config.out)
+    return params, trainer, metadata
+
+
+def _check_task_given(config: TrainConfig, own: Any) -> None:
+    if config.task == IN_PYTHON and own is None:
+        raise UsageError(
+            f"{config.out} was started in Python, with a task that has no name: go on with "
+            "ghostjax.run(task, out, resume=True)"
+        )
+    if config.task is None and own is not None:
+        raise UsageError(f"{config.out} was started without a task of one's own")
+
+
+def _check_optimizer_given(
+    config: TrainConfig, task: LoadedTask, given: Collection[str] | None
+) -> None:
+    """Raises ``UsageError`` for options that a task's own optimizer would not heed."""
+    if task.optimizer is None or config.resume:
+        return
+    defaults = TrainConfig(config.out)
+    for name in ("optimizer", "learning_rate", "clip"):
+        if getattr(config, name) != getattr(defaults, name) or name in (given or ()):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option}: the task has an optimizer of its own, which says it")
 
 
 def _check_length(done: Run, config: TrainConfig) -> None:
@@ -108,7 +179,7 @@ def _way_out(config: TrainConfig) -> str:
 
 
 def _metadata(
-    config: TrainConfig, task: Task, trainer: Trainer, data: str, params: str
+    config: TrainConfig, task: LoadedTask, trainer: Trainer, data: str, params: str
 ) -> dict[str, Any]:
     """What ``run.json`` holds."""
     return {
@@ -141,7 +212,7 @@ def _tell_skipped(places: Sequence[str]) -> None:
     make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
-def _train(begun: Run, config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> Any:
+def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, params: Any) -> Any:
     """Makes the steps that are still to be made, and writes log and checkpoints.
 
     Returns:
@@ -204,7 +275,7 @@ def measured_cost(
     }
 
 
-def _append(writer: LogWriter, task: Task, trainer: Trainer, step: Step) -> None:
+def _append(writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step) -> None:
     record, batch, sets = step.record, step.batch, list(task.val_sizes)
     common = {"step": step.number, "learning_rate": np.float32(step.learning_rate)}
     ids = [task.examples[index].id for index in batch.indices]

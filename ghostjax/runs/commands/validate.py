@@ -13,7 +13,7 @@ import tyro
 from ghostjax.runs.analysis.statistics import correlation_interval, spearman
 from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.commands.options import use_compilation_cache
-from ghostjax.runs.commands.sources import read_task
+from ghostjax.runs.commands.sources import initial_params, read_task
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
 from ghostjax.runs.store import files
@@ -92,13 +92,14 @@ def run(config: ValidateConfig) -> None:
     use_compilation_cache(config.compilation_cache)
     train_config, task = read_task(source)
     # Its use is that the data and the start are those of the run.
-    params = task.init_params(train_config.seed)
+    params = initial_params(train_config, task)
     if fingerprint(params) != source.begun()["fingerprints"]["params"]:
         raise UsageError(f"{config.run}: the initial parameters are not those the run began with")
     del params
     left_out = np.stack([np.zeros(len(task.examples), bool), *_subsets(config, task.examples)])
     with files.lock(config.run):
-        losses = _losses(config, source, Retraining(train_config, task), left_out)
+        again = Retraining(train_config, task, lambda: initial_params(train_config, task))
+        losses = _losses(config, source, again, left_out)
     actual = losses[1:] - losses[0]
     result = {}
     for k, (name, valued) in enumerate(read_values(source).items()):

@@ -33,6 +33,7 @@ class ArrayTask:
     name = "arrays"
     unit = "nats"
     skipped = ()
+    optimizer = None
 
     def __init__(self, train: Arrays, val: dict[str, Arrays], model: Classifier):
         self.examples = [
@@ -63,8 +64,9 @@ class ArrayTask:
         del rng
         return self._rows(self._val[name], indices)
 
-    def contents(self) -> list[Any]:
-        return [self._train, {name: arrays[1:] for name, arrays in self._val.items()}]
+    def contents(self) -> dict[str, Any]:
+        parts = {f"validation set {name}": arrays[1:] for name, arrays in self._val.items()}
+        return {"training examples": self._train, **parts}
 
     def _rows(self, arrays: Arrays, indices: np.ndarray) -> dict[str, np.ndarray]:
         x = (arrays.x[indices] - self._center) / self._scale

@@ -19,15 +19,16 @@ class Example(NamedTuple):
     excerpt: str
 
 
-class Task(Protocol):
+class LoadedTask(Protocol):
     """Data and model of a run. Rows are dicts of arrays that share their leading axis.
 
     Attributes:
-      name: "text" or "arrays".
+      name: "text", "arrays" or, of a ``ghostjax.Task``, "own".
       unit: of the loss.
       examples: the training examples; an example is known by its place here.
       val_sizes: how many held-out examples each validation set has, by name.
       skipped: where there was data that is too short to be used.
+      optimizer: what turns gradients into updates; None where the options say it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Task(Protocol):
     examples: Sequence[Example]
     val_sizes: dict[str, int]
     skipped: Sequence[str]
+    optimizer: Any
 
     def init_params(self, seed: int) -> Any:
         """The model's initial parameters."""
@@ -52,8 +54,8 @@ class Task(Protocol):
     ) -> dict[str, np.ndarray]:
         """Rows of held-out examples."""
 
-    def contents(self) -> list[Any]:
-        """All data, for a fingerprint."""
+    def contents(self) -> dict[str, Any]:
+        """All data by what it is, for fingerprints."""
 
 
 def check_stems(paths: Collection[Path]) -> None:

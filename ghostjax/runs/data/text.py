@@ -56,6 +56,7 @@ class TextTask:
 
     name = "text"
     unit = "nats per token"
+    optimizer = None
 
     def __init__(
         self,
@@ -114,10 +115,11 @@ class TextTask:
         """The text of a training example."""
         return self._documents[index].text.decode(errors="replace")
 
-    def contents(self) -> list[Any]:
+    def contents(self) -> dict[str, Any]:
         # With the sizes, as a fingerprint does not see where one set ends and the next begins.
-        ids = [example.id for example in self.examples]
-        return [ids, self._tokens, self.val_sizes, self._val_tokens]
+        val = self._val_tokens.items()
+        parts = {f"validation set {name}": [len(own), own] for name, own in val}
+        return {"training examples": [[e.id for e in self.examples], self._tokens], **parts}
 
 
 def load_texts(config: TrainConfig) -> TextTask:

@@ -55,7 +55,7 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
     _remove_leftovers(folder)
     aside = folder / f".{step}.partial"
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             # Orbax refuses empty arrays; restoring takes them from ``like``.
             kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
             checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
@@ -124,7 +124,7 @@ def restore(out: Path, step: int, like: _State, run: Mapping[str, Any] | None = 
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UsageError(f"{path} does not fit this run: {problems[0]}{more}")
     kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         how = {
             # Without a place as NumPy: otherwise they would go where they were saved from.
             name: ocp.RestoreArgs(restore_type=np.ndarray)
@@ -226,7 +226,7 @@ def _place(leaf: Any) -> jax.sharding.Sharding | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without orbax's logging, which goes to stderr; what matters is raised."""
     logger = logging.getLogger("absl")
     level = logger.level

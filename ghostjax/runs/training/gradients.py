@@ -1,6 +1,8 @@
 """Gradients of training rows, whole or in parts, and of validation rows through the optimizer."""
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +47,14 @@ def gradient_in_parts(
 
     total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
     return losses.reshape(-1), jax.tree.map(lambda leaf: leaf / len(losses), total)
+
+
+@contextlib.contextmanager
+def silent_micro_steps() -> Iterator[None]:
+    """Without the warning of ``optax.MultiSteps``: a run refuses to score what gathers only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="optax.MultiSteps")
+        yield
 
 
 class Directed(NamedTuple):
@@ -95,7 +105,8 @@ def make_directed(
         val_grads = jax.tree.map(
             lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1), part_grads
         )
-        by_part = directions.through_optimizer(optimizer, opt_state, params, grads, part_grads)
+        with silent_micro_steps():
+            by_part = directions.through_optimizer(optimizer, opt_state, params, grads, part_grads)
         return Directed(
             updates,
             new_opt_state,

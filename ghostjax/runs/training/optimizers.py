@@ -11,6 +11,7 @@ import optax.contrib
 
 from ghostjax import directions
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.training.gradients import silent_micro_steps
 
 
 def make_schedule(peak: float, steps: int) -> optax.Schedule:
@@ -55,16 +56,22 @@ def make_optimizer(
         raise UsageError(f"--optimizer {name}: {' '.join(str(error).split())}") from error
     if clip:
         optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+    check_optimizer(optimizer, params, f"--optimizer {name}")
+    return optimizer
+
+
+def check_optimizer(optimizer: optax.GradientTransformation, params: Any, where: str) -> None:
+    """Raises ``UsageError`` where no scores go through an optimizer of these parameters."""
 
     def direction(params):
         state = optimizer.init(params)
         return directions.through_optimizer(optimizer, state, params, params, params)
 
     try:
-        jax.eval_shape(direction, params)
+        with silent_micro_steps():
+            jax.eval_shape(direction, params)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--optimizer {name}: {' '.join(str(error).split())}") from error
-    return optimizer
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:

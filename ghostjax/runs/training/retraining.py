@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import generator
-from ghostjax.runs.data.task import Task
+from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.training.step import make_plain_step
 from ghostjax.runs.training.trainer import Trainer, train_batches
@@ -25,8 +26,9 @@ class Retraining:
       sets: names of the validation sets, K of them.
     """
 
-    def __init__(self, config: TrainConfig, task: Task):
-        self._config, self._task = config, task
+    def __init__(self, config: TrainConfig, task: LoadedTask, init: Callable[[], Any]):
+        """``init`` gives the parameters to start from, new ones every time."""
+        self._config, self._task, self._init = config, task, init
         self._trainer = Trainer(config, task)
         self.sets = list(task.val_sizes)
 
@@ -75,7 +77,7 @@ class Retraining:
 
     def _trained(self, left_out: np.ndarray, steps: int) -> Any:
         """The parameters after so many steps."""
-        state = self._trainer.init_state(self._task.init_params(self._config.seed))
+        state = self._trainer.init_state(self._init())
         for batch in itertools.islice(train_batches(self._config, self._task), steps):
             weight = np.float32(~left_out[batch.indices])
             state, _ = self._step(state, {"rows": batch.rows, "weight": weight})

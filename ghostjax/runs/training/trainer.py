@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,15 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ghostjax.runs.analysis.judgement import TOLERANCES, broken_check
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import VisitOrder, generator
-from ghostjax.runs.data.task import Task
+from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.models import KINDS, kind_of
 from ghostjax.runs.training.gradients import PARTS
-from ghostjax.runs.training.optimizers import make_optimizer, make_schedule
+from ghostjax.runs.training.optimizers import check_optimizer, make_optimizer, make_schedule
+from ghostjax.runs.training.preflight import GATHERING, micro_step
 from ghostjax.runs.training.step import StepRecord, TrainState, make_plain_step, make_step
 
 AUDITED_ROWS = 2
@@ -39,8 +42,8 @@ class Batch(NamedTuple):
 
     indices: np.ndarray
     starts: np.ndarray
-    train_rows: dict[str, np.ndarray]
-    val_rows: dict[str, np.ndarray]  # [K, PARTS, V / PARTS, ...]
+    train_rows: Any
+    val_rows: Any  # [K, PARTS, V / PARTS, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Step:
     fault: str | None = None
 
 
-def batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[Batch]:
+def batches(config: TrainConfig, task: LoadedTask, start: int = 0) -> Iterator[Batch]:
     """Endless batches, from that of step ``start`` on.
 
     What is drawn at random for a step depends on ``config.seed`` and the step alone. A step takes B
@@ -75,16 +78,14 @@ def batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[Batch]:
         for name in sets:
             chosen, rng = val_choice(config, name, task.val_sizes[name], step)
             val_rows.append(task.val_rows(name, chosen, rng))
-        stacked = {
-            name: np.stack([rows[name] for rows in val_rows]).reshape(
-                len(sets), PARTS, -1, *val_rows[0][name].shape[1:]
-            )
-            for name in val_rows[0]
-        }
+        stacked = jax.tree.map(
+            lambda *leaves: np.stack(leaves).reshape(len(sets), PARTS, -1, *leaves[0].shape[1:]),
+            *val_rows,
+        )
         yield Batch(indices, starts, train_rows, stacked)
 
 
-def train_batches(config: TrainConfig, task: Task, start: int = 0) -> Iterator[TrainBatch]:
+def train_batches(config: TrainConfig, task: LoadedTask, start: int = 0) -> Iterator[TrainBatch]:
     """What ``batches`` has of the training rows alone."""
     order = VisitOrder(len(task.examples), config.batch_size, config.seed)
     for step in itertools.count(start):
@@ -115,13 +116,22 @@ class Trainer:
       UsageError: the optimizer cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, task: Task):
+    def __init__(self, config: TrainConfig, task: LoadedTask, params: Any = None):
+        """``params`` are the initial parameters, or their shapes. None: those of the task."""
         self._config = config
         self._task = task
-        schedule = make_schedule(config.peak_learning_rate, config.steps)
-        self._learning_rates = np.asarray(schedule(jnp.arange(config.steps)))
-        shapes = jax.eval_shape(lambda: task.init_params(config.seed))
-        self.optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
+        if params is None:
+            shapes = jax.eval_shape(lambda: task.init_params(config.seed))
+        else:
+            shapes = jax.eval_shape(lambda params: params, params)
+        self._learning_rates = None
+        if task.optimizer is None:
+            schedule = make_schedule(config.peak_learning_rate, config.steps)
+            self._learning_rates = np.asarray(schedule(jnp.arange(config.steps)))
+            self.optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
+        else:
+            self.optimizer = task.optimizer
+            check_optimizer(self.optimizer, shapes, "task.optimizer")
         found = [
             kind_of(jax.tree_util.keystr(path))
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
@@ -164,10 +174,22 @@ class Trainer:
             kind = self.is_scored(number), audited is not None
             seconds = time.perf_counter() - begin if kind in made else None
             made.add(kind)
-            rate = float(self._learning_rates[number])
+            rate = self._learning_rate(number, state)
             step = Step(number, rate, batch, record, seconds)
             self._check(step)
-            yield state, dataclasses.replace(step, fault=self._fault(step))
+            fault = self._fault(step)
+            is_foreign = self._task.optimizer is not None and self.is_scored(number)
+            if is_foreign and micro_step(state.opt_state):
+                fault = f"stopped: {GATHERING.format(step=number)}"
+            yield state, dataclasses.replace(step, fault=fault)
+
+    def _learning_rate(self, number: int, state: TrainState) -> float:
+        """That of a step; of a task's own optimizer ``optax.inject_hyperparams`` can tell."""
+        if self._learning_rates is not None:
+            return float(self._learning_rates[number])
+        found = optax.tree_utils.tree_get_all_with_path(state.opt_state, "learning_rate")
+        rates = [rate for _, rate in found if getattr(rate, "shape", None) == ()]
+        return float(rates[0]) if len(rates) == 1 else math.nan
 
     def is_scored(self, number: int) -> bool:
         """Whether the rows of a step are scored: the last one of every ``--score-every``."""

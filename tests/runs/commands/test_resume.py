@@ -25,7 +25,7 @@ FULL = r"cannot write .*: No space left on device; make room, then "
 class FakeTrainer(Trainer):
     """Makes steps without a model: what training writes and how it stops is the same."""
 
-    def __init__(self, config, task):
+    def __init__(self, config, task, params=None):
         self._config, self._task, self.kinds = config, task, ["MLP"]
 
     def init_state(self, params):
