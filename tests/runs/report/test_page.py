@@ -86,6 +86,23 @@ def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
     assert shorter.count('<p class="excerpt"') == 2 * 3 * len(SETS)
 
 
+def test_out_names_the_file_and_nothing_else_is_written(tmp_path, capsys):
+    path, out = write_run(tmp_path / "run"), tmp_path / "page.html"
+    before = files(path)
+    assert main(["report", str(path), "--out", str(out)]) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    assert out.read_text(encoding="utf-8") == make_report(read_run(path))
+    assert files(path) == before
+    assert f"--out {path} is a directory: name a file in it" in fails(
+        ["report", path, "--out", path], capsys
+    )
+    nowhere = tmp_path / "none" / "page.html"
+    message = fails(["report", path, "--out", nowhere], capsys)
+    assert f"--out {nowhere}: there is no directory {tmp_path / 'none'}" in message
+    assert main(["report", str(path), "--out", "/proc/page.html"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_everything_that_was_asked_for_is_there(page, made_up):
     text = page.text()
     for heading in (
