@@ -1,4 +1,6 @@
+import base64
 import dataclasses
+import hashlib
 import html.parser
 import re
 from itertools import pairwise
@@ -20,7 +22,7 @@ from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
 
-VOID = {"meta", "line", "rect", "circle", "path"}  # circle and the like close themselves
+VOID = {"meta", "input", "line", "rect", "circle", "path"}  # circle and the like close themselves
 
 
 class Page(html.parser.HTMLParser):
@@ -51,7 +53,7 @@ class Page(html.parser.HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
     def text(self):
-        return " ".join(data for tag, data in self.texts if tag != "style")
+        return " ".join(data for tag, data in self.texts if tag not in ("style", "script"))
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +152,17 @@ def test_the_figures_are_those_of_the_log(page, made_up):
     assert f"attention {share:.0%}" in text
 
 
-def test_nothing_is_loaded_and_nothing_is_run(page, report):
+def test_nothing_is_loaded_and_no_other_script_is_run(page, report):
+    scripts = [data for tag, data in page.texts if tag == "script"]
+    digest = base64.b64encode(hashlib.sha256("".join(scripts).encode()).digest()).decode()
+    assert len(page.named("script")) == 1
+    assert "innerHTML" not in scripts[0]
     policy = [tag for tag in page.named("meta") if "http-equiv" in tag]
     assert [tag["http-equiv"] for tag in policy] == ["Content-Security-Policy"]
-    assert policy[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    assert not {"script", "link", "img", "iframe", "object", "base"} & {n for n, _ in page.tags}
+    assert policy[0]["content"] == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+    assert not {"link", "img", "iframe", "object", "base"} & {n for n, _ in page.tags}
     for name, attrs in page.tags:
         assert not any(key.startswith("on") for key in attrs), name
         assert "src" not in attrs
@@ -179,7 +187,7 @@ def test_it_can_be_read_without_seeing_it(page):
     assert viewport == ["width=device-width, initial-scale=1"]
     places = {attrs.get("id") for _, attrs in page.tags}
     pictures = page.named("svg")
-    assert len(pictures) == 6 * len(SETS) + 1
+    assert len(pictures) == 7 * len(SETS) + 1
     for attrs in pictures:
         assert attrs["role"] == "img"
         assert set(attrs["aria-labelledby"].split()) <= places
@@ -193,7 +201,7 @@ def test_it_can_be_read_without_seeing_it(page):
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
     tables = page.named("table")
-    assert len(tables) == len(page.named("caption")) == len(pictures) + 1
+    assert len(tables) == len(page.named("caption")) == len(pictures) + len(SETS) + 1
     assert {attrs.get("scope") for attrs in page.named("th")} == {"col", "row"}
     for name in ("main", "header", "footer", "nav"):
         assert len(page.named(name)) == 1
@@ -248,7 +256,8 @@ def test_texts_of_the_data_stay_texts(tmp_path):
     text = make_report(read_run(path))
     page = Page(text)
     names = {name for name, _ in page.tags}
-    assert not {"script", "b", "i"} & names
+    assert not {"b", "i"} & names
+    assert len(page.named("script")) == 1
     assert not any("onclick" in attrs for _, attrs in page.tags)
     assert "<script>alert(1)</script> \"double\" 'single' & </style></svg> \ufffd[31mback" in (
         page.text()
