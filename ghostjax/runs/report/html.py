@@ -97,5 +97,11 @@ def render(template: str, *, run: str, script: str | None = None, **texts: Any) 
     )
 
 
+def style(theme: Theme) -> str:
+    """The style of charts on a ground of their own."""
+    rules, _, _ = _TEMPLATES.loader.get_source(_TEMPLATES, "charts.css")
+    return f":root {{ {_variables(theme)}}}\n{rules}"
+
+
 def _variables(theme: Theme) -> str:
     return "".join(f"--{name}: {colour}; " for name, colour in theme._asdict().items())

@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ghostjax.cli import main
@@ -20,7 +21,15 @@ from ghostjax.runs.report.pictures import ticks
 from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
-from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
+from tests.runs.made_up import (
+    DOMAINS,
+    EXAMPLES,
+    KINDS,
+    SETS,
+    STEPS,
+    changed_steps,
+    write_run,
+)
 
 VOID = {"meta", "input", "line", "rect", "circle", "path"}  # circle and the like close themselves
 
@@ -375,3 +384,76 @@ def test_numbers_and_scales():
     assert Scale.of(np.zeros(3)).words == Scale.typical(np.zeros(3)).words == ""
     assert Scale.typical(np.array([*[0.001] * 19, 1e6])).words == "10⁻³"
     assert scale.plain(float("nan")) == "undefined"
+
+
+def listed(text):
+    """The rows of the first table of examples: the cells' texts."""
+    body = text.split('<section class="listing">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.strip().split("\n")]
+
+
+def test_every_example_is_listed_with_its_verdict_also_those_not_visited(tmp_path):
+    domains, ids = ("one",) * EXAMPLES, tuple(f"e:{n}" for n in range(EXAMPLES))
+    source = read_run(write_run(tmp_path / "run", steps=4, domains=domains, ids=ids, sets=("val",)))
+    text, rows = make_report(source), listed(make_report(source))
+    valued = read_values(source)["val"]
+    assert 0 < valued.visited.sum() < EXAMPLES == len(rows)
+    assert f"{EXAMPLES} of {EXAMPLES} examples." in text
+    shown = {re.sub("<.*?>", "", row[1]): row for row in rows}
+    for name, visited, verdict in zip(valued.ids, valued.visited, valued.verdicts):
+        assert f'<span class="verdict-name">{verdict}</span>' in shown[name][6]
+        assert (shown[name][0], shown[name][3]) == ("-", "-") or visited
+    assert [row[0] for row in rows[: valued.visited.sum()]] == [
+        str(n + 1) for n in range(valued.visited.sum())
+    ]
+    assert shown[valued.ids[valued.visited][0]][7] == "windows from token 0"
+
+
+def test_a_long_table_says_what_it_leaves_out(made_up, monkeypatch):
+    monkeypatch.setattr("ghostjax.runs.report.page.MAX_LISTED", 3)
+    text = make_report(read_run(made_up))
+    assert len(listed(text)) == 6
+    assert "6 of 40 examples: up to 3 of either end" in text
+    assert "Left out are 34 between them and 0 not visited; values.parquet has all of them." in text
+
+
+def test_steps_that_are_far_off_are_drawn_and_listed_with_their_weight(tmp_path):
+    path = write_run(tmp_path / "run", sets=("val",))
+    assert 'class="off"' not in make_report(read_run(path))
+    changed_steps(path, 7, predicted_val=-9.0)
+    text = make_report(read_run(path))
+    assert text.count('class="off"') == 1
+    assert "1 steps were far off their prediction, drawn as rings; the scores of 1 count" in text
+    assert re.search(r'<th scope="row">7</th><td>[^<]*</td><td>[^<]*</td><td>0\.0', text)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("correlation", "audit_error"),
+        ("actual", "val_loss", "conservation_error", "correlation"),
+        ("predicted", "actual", "val_loss", "conservation_error", "correlation", "error"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_log_lacks_is_told(tmp_path, columns):
+    source = read_run(write_run(tmp_path / "run", sets=("val",)))
+    for name in ("scores", "steps"):
+        table = getattr(source, name)
+        for n, field in enumerate(table.schema):
+            if field.name.removesuffix("_val") in columns and field.name.endswith("_val"):
+                table = table.set_column(n, field, pa.nulls(len(table), field.type))
+        source.__dict__[name] = table  # where the property keeps it
+    text = Page(make_report(source)).text()
+    assert "nan" not in re.findall(r"\w+", text.split("What the colours mean")[1])
+    told = {"actual": "actual decreases", "error": "standard errors", "val_loss": "losses on the"}
+    told |= {"correlation": "correlations with plain", "conservation_error": "certificate"}
+    for column, words in told.items():
+        assert (f"The log has no {words}" in text) == (column in columns)
+
+
+def test_the_colours_of_lines_are_none_of_helps_and_hurts():
+    for theme in (LIGHT, DARK):
+        lines = {getattr(theme, f"s{n}") for n in range(1, 7)}
+        assert len(lines) == 6
+        assert not lines & {theme.helps, theme.hurts, theme.good, theme.fair, theme.poor}
