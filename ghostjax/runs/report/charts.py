@@ -19,6 +19,7 @@ MAX_POINTS = 60  # of a line
 MAX_STEPS = 300  # in the scatter plot
 MAX_ROWS = 200  # of a table
 BARS = 24
+NO_DECREASES = "The log has no predicted and actual decreases of the validation loss."
 
 
 def distribution(place: str, valued: Valued, scale: Scale) -> Figure:
@@ -28,6 +29,7 @@ def distribution(place: str, valued: Valued, scale: Scale) -> Figure:
     edges = _edges(values)
     verdicts = ranked.verdicts[np.isfinite(ranked.values)]
     is_kind = {kind: verdicts == kind for kind in ("helps", "hurts")}
+    # Those without a claim, whatever the reason.
     is_kind["unclear"] = ~(is_kind["helps"] | is_kind["hurts"])
     counts = {
         kind: np.histogram(np.clip(values[own], edges[0], edges[-1]), edges)[0]
@@ -55,7 +57,7 @@ def distribution(place: str, valued: Valued, scale: Scale) -> Figure:
         (f"{number(a)} to {number(b)}", *map(str, own))
         for a, b, *own in zip(edges, edges[1:], *counts.values())
     ]
-    columns = (scale.label("value"), "helps", "hurts", "unclear or few visits")
+    columns = (scale.label("value"), "helps", "hurts", "unclear, few visits or no error bar")
     return Figure(caption, chart, Table("Examples by value", columns, rows))
 
 
@@ -197,7 +199,7 @@ def predicted_and_actual(place: str, source: Run, which: str) -> Figure:
     """What the updates were predicted to do to the loss and what it did, summed up to each step."""
     steps, predicted, actual = _decreases(source, which)
     if not len(steps):
-        return Figure("The log has no predicted and actual decreases of the loss to draw.")
+        return Figure(NO_DECREASES)
     sums = {"predicted": np.cumsum(predicted), "actual": np.cumsum(actual)}
     at = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
     caption = (
@@ -230,7 +232,7 @@ def single_steps(place: str, source: Run, which: str) -> Figure:
     """Predicted and actual decrease of each step."""
     steps, predicted, actual = _decreases(source, which)
     if not len(steps):
-        return Figure("The log has no predicted and actual decreases of the loss to draw.")
+        return Figure(NO_DECREASES)
     at = np.unique(np.linspace(0, len(steps) - 1, MAX_STEPS).round().astype(int))
     within = float((np.sign(predicted) == np.sign(actual)).mean())
     selection = "" if len(at) == len(steps) else f" (a selection of {len(at)})"
@@ -316,6 +318,9 @@ def losses(source: Run) -> Figure:
         name: _means(steps, source.numbers("steps", column), bins, np.ones(source.end, bool))
         for name, column in columns.items()
     }
+    series = {name: means for name, means in series.items() if np.isfinite(means).any()}
+    if not series:
+        return Figure("The log has no losses.")
     if len(series) > pictures.SERIES:
         series = dict(list(series.items())[: pictures.SERIES])
     caption = (
@@ -340,7 +345,7 @@ def _verb(decrease: float) -> tuple[str, str]:
 
 
 def _decreases(source: Run, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every scored step its number, predicted and actual decrease."""
+    """Of every step its number, predicted and actual decrease, where both are known."""
     predicted, actual = (
         source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")
     )

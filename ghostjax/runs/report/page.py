@@ -33,11 +33,16 @@ from ghostjax.runs.store.run import Run
 MAX_LISTED = 250  # of either end, in the table of examples
 MAX_UNVISITED = 100
 MAX_WINDOWS = 4
-MARKS = {"helps": "▲", "hurts": "▼", "unclear": "●", "few visits": "◦", "not visited": "○"}
+MARKS = {"helps": "▲", "hurts": "▼", "unclear": "●", "few visits": "◦"}
+MARKS |= {"no error bar": "?", "not visited": "○"}
 _COLOURS = (
     ("helps", MARKS["helps"], "helps: an example by its verdict; else a sum or score above zero"),
     ("hurts", MARKS["hurts"], "hurts: an example by its verdict; else a sum or score below zero"),
-    ("unclear", f"{MARKS['unclear']} {MARKS['few visits']}", "unclear, or few visits (below 8)"),
+    (
+        "unclear",
+        " ".join(MARKS[verdict] for verdict in ("unclear", "few visits", "no error bar")),
+        "unclear, few visits (below 8), or no error bar",
+    ),
     ("not", MARKS["not visited"], "not visited: there is no value"),
 )
 # What a log may lack, and what the page then does not tell.
@@ -173,7 +178,7 @@ def _examples(
             "id": ranked.ids[n],
             "domain": ranked.domains[n],
             "value": scale.signed(ranked.values[n]) if ranked.visits[n] else "-",
-            "error": scale.plain(ranked.errors[n]) if ranked.visits[n] else "-",
+            "error": scale.plain(ranked.errors[n]) if ranked.has_error[n] else "",
             "exact": _exact(ranked.values[n]),
             "exact_error": _exact(ranked.errors[n]),
             "visits": int(ranked.visits[n]),
