@@ -4,11 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 
+from ghostjax.fidelity import far_off, step_weights
 from ghostjax.runs.analysis import domains
 from ghostjax.runs.analysis.scale import Scale, number
-from ghostjax.runs.analysis.values import Valued, scored_steps, visited_examples
+from ghostjax.runs.analysis.values import Valued, both_ends, visit_weights, visited_examples
 from ghostjax.runs.report import pictures
-from ghostjax.runs.report.html import figure, paragraph, table
+from ghostjax.runs.report.html import Figure, Table
 from ghostjax.runs.report.terminal import standing
 from ghostjax.runs.store.run import Run
 
@@ -21,12 +22,19 @@ BARS = 24
 NO_DECREASES = "The log has no predicted and actual decreases of the validation loss."
 
 
-def distribution(place: str, valued: Valued, scale: Scale) -> str:
+def distribution(place: str, valued: Valued, scale: Scale) -> Figure:
     """How many examples have which value."""
     ranked = valued.ranked()
     values = scale(ranked.values[np.isfinite(ranked.values)])
     edges = _edges(values)
-    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    verdicts = ranked.verdicts[np.isfinite(ranked.values)]
+    is_kind = {kind: verdicts == kind for kind in ("helps", "hurts")}
+    # Those without a claim, whatever the reason.
+    is_kind["unclear"] = ~(is_kind["helps"] | is_kind["hurts"])
+    counts = {
+        kind: np.histogram(np.clip(values[own], edges[0], edges[-1]), edges)[0]
+        for kind, own in is_kind.items()
+    }
     outside = int(((values < edges[0]) | (values > edges[-1])).sum())
     helped, hurt = int((values > 0).sum()), int((values < 0).sum())
     quarters = [number(v) for v in np.quantile(values, [0.25, 0.5, 0.75])]
@@ -46,11 +54,11 @@ def distribution(place: str, valued: Valued, scale: Scale) -> str:
         scale.label("value"),
     )
     rows = [
-        (f"{number(a)} to {number(b)}", f"{count}") for a, b, count in zip(edges, edges[1:], counts)
+        (f"{number(a)} to {number(b)}", *map(str, own))
+        for a, b, *own in zip(edges, edges[1:], *counts.values())
     ]
-    return figure(
-        chart, caption, table("Examples by value", (scale.label("value"), "examples"), rows)
-    )
+    columns = (scale.label("value"), "helps", "hurts", "unclear, few visits or no error bar")
+    return Figure(caption, chart, Table("Examples by value", columns, rows))
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
@@ -68,7 +76,7 @@ def _edges(values: np.ndarray) -> np.ndarray:
     return np.arange(first, max(last, first + 1) + 1) * width
 
 
-def by_domain(place: str, valued: Valued, scale: Scale) -> str:
+def by_domain(place: str, valued: Valued, scale: Scale) -> Figure:
     """The range of the values in each domain."""
     found = domains.by_domain(valued)
     named = chosen = [one for one in found if len(one.measured)]
@@ -113,10 +121,10 @@ def by_domain(place: str, valued: Valued, scale: Scale) -> str:
         )
         for one in found
     ]
-    return figure(chart, caption, table(what, columns, rows))
+    return Figure(caption, chart, Table(what, columns, rows))
 
 
-def over_time(place: str, source: Run, which: str) -> str:
+def over_time(place: str, source: Run, which: str) -> Figure:
     """The mean score of a visit, by domain, over the steps."""
     steps = source.scores["step"].to_numpy()
     scores = source.numbers("scores", f"score_{which}")
@@ -151,14 +159,47 @@ def over_time(place: str, source: Run, which: str) -> str:
         for n, (a, b) in enumerate(pairwise(bins))
     ]
     what = scale.within("Mean score of a visit")
-    return figure(chart, caption, table(what, ("steps", *lines), rows))
+    return Figure(caption, chart, Table(what, ("steps", *lines), rows))
 
 
-def predicted_and_actual(place: str, source: Run, which: str) -> str:
+def chosen_examples(place: str, source: Run, which: str, ranked: Valued) -> Figure:
+    """How the values of the examples of either end came about, visit by visit."""
+    ids = source.scores["id"].to_numpy(zero_copy_only=False)
+    scores = visit_weights(source, which) * source.numbers("scores", f"score_{which}")
+    steps = source.scores["step"].to_numpy()
+    at = np.unique(np.linspace(0, source.end - 1, min(MAX_POINTS, source.end)).round().astype(int))
+    lines = {}
+    for n in np.concatenate(both_ends(ranked, pictures.SERIES // 2)):
+        own = (ids == ranked.ids[n]) & np.isfinite(scores)
+        sums = np.bincount(steps[own], scores[own], source.end)
+        lines[str(ranked.ids[n])] = np.cumsum(sums)[at]
+    scale = Scale.of(np.concatenate(list(lines.values())))
+    caption = (
+        "What the visits up to a step add up to, for the most helpful and the most harmful "
+        "examples: a value that one visit made is a single step of the line."
+    )
+    drawn = {name: (at, scale(values)) for name, values in lines.items()}
+    chart = pictures.lines(
+        f"{place}-examples",
+        "Values of single examples over the steps",
+        caption,
+        drawn,
+        "step",
+        scale.label("value up to the step"),
+    )
+    rows = [
+        (f"{step}", *(scale.number(values[n]) for values in lines.values()))
+        for n, step in enumerate(at)
+    ]
+    what = scale.within("Value up to the step")
+    return Figure(caption, chart, Table(what, ("step", *lines), rows))
+
+
+def predicted_and_actual(place: str, source: Run, which: str) -> Figure:
     """What the updates were predicted to do to the loss and what it did, summed up to each step."""
     steps, predicted, actual = _decreases(source, which)
     if not len(steps):
-        return paragraph(NO_DECREASES)
+        return Figure(NO_DECREASES)
     sums = {"predicted": np.cumsum(predicted), "actual": np.cumsum(actual)}
     at = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
     caption = (
@@ -184,14 +225,14 @@ def predicted_and_actual(place: str, source: Run, which: str) -> str:
     )
     rows = [(f"{steps[n]}", *(scale.number(own[n]) for own in sums.values())) for n in at]
     what = scale.within("Decrease up to the step")
-    return figure(chart, caption, table(what, ("step", *sums), rows))
+    return Figure(caption, chart, Table(what, ("step", *sums), rows))
 
 
-def single_steps(place: str, source: Run, which: str) -> str:
+def single_steps(place: str, source: Run, which: str) -> Figure:
     """Predicted and actual decrease of each step."""
     steps, predicted, actual = _decreases(source, which)
     if not len(steps):
-        return paragraph(NO_DECREASES)
+        return Figure(NO_DECREASES)
     at = np.unique(np.linspace(0, len(steps) - 1, MAX_STEPS).round().astype(int))
     within = float((np.sign(predicted) == np.sign(actual)).mean())
     selection = "" if len(at) == len(steps) else f" (a selection of {len(at)})"
@@ -199,6 +240,14 @@ def single_steps(place: str, source: Run, which: str) -> str:
         f"One point per scored step{selection}. On the dashed line, the prediction is exact. In "
         f"{within:.0%} of the steps, the loss moved the way that was predicted."
     )
+    is_off, weights = far_off(predicted, actual), step_weights(predicted, actual)
+    if is_off.any() or (weights < 1).any():
+        caption += (
+            f" {is_off.sum()} steps were far off their prediction, drawn as rings; the scores of "
+            f"{(weights < 1).sum()} count less than in full."
+        )
+    at = np.union1d(at, np.argsort(weights, kind="stable")[:MAX_STEPS][: (weights < 1).sum()])
+    at = np.union1d(at, np.flatnonzero(is_off)[:MAX_STEPS])
     scale = Scale.of(np.concatenate([predicted[at], actual[at]]))
     chart = pictures.scatter(
         f"{place}-steps",
@@ -206,18 +255,26 @@ def single_steps(place: str, source: Run, which: str) -> str:
         caption,
         scale(predicted)[at],
         scale(actual)[at],
+        is_off[at],
         scale.label("predicted decrease"),
         scale.label("actual decrease"),
     )
+    some = np.union1d(at[:: max(1, -(-len(at) // MAX_POINTS))], at[is_off[at] | (weights[at] < 1)])
     rows = [
-        (f"{steps[n]}", scale.number(predicted[n]), scale.number(actual[n]))
-        for n in at[:: max(1, -(-len(at) // MAX_POINTS))]
+        (
+            f"{steps[n]}",
+            scale.number(predicted[n]),
+            scale.number(actual[n]),
+            number(weights[n], 2),
+            "far off" if is_off[n] else "",
+        )
+        for n in some
     ]
     what = scale.within("Decrease of single steps")
-    return figure(chart, caption, table(what, ("step", "predicted", "actual"), rows))
+    return Figure(caption, chart, Table(what, ("step", "predicted", "actual", "weight", ""), rows))
 
 
-def by_kind(place: str, source: Run, which: str) -> str:
+def by_kind(place: str, source: Run, which: str) -> Figure:
     """How much of the scores the parameters of each kind of layer carry."""
     rows = source.kinds.to_pydict()
     sums: dict[str, float] = {}
@@ -226,7 +283,7 @@ def by_kind(place: str, source: Run, which: str) -> str:
             sums[kind] = sums.get(kind, 0.0) + score
     whole = sum(map(abs, sums.values()))
     if not whole:
-        return paragraph("The log has no scores by kind of layer.")
+        return Figure("The log has no scores by kind of layer.")
     order = sorted(sums, key=lambda kind: -abs(sums[kind]))
     shares = {kind: f"{abs(sums[kind]) / whole:.0%}" for kind in order}
     against = [kind for kind in order if sums[kind] < 0]
@@ -247,10 +304,10 @@ def by_kind(place: str, source: Run, which: str) -> str:
     )
     cells = [(kind, scale.number(sums[kind]), shares[kind]) for kind in order]
     columns = ("kind of layer", scale.label("summed score"), "share")
-    return figure(chart, caption, table("Scores by kind of layer", columns, cells))
+    return Figure(caption, chart, Table("Scores by kind of layer", columns, cells))
 
 
-def losses(source: Run) -> str:
+def losses(source: Run) -> Figure:
     """Training and validation losses over the steps."""
     bins = _bins(source.end, MAX_POINTS)
     centers = (bins[:-1] + bins[1:] - 1) / 2
@@ -263,7 +320,7 @@ def losses(source: Run) -> str:
     }
     series = {name: means for name, means in series.items() if np.isfinite(means).any()}
     if not series:
-        return paragraph("The log has no losses.")
+        return Figure("The log has no losses.")
     if len(series) > pictures.SERIES:
         series = dict(list(series.items())[: pictures.SERIES])
     caption = (
@@ -280,7 +337,7 @@ def losses(source: Run) -> str:
         (_stretch(a, b), *(number(values[n]) for values in series.values()))
         for n, (a, b) in enumerate(pairwise(bins))
     ]
-    return figure(chart, caption, table("Mean losses", ("steps", *series), rows))
+    return Figure(caption, chart, Table("Mean losses", ("steps", *series), rows))
 
 
 def _verb(decrease: float) -> tuple[str, str]:
@@ -288,10 +345,11 @@ def _verb(decrease: float) -> tuple[str, str]:
 
 
 def _decreases(source: Run, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every scored step its number, predicted and actual decrease, where both are known."""
-    both = (source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual"))
-    predicted, actual = both
-    steps = np.flatnonzero(scored_steps(source) & np.isfinite(predicted) & np.isfinite(actual))
+    """Of every step its number, predicted and actual decrease, where both are known."""
+    predicted, actual = (
+        source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual")
+    )
+    steps = np.flatnonzero(np.isfinite(predicted) & np.isfinite(actual))
     return steps, predicted[steps], actual[steps]
 
 
@@ -312,7 +370,7 @@ def _means(steps: np.ndarray, values: np.ndarray, bins: np.ndarray, mask: np.nda
 def _ends(means: np.ndarray) -> tuple[float, float]:
     """The first and the last that there is."""
     known = means[np.isfinite(means)]
-    return float(known[0]), float(known[-1])
+    return (float(known[0]), float(known[-1])) if len(known) else (np.nan, np.nan)
 
 
 def _stretch(first: int, end: int) -> str:

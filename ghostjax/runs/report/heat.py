@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -13,7 +14,7 @@ from ghostjax.runs.analysis.scale import Scale
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.report import output
-from ghostjax.runs.report.html import LIGHT, contents, document, escape, paragraph, section, table
+from ghostjax.runs.report.html import LIGHT, Table, escape, render
 from ghostjax.runs.store.run import Run
 from ghostjax.runs.training.positions import Windows
 
@@ -161,18 +162,18 @@ def visible(text: str) -> str:
 
 def make_page(sections: Sequence[Section], about: About) -> str:
     """The page."""
-    places = {f"v{n}": f"Validation set {each.set}" for n, each in enumerate(sections, 1)}
-    main = "".join(
-        f'<section id="{place}">\n<h2>{escape(title)}</h2>\n{_set(each)}\n</section>\n'
-        for (place, title), each in zip(places.items(), sections)
-    )
-    notes = "\n".join(map(paragraph, about.notes))
-    return document(
+    sets = [
+        {"place": f"v{n}", "heading": f"Validation set {each.set}", **_set(each)}
+        for n, each in enumerate(sections, 1)
+    ]
+    return render(
+        "tokens.html",
         title=f"{about.run}: tokens of training documents",
-        header=f"<h1>{escape(about.run)}: which tokens helped</h1>\n{notes}\n{contents(places)}",
-        main=main,
         run=about.run,
-        style=_style(),
+        notes=about.notes,
+        places={each["place"]: each["heading"] for each in sets},
+        heat_style=Markup(_style()),
+        sets=sets,
     )
 
 
@@ -202,21 +203,20 @@ def mixed(level: int) -> int:
     return round(MIXED * level / LEVELS)
 
 
-def _set(each: Section) -> str:
+def _set(each: Section) -> dict[str, Any]:
     sizes = each.sizes()
     colours, scale = Colours.of(sizes), Scale.of(np.quantile(sizes, [QUANTILE]))
-    steps = "".join(
-        f'<span class="{_css(level)}">{escape(scale.signed(colours.top * level / LEVELS))}</span>'
+    legend = scale.within("Score of a token")
+    legend += ". The last colours hold beyond, too; underlined tokens hurt."
+    levels = [
+        (_css(level), scale.signed(colours.top * level / LEVELS))
         for level in range(-LEVELS, LEVELS + 1)
-    )
-    words = scale.within("Score of a token")
-    words += ". The last colours hold beyond, too; underlined tokens hurt."
-    legend = f'{paragraph(words, "soft")}\n<p class="heat legend">{steps}</p>'
+    ]
     lists = [
-        section(title, "\n".join(_window(window, colours, scale) for window in windows))
+        (title, [_window(window, colours, scale) for window in windows])
         for title, windows in each.lists
     ]
-    return "\n".join([legend, *lists])
+    return {"legend": legend, "levels": levels, "lists": lists}
 
 
 def _css(level: int) -> str:
@@ -227,33 +227,30 @@ def _number(score: float, error: float | None, scale: Scale) -> str:
     return scale.signed(score) + (f" ± {scale.plain(error)}" if error is not None else "")
 
 
-def _window(window: Window, colours: Colours, scale: Scale) -> str:
-    spans = []
+def _window(window: Window, colours: Colours, scale: Scale) -> dict[str, Any]:
+    parts = []
     for part in window.parts:
         level = colours.level(part.score)
         several = f" ({part.tokens} tokens)" if part.tokens > 1 else ""
         hover = f"{part.text!r} {_number(part.score, part.error, scale)}{several}"
-        name = f' class="{_css(level)}"' if level else ""
-        spans.append(f'<span{name} title="{escape(hover)}">{_escaped(part.text)}</span>')
-    rest = ""
+        parts.append((_css(level) if level else "", hover, _escaped(part.text)))
     if window.rest:
-        rest = f'<span class="soft" title="only predicted">{_escaped(window.rest)}</span>'
+        parts.append(("soft", "only predicted", _escaped(window.rest)))
     rows = [
         (repr(part.text), f"{window.start + part.position}", _number(*part[3:], scale))
         for part in strongest(window)
     ]
-    numbers = table("Tokens with the largest scores", ("token", "place", "score"), rows)
-    return (
-        f'<article class="window">\n<div class="head"><strong><bdi>{escape(window.example.id)}'
-        f"</bdi></strong> <span>{escape(_number(window.total, window.error, scale))}</span> "
-        f'<span class="soft">{escape(_where(window))}</span></div>\n'
-        f'<p class="heat" dir="auto">{"".join(spans)}{rest}</p>\n'
-        f"<details><summary>The largest scores</summary>\n{numbers}\n</details>\n</article>"
-    )
+    return {
+        "id": window.example.id,
+        "total": _number(window.total, window.error, scale),
+        "where": _where(window),
+        "parts": parts,
+        "numbers": Table("Tokens with the largest scores", ("token", "place", "score"), rows),
+    }
 
 
-def _escaped(text: str) -> str:
-    return "\n".join(escape(line) for line in visible(text).split("\n"))
+def _escaped(text: str) -> Markup:
+    return Markup("\n").join(escape(line) for line in visible(text).split("\n"))
 
 
 def _where(window: Window) -> str:

@@ -1,6 +1,9 @@
-"""A run as one HTML page that needs neither network nor script."""
+"""A run as one HTML page that needs no network."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from ghostjax.fidelity import Fidelity
 from ghostjax.runs.analysis.judgement import judge, warnings
@@ -9,21 +12,49 @@ from ghostjax.runs.analysis.summary import last_loss, measure_fidelity, run_warn
 from ghostjax.runs.analysis.values import (
     Valued,
     best_and_worst,
+    both_ends,
     read_values,
 )
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report.charts import (
     by_domain,
     by_kind,
+    chosen_examples,
     distribution,
     losses,
     over_time,
     predicted_and_actual,
     single_steps,
 )
-from ghostjax.runs.report.html import bullets, contents, document, escape, paragraph, section, table
+from ghostjax.runs.report.html import Table, render
 from ghostjax.runs.report.output import progress_note
 from ghostjax.runs.store.run import Run
+
+MAX_LISTED = 250  # of either end, in the table of examples
+MAX_UNVISITED = 100
+MAX_WINDOWS = 4
+MARKS = {"helps": "▲", "hurts": "▼", "unclear": "●", "few visits": "◦"}
+MARKS |= {"no error bar": "?", "not visited": "○"}
+_COLOURS = (
+    ("helps", MARKS["helps"], "helps: an example by its verdict; else a sum or score above zero"),
+    ("hurts", MARKS["hurts"], "hurts: an example by its verdict; else a sum or score below zero"),
+    (
+        "unclear",
+        " ".join(MARKS[verdict] for verdict in ("unclear", "few visits", "no error bar")),
+        "unclear, few visits (below 8), or no error bar",
+    ),
+    ("not", MARKS["not visited"], "not visited: there is no value"),
+)
+# What a log may lack, and what the page then does not tell.
+_OPTIONAL = {
+    "predicted": ("steps", "predicted decreases of the loss"),
+    "actual": ("steps", "actual decreases of the loss, so predictions cannot be compared with it"),
+    "val_loss": ("steps", "losses on the validation set"),
+    "conservation_error": ("steps", "certificate"),
+    "audit_error": ("steps", "audit"),
+    "correlation": ("steps", "correlations with plain inner products"),
+    "error": ("scores", "standard errors of the scores, so no example can be told to help or hurt"),
+}
 
 
 def make_report(source: Run, count: int = 10) -> str:
@@ -35,90 +66,83 @@ def make_report(source: Run, count: int = 10) -> str:
     values = read_values(source)
     if not any(valued.visited.any() for valued in values.values()):
         raise UsageError(f"{source.path}: no example was visited so far")
-    name = source.path.resolve().name
     measured = {which: measure_fidelity(source, which, valued) for which, valued in values.items()}
-    main = [_trust(source, measured)]
-    main += [
-        _validation_set(source, which, valued, count, f"v{n}")
+    name = source.path.resolve().name
+    several = len(source.sets) > 1
+    headings = {which: f"Validation set {which}" if several else "The values" for which in values}
+    places = {"trust": "Can the values be trusted?"}
+    places |= {f"v{n}": heading for n, heading in enumerate(headings.values(), 1)}
+    windows = _windows(source)
+    sets = [
+        {
+            "place": f"v{n}",
+            "heading": headings[which],
+            **_validation_set(source, which, valued, count, f"v{n}", windows),
+        }
         for n, (which, valued) in enumerate(values.items(), 1)
     ]
-    main.append(_about(source))
-    return document(
+    return render(
+        "report.html",
         title=f"{name}: values of training examples",
-        header=_header(source, name, values),
-        main="\n".join(main),
         run=name,
+        script="table.js",
+        lead="How much each training example helped or hurt while the model trained, measured by "
+        "what its share of every update did to the loss on the validation "
+        f"{'sets' if several else 'set'} {', '.join(source.sets)}.",
+        notice=None if source.is_finished else progress_note(source),
+        facts=_facts(source, next(iter(values.values()))),
+        places={**places, "about": "The run"},
+        judged=_judged(source, measured),
+        others=_others(source, measured),
+        colours=_COLOURS,
+        sets=sets,
+        losses=losses(source),
+        options=_options(source),
     )
 
 
-def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
-    first = next(iter(values.values()))
-    sets = ", ".join(source.sets)
-    lead = (
-        "How much each training example helped or hurt while the model trained, measured by what "
-        "its share of every update did to the loss on the validation "
-        f"{'sets' if len(source.sets) > 1 else 'set'} {sets}."
-    )
+def _facts(source: Run, first: Valued) -> dict[str, str]:
     facts = {"steps": f"{source.end}"}
     if not source.is_finished:
         total = source.metadata.get("options", {}).get("steps")
-        facts["steps so far"] = f"{facts.pop('steps')} of {total}" if total else f"{source.end}"
+        facts = {"steps so far": f"{source.end} of {total}" if total else f"{source.end}"}
     facts["training examples"] = f"{len(first)}"
     facts["of them visited"] = f"{first.visited.sum()}"
     facts["not visited, without a value"] = f"{(~first.visited).sum()}"
-    training_loss = source.steps["loss"][-1].as_py()
-    if training_loss is not None:
-        facts["last training loss"] = number(training_loss)
-    for which in source.sets:
-        loss = last_loss(source, which)
-        if loss is not None:
-            facts[f"last loss on {which}"] = number(loss)
-    places = {"trust": "Can the values be trusted?"}
-    for n, which in enumerate(source.sets, 1):
-        places[f"v{n}"] = f"Validation set {which}" if len(source.sets) > 1 else "The values"
-    places["about"] = "The run"
-    notice = "" if source.is_finished else paragraph(progress_note(source))
-    cells = "".join(
-        f"<div><dt>{escape(what)}</dt><dd>{escape(figure)}</dd></div>"
-        for what, figure in facts.items()
-    )
-    return (
-        f"<h1>{escape(name)}</h1>\n{paragraph(lead)}\n{notice}\n"
-        f'<dl class="facts">{cells}</dl>\n{contents(places)}'
-    )
+    known = {"last training loss": source.steps["loss"][-1].as_py()}
+    known |= {f"last loss on {which}": last_loss(source, which) for which in source.sets}
+    return facts | {what: number(loss) for what, loss in known.items() if loss is not None}
 
 
-def _trust(source: Run, measured: dict[str, Fidelity]) -> str:
-    judged = {
-        which: judge(fidelity, source.end, warnings(source, which, fidelity))
-        for which, fidelity in measured.items()
-    }
-    boxes = []
-    for which, judgement in judged.items():
-        heading = judgement.verdict
-        if len(judged) > 1:
-            heading = f"{which}: {heading[0].lower()}{heading[1:]}"
-        reasons = bullets(judgement.reasons) if judgement.reasons else ""
-        boxes.append(
-            f'<section class="verdict {judgement.level}">\n<h3>{escape(heading)}</h3>\n{reasons}\n'
-            f"<details{' open' if len(judged) <= 4 else ''}><summary>What was measured</summary>\n"
-            f"{bullets(judgement.findings)}\n</details>\n</section>"
-        )
-    # The summary has the same warnings, and may have others.
-    judged_already = run_warnings(source, measured)
+def _judged(source: Run, measured: dict[str, Fidelity]) -> list[tuple[str, Any]]:
+    found = []
+    for which, fidelity in measured.items():
+        judgement = judge(fidelity, source.end, warnings(source, which, fidelity))
+        verdict = judgement.verdict
+        several = f"{which}: {verdict[0].lower()}{verdict[1:]}"
+        found.append((several if len(measured) > 1 else verdict, judgement))
+    return found
+
+
+def _others(source: Run, measured: dict[str, Fidelity]) -> list[str]:
+    """Warnings of the summary beside those of the judgement, and what the log lacks."""
+    known = run_warnings(source, measured)
     stated = [str(text) for text in (source.summary or {}).get("warnings") or []]
-    others = [text for text in stated if text not in judged_already]
-    body = f'<div class="grid">\n{chr(10).join(boxes)}\n</div>' + (
-        bullets(others) if others else ""
-    )
-    return f'<section id="trust">\n<h2>Can the values be trusted?</h2>\n{body}\n</section>'
+    lacks = [
+        f"The log has no {what} for validation set {which}."
+        for which in source.sets
+        for column, (table, what) in _OPTIONAL.items()
+        if column != "audit_error"  # told among what was measured
+        and not np.isfinite(source.numbers(table, f"{column}_{which}")).any()
+    ]
+    return [text for text in stated if text not in known] + lacks
 
 
-def _validation_set(source: Run, which: str, valued: Valued, count: int, place: str) -> str:
+def _validation_set(
+    source: Run, which: str, valued: Valued, count: int, place: str, windows: dict[str, str]
+) -> dict[str, Any]:
     scale = Scale.typical(valued.values)
     ranked = valued.ranked()
-    several = len(source.sets) > 1
-    heading = f"Validation set {which}" if several else "The values"
     intro = (
         "The value of an example sums, over its visits, the decrease of the loss on "
         f"{which} by its share of the updates, in {source.unit}. Positive values helped, "
@@ -126,49 +150,87 @@ def _validation_set(source: Run, which: str, valued: Valued, count: int, place: 
     )
     if scale.exponent:
         intro += f"Values are given in units of {scale.words}."
-    charts = [
-        section("Distribution of the values", distribution(place, valued, scale)),
-        section("Values by domain", by_domain(place, valued, scale)),
-        section("Values over training time", over_time(place, source, which)),
-        section("Predicted and actual decrease", predicted_and_actual(place, source, which)),
-        section("Single steps", single_steps(place, source, which)),
-        section("Share by kind of layer", by_kind(place, source, which)),
-    ]
+    charts = {
+        "Distribution of the values": distribution(place, valued, scale),
+        "Values by domain": by_domain(place, valued, scale),
+        "Values over training time": over_time(place, source, which),
+        "Values of single examples over the steps": chosen_examples(place, source, which, ranked),
+        "Predicted and actual decrease": predicted_and_actual(place, source, which),
+        "Single steps": single_steps(place, source, which),
+        "Share by kind of layer": by_kind(place, source, which),
+    }
     lists = [
-        section(f"Examples: {title[0].lower()}{title[1:]}", _examples(ranked, indices, scale))
+        (f"Examples: {title[0].lower()}{title[1:]}", _examples(ranked, indices, scale, windows))
         for title, indices in best_and_worst(ranked.values, count)
     ]
-    return "\n".join(
-        [
-            f'<section id="{place}">',
-            f"<h2>{escape(heading)}</h2>",
-            paragraph(intro),
-            f'<div class="grid">\n{chr(10).join(charts)}\n</div>',
-            f'<div class="grid">\n{chr(10).join(lists)}\n</div>',
-            "</section>",
-        ]
-    )
-
-
-def _examples(ranked: Valued, indices: Any, scale: Scale) -> str:
-    cards = []
-    for n in indices:
-        visits = ranked.visits[n]
-        error = f" ± {scale.plain(ranked.errors[n])}" if ranked.has_error[n] else ""
-        cards.append(
-            f'<li class="{"helps" if ranked.values[n] >= 0 else "hurts"}">'
-            f'<div class="head"><span class="number">{escape(scale.signed(ranked.values[n]))}'
-            f"{escape(error)}</span> "
-            f"<strong><bdi>{escape(ranked.ids[n])}</bdi></strong> "
-            f'<span class="soft"><bdi>{escape(ranked.domains[n])}</bdi>, '
-            f"{visits} {'visit' if visits == 1 else 'visits'}, rank {n + 1}</span></div>"
-            f'<p class="excerpt" dir="auto">{escape(ranked.excerpts[n])}</p></li>'
-        )
     note = f"{scale.within('Value ± its standard error')}."
-    return f'{paragraph(note, "soft")}\n<ol class="examples">\n{chr(10).join(cards)}\n</ol>'
+    listing = _listing(source, valued, scale, windows)
+    return {"intro": intro, "charts": charts, "lists": lists, "note": note, "listing": listing}
 
 
-def _about(source: Run) -> str:
+def _examples(
+    ranked: Valued, indices: Iterable[int], scale: Scale, windows: dict[str, str]
+) -> list[dict[str, Any]]:
+    verdicts = ranked.verdicts
+    return [
+        {
+            "rank": int(n) + 1 if ranked.visits[n] else None,
+            "id": ranked.ids[n],
+            "domain": ranked.domains[n],
+            "value": scale.signed(ranked.values[n]) if ranked.visits[n] else "-",
+            "error": scale.plain(ranked.errors[n]) if ranked.has_error[n] else "",
+            "exact": _exact(ranked.values[n]),
+            "exact_error": _exact(ranked.errors[n]),
+            "visits": int(ranked.visits[n]),
+            "verdict": verdicts[n],
+            "mark": MARKS[verdicts[n]],
+            "sign": verdicts[n] if verdicts[n] in ("helps", "hurts") else "unclear",
+            "windows": windows.get(ranked.ids[n], ""),
+            "excerpt": ranked.excerpts[n],
+        }
+        for n in indices
+    ]
+
+
+def _listing(source: Run, valued: Valued, scale: Scale, windows: dict[str, str]) -> dict[str, Any]:
+    """The table of examples: all of them, or both ends of the ranking and some not visited."""
+    ranked, unvisited = valued.ranked(), valued.select(~valued.visited)
+    first, last = both_ends(ranked, MAX_LISTED)
+    some = unvisited.select(slice(0, MAX_UNVISITED))
+    rows = _examples(ranked, [*first, *last[::-1]], scale, windows)
+    rows += _examples(some, range(len(some)), scale, windows)
+    note = f"{len(rows)} of {len(valued)} examples"
+    if len(rows) < len(valued):
+        note += (
+            f": up to {MAX_LISTED} of either end of the ranking and {MAX_UNVISITED} that were not "
+            f"visited. Left out are {len(ranked) - len(first) - len(last)} between them and "
+            f"{len(unvisited) - len(some)} not visited; "
+        )
+        note += (
+            "values.parquet has all of them"
+            if source.is_finished
+            else "ghostjax rank --csv lists all of them"
+        )
+    columns = ["rank", "id", "domain", "value", "±", "visits", "verdict", "windows", "excerpt"]
+    return {"note": f"{note}.", "columns": columns, "rows": rows}
+
+
+def _windows(source: Run) -> dict[str, str]:
+    """By id, where the windows that were scored begin, if the examples are texts."""
+    if source.metadata.get("task") != "text":
+        return {}
+    starts: dict[str, set[int]] = {}
+    for name, start in zip(source.scores["id"].to_pylist(), source.scores["start"].to_pylist()):
+        starts.setdefault(name, set()).add(start)
+    found = {}
+    for name, own in starts.items():
+        text = ", ".join(map(str, sorted(own)[:MAX_WINDOWS]))
+        more = f" and {len(own) - MAX_WINDOWS} more" if len(own) > MAX_WINDOWS else ""
+        found[name] = f"windows from token {text}{more}"
+    return found
+
+
+def _options(source: Run) -> Table:
     options = source.metadata.get("options") or (source.summary or {}).get("options") or {}
     rows = [(str(name), _text(value)) for name, value in options.items()]
     seconds = (source.summary or {}).get("seconds")
@@ -178,13 +240,12 @@ def _about(source: Run) -> str:
         entries = source.metadata.get(group)
         for name, value in entries.items() if isinstance(entries, dict) else ():
             rows.append((f"{name} ({group.rstrip('s')})", _text(value)))
-    body = section("Losses", losses(source))
-    listing = table("Options and versions", ("name", "setting"), rows)
-    body += section(
-        "Options and versions",
-        f"<details><summary>How the run was started</summary>\n{listing}\n</details>",
-    )
-    return f'<section id="about">\n<h2>The run</h2>\n<div class="grid">\n{body}\n</div>\n</section>'
+    return Table("Options and versions", ("name", "setting"), rows)
+
+
+def _exact(value: float) -> str:
+    """For the script that sorts; nothing where there is no value."""
+    return repr(float(value)) if np.isfinite(value) else ""
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from ghostjax.runs.analysis.scale import number
 from ghostjax.runs.report.html import SERIES, escape
@@ -57,14 +58,14 @@ def _scale(low: float, high: float, first: float, last: float) -> Callable[[floa
     return lambda value: first + (value - low) / (high - low) * (last - first)
 
 
-def _svg(name: str, title: str, description: str, height: float, parts: Sequence[str]) -> str:
+def _svg(name: str, title: str, description: str, height: float, parts: Sequence[str]) -> Markup:
     body = "\n".join(parts)
-    return f"""<svg viewBox="0 0 {WIDTH} {height:g}" role="img" \
+    return Markup(f"""<svg viewBox="0 0 {WIDTH} {height:g}" role="img" \
 aria-labelledby="{name}-title {name}-desc" xmlns="http://www.w3.org/2000/svg">
 <title id="{name}-title">{escape(title)}</title>
 <desc id="{name}-desc">{escape(description)}</desc>
 {body}
-</svg>"""
+</svg>""")
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
@@ -96,29 +97,36 @@ def _y_axis(low: float, high: float, y, label: str, top: float, whole: bool = Fa
 
 
 def histogram(
-    name: str, title: str, description: str, edges: np.ndarray, counts: np.ndarray, label: str
-) -> str:
-    """Counts [n] between edges [n + 1]; bars of negative values have the colour of harm."""
+    name: str,
+    title: str,
+    description: str,
+    edges: np.ndarray,
+    counts: Mapping[str, np.ndarray],
+    label: str,
+) -> Markup:
+    """Counts [n] between edges [n + 1], one above the other, by the name of their colour."""
     top, bottom = 26, 26 + _PLOT
     x = _scale(edges[0], edges[-1], _LEFT, _RIGHT)
-    most = float(counts.max()) * 1.05
+    most = max(1.0, float(sum(counts.values()).max())) * 1.05
     y = _scale(0, most, bottom, top)
     parts = _x_axis(edges[0], edges[-1], x, top, bottom, label)
     parts += _y_axis(0, most, y, "examples", top, whole=True)
-    for left, right, count in zip(edges, edges[1:], counts):
-        if count:
-            kind = "helps" if left + right > 0 else "hurts"
-            width = max(x(right) - x(left) - 1, 0.5)
-            parts.append(
-                f'<rect class="fill-{kind}" x="{x(left) + 0.5:.1f}" y="{y(count):.1f}" '
-                f'width="{width:.1f}" height="{bottom - y(count):.1f}"/>'
-            )
+    below = np.zeros(len(edges) - 1)
+    for kind, own in counts.items():
+        for left, right, low, count in zip(edges, edges[1:], below, own):
+            if count:
+                width = max(x(right) - x(left) - 1, 0.5)
+                parts.append(
+                    f'<rect class="fill-{kind}" x="{x(left) + 0.5:.1f}" y="{y(low + count):.1f}" '
+                    f'width="{width:.1f}" height="{y(low) - y(low + count):.1f}"/>'
+                )
+        below = below + own
     return _svg(name, title, description, bottom + 40, parts)
 
 
 def ranges(
     name: str, title: str, description: str, rows: Mapping[str, Sequence[float]], label: str
-) -> str:
+) -> Markup:
     """For each row five numbers: a thin line from the first to the last, a bar between the second
     and the fourth, a mark at the third. Rows whose mark is negative have the colour of harm."""
     low, high = _span(np.array([*rows.values()]), zero=True)
@@ -145,7 +153,7 @@ def bars(
     description: str,
     rows: Mapping[str, tuple[float, str]],
     label: str,
-) -> str:
+) -> Markup:
     """A bar from zero and a text for each row."""
     low, high = _span(np.array([value for value, _ in rows.values()]), zero=True)
     top, bottom = 4, 4 + 40 * len(rows)
@@ -172,7 +180,7 @@ def lines(
     y_label: str,
     *,
     zero: bool = True,
-) -> str:
+) -> Markup:
     """Up to six lines over steps, by name: (x [n], y [n]); ``zero`` keeps zero in the plot."""
     legend, rows = _legend(list(series)[:SERIES])
     top = 30 + 20 * rows
@@ -200,10 +208,11 @@ def scatter(
     description: str,
     xs: np.ndarray,
     ys: np.ndarray,
+    marked: np.ndarray,
     x_label: str,
     y_label: str,
-) -> str:
-    """Points, and the line on which both of their numbers are equal."""
+) -> Markup:
+    """Points, and the line on which both of their numbers are equal; ``marked`` ones are rings."""
     top, bottom = 26, 26 + _PLOT
     x_low, x_high = _span(xs, zero=True)
     y_low, y_high = _span(ys, zero=True)
@@ -213,7 +222,8 @@ def scatter(
     low, high = max(x_low, y_low), min(x_high, y_high)
     parts.append(_rule(x(low), y(low), x(high), y(high), "tie"))
     parts += [
-        f'<circle class="dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"/>' for a, b in zip(xs, ys)
+        f'<circle class="{"off" if ring else "dot"}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"/>'
+        for a, b, ring in zip(xs, ys, marked)
     ]
     return _svg(name, title, description, bottom + 40, parts)
 

@@ -1,9 +1,12 @@
+import base64
 import dataclasses
+import hashlib
 import html.parser
 import re
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ghostjax.cli import main
@@ -18,9 +21,17 @@ from ghostjax.runs.report.pictures import ticks
 from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
-from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
+from tests.runs.made_up import (
+    DOMAINS,
+    EXAMPLES,
+    KINDS,
+    SETS,
+    STEPS,
+    changed_steps,
+    write_run,
+)
 
-VOID = {"meta", "line", "rect", "circle", "path"}  # circle and the like close themselves
+VOID = {"meta", "input", "line", "rect", "circle", "path"}  # circle and the like close themselves
 
 
 class Page(html.parser.HTMLParser):
@@ -51,7 +62,7 @@ class Page(html.parser.HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
     def text(self):
-        return " ".join(data for tag, data in self.texts if tag != "style")
+        return " ".join(data for tag, data in self.texts if tag not in ("style", "script"))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +95,23 @@ def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     shorter = (path / "report.html").read_text(encoding="utf-8")
     assert shorter.count('<p class="excerpt"') == 2 * 3 * len(SETS)
+
+
+def test_out_names_the_file_and_nothing_else_is_written(tmp_path, capsys):
+    path, out = write_run(tmp_path / "run"), tmp_path / "page.html"
+    before = files(path)
+    assert main(["report", str(path), "--out", str(out)]) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    assert out.read_text(encoding="utf-8") == make_report(read_run(path))
+    assert files(path) == before
+    assert f"--out {path} is a directory: name a file in it" in fails(
+        ["report", path, "--out", path], capsys
+    )
+    nowhere = tmp_path / "none" / "page.html"
+    message = fails(["report", path, "--out", nowhere], capsys)
+    assert f"--out {nowhere}: there is no directory {tmp_path / 'none'}" in message
+    assert main(["report", str(path), "--out", "/proc/page.html"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_everything_that_was_asked_for_is_there(page, made_up):
@@ -133,11 +161,17 @@ def test_the_figures_are_those_of_the_log(page, made_up):
     assert f"attention {share:.0%}" in text
 
 
-def test_nothing_is_loaded_and_nothing_is_run(page, report):
+def test_nothing_is_loaded_and_no_other_script_is_run(page, report):
+    scripts = [data for tag, data in page.texts if tag == "script"]
+    digest = base64.b64encode(hashlib.sha256("".join(scripts).encode()).digest()).decode()
+    assert len(page.named("script")) == 1
+    assert "innerHTML" not in scripts[0]
     policy = [tag for tag in page.named("meta") if "http-equiv" in tag]
     assert [tag["http-equiv"] for tag in policy] == ["Content-Security-Policy"]
-    assert policy[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    assert not {"script", "link", "img", "iframe", "object", "base"} & {n for n, _ in page.tags}
+    assert policy[0]["content"] == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+    assert not {"link", "img", "iframe", "object", "base"} & {n for n, _ in page.tags}
     for name, attrs in page.tags:
         assert not any(key.startswith("on") for key in attrs), name
         assert "src" not in attrs
@@ -162,7 +196,7 @@ def test_it_can_be_read_without_seeing_it(page):
     assert viewport == ["width=device-width, initial-scale=1"]
     places = {attrs.get("id") for _, attrs in page.tags}
     pictures = page.named("svg")
-    assert len(pictures) == 6 * len(SETS) + 1
+    assert len(pictures) == 7 * len(SETS) + 1
     for attrs in pictures:
         assert attrs["role"] == "img"
         assert set(attrs["aria-labelledby"].split()) <= places
@@ -176,7 +210,7 @@ def test_it_can_be_read_without_seeing_it(page):
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
     tables = page.named("table")
-    assert len(tables) == len(page.named("caption")) == len(pictures) + 1
+    assert len(tables) == len(page.named("caption")) == len(pictures) + len(SETS) + 1
     assert {attrs.get("scope") for attrs in page.named("th")} == {"col", "row"}
     for name in ("main", "header", "footer", "nav"):
         assert len(page.named(name)) == 1
@@ -231,7 +265,8 @@ def test_texts_of_the_data_stay_texts(tmp_path):
     text = make_report(read_run(path))
     page = Page(text)
     names = {name for name, _ in page.tags}
-    assert not {"script", "b", "i"} & names
+    assert not {"b", "i"} & names
+    assert len(page.named("script")) == 1
     assert not any("onclick" in attrs for _, attrs in page.tags)
     assert "<script>alert(1)</script> \"double\" 'single' & </style></svg> \ufffd[31mback" in (
         page.text()
@@ -349,3 +384,76 @@ def test_numbers_and_scales():
     assert Scale.of(np.zeros(3)).words == Scale.typical(np.zeros(3)).words == ""
     assert Scale.typical(np.array([*[0.001] * 19, 1e6])).words == "10⁻³"
     assert scale.plain(float("nan")) == "undefined"
+
+
+def listed(text):
+    """The rows of the first table of examples: the cells' texts."""
+    body = text.split('<section class="listing">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.strip().split("\n")]
+
+
+def test_every_example_is_listed_with_its_verdict_also_those_not_visited(tmp_path):
+    domains, ids = ("one",) * EXAMPLES, tuple(f"e:{n}" for n in range(EXAMPLES))
+    source = read_run(write_run(tmp_path / "run", steps=4, domains=domains, ids=ids, sets=("val",)))
+    text, rows = make_report(source), listed(make_report(source))
+    valued = read_values(source)["val"]
+    assert 0 < valued.visited.sum() < EXAMPLES == len(rows)
+    assert f"{EXAMPLES} of {EXAMPLES} examples." in text
+    shown = {re.sub("<.*?>", "", row[1]): row for row in rows}
+    for name, visited, verdict in zip(valued.ids, valued.visited, valued.verdicts):
+        assert f'<span class="verdict-name">{verdict}</span>' in shown[name][6]
+        assert (shown[name][0], shown[name][3]) == ("-", "-") or visited
+    assert [row[0] for row in rows[: valued.visited.sum()]] == [
+        str(n + 1) for n in range(valued.visited.sum())
+    ]
+    assert shown[valued.ids[valued.visited][0]][7] == "windows from token 0"
+
+
+def test_a_long_table_says_what_it_leaves_out(made_up, monkeypatch):
+    monkeypatch.setattr("ghostjax.runs.report.page.MAX_LISTED", 3)
+    text = make_report(read_run(made_up))
+    assert len(listed(text)) == 6
+    assert "6 of 40 examples: up to 3 of either end" in text
+    assert "Left out are 34 between them and 0 not visited; values.parquet has all of them." in text
+
+
+def test_steps_that_are_far_off_are_drawn_and_listed_with_their_weight(tmp_path):
+    path = write_run(tmp_path / "run", sets=("val",))
+    assert 'class="off"' not in make_report(read_run(path))
+    changed_steps(path, 7, predicted_val=-9.0)
+    text = make_report(read_run(path))
+    assert text.count('class="off"') == 1
+    assert "1 steps were far off their prediction, drawn as rings; the scores of 1 count" in text
+    assert re.search(r'<th scope="row">7</th><td>[^<]*</td><td>[^<]*</td><td>0\.0', text)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("correlation", "audit_error"),
+        ("actual", "val_loss", "conservation_error", "correlation"),
+        ("predicted", "actual", "val_loss", "conservation_error", "correlation", "error"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_log_lacks_is_told(tmp_path, columns):
+    source = read_run(write_run(tmp_path / "run", sets=("val",)))
+    for name in ("scores", "steps"):
+        table = getattr(source, name)
+        for n, field in enumerate(table.schema):
+            if field.name.removesuffix("_val") in columns and field.name.endswith("_val"):
+                table = table.set_column(n, field, pa.nulls(len(table), field.type))
+        source.__dict__[name] = table  # where the property keeps it
+    text = Page(make_report(source)).text()
+    assert "nan" not in re.findall(r"\w+", text.split("What the colours mean")[1])
+    told = {"actual": "actual decreases", "error": "standard errors", "val_loss": "losses on the"}
+    told |= {"correlation": "correlations with plain", "conservation_error": "certificate"}
+    for column, words in told.items():
+        assert (f"The log has no {words}" in text) == (column in columns)
+
+
+def test_the_colours_of_lines_are_none_of_helps_and_hurts():
+    for theme in (LIGHT, DARK):
+        lines = {getattr(theme, f"s{n}") for n in range(1, 7)}
+        assert len(lines) == 6
+        assert not lines & {theme.helps, theme.hurts, theme.good, theme.fair, theme.poor}
