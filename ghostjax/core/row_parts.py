@@ -11,7 +11,6 @@ from ghostjax._jaxprs import live_equations
 from ghostjax.core.meeting import Meeting, is_inexact, weighted, weights_at
 from ghostjax.core.places import Rows
 from ghostjax.core.routes import make_meeting
-from ghostjax.core.types import varying
 from ghostjax.core.values import Value
 
 # Their parameters hold no shapes, so that they can be applied to some of the rows.
@@ -36,11 +35,7 @@ class Pullback:
 
             return jax.vjp(of_moving, *(primals[k] for k in moving))[1](cotangents)
 
-        outputs = meeting.outputs
-        if any(varying(jax.typeof(operand)) for operand in operands):
-            # On manual axes of a mesh, cotangents have to vary as outputs do.
-            outputs = jax.eval_shape(function, list(operands))
-        outputs = [outputs[k] for k in meeting.differentiable]
+        outputs = [meeting.outputs[k] for k in meeting.differentiable]
         closed = jax.make_jaxpr(pulled)(list(operands), outputs)
         _, live = live_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
         inputs = closed.jaxpr.invars[: len(operands)]
@@ -191,8 +186,6 @@ class Part:
 def _can_be_cut(whole: Meeting, operands: Sequence[Value]) -> bool:
     if whole.eqn is None or whole.num_rows is None or has_split_rows(operands):
         return False
-    if any(varying(jax.typeof(value.primal)) for value in operands):
-        return False  # inside shard_map, types of shapes say too little to differentiate with
     data = [(value.primal, value.rows) for value in operands if value.is_data]
     places = [*whole.rows, *(info for _, info in data)]
     if not all(isinstance(info, Rows) and info.outer == 1 for info in places):

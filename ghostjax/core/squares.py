@@ -170,7 +170,7 @@ class OfRows(AtOnce):
     padded = True
     no_shard_map = (
         "gradients of single rows are not put together. Use jax.jit with sharded arguments "
-        "instead, or call this function inside of shard_map."
+        "instead, or call this function inside of a shard_map with check_vma=False."
     )
 
     def __init__(self, loss, slots=None, at_once=frozenset(), marker=None, labels=None):

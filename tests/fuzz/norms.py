@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from ghostjax import pairwise_dots, squared_norms, value_and_clipped_grad, value_grad_and_dots
 from tests.fuzz.compare import REFUSALS, Outcome, differences, labels_for, reason_of
 
-
 NAMES = "norms", "clipped", "pairs", "norms beside dots", "cosines"
 
 
