@@ -34,7 +34,7 @@ def main() -> None:
     batch = next(batches(config, task))
     trainers = {order: Trainer(dataclasses.replace(config, order=order), task) for order in (1, 2)}
     trainer = trainers[2]
-    params = trainer.init_params()
+    params = task.init_params(config.seed)
     sets = len(task.val_sizes)
 
     @jax.jit

@@ -242,7 +242,7 @@ class SummedCells:
         """Of the cells at every place, the last axis of cells the fastest; size 1 elsewhere."""
         found = jnp.zeros([1] * len(shape), jnp.int32)
         for place, size in zip(self.places, self.sizes):
-            along = jnp.arange(shape[place.axis]) // place.inner % size
+            along = jnp.arange(shape[place.axis], dtype=jnp.int32) // place.inner % size
             others = [axis for axis in range(len(shape)) if axis != place.axis]
             found = found * size + jnp.expand_dims(along, others)
         return found

@@ -12,7 +12,12 @@ from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 
 WAY_OUT = (
     "Keep one row per place along an axis, or write the loss for one row and pass "
-    "per_example=True, which then needs no row axis."
+    "per_example=True, which then needs no row axis (GradDotProdEngine has none: take "
+    "value_grad_and_dots)."
+)
+ALONE = (
+    "If rows do not see each other in the loss, write it for one row and pass per_example=True "
+    "(GradDotProdEngine has none: take value_grad_and_dots)"
 )
 SHARE = (
     'take value_grad_and_dots or value_and_dots_fn with coupled="share", for the derivative of the '
@@ -75,15 +80,14 @@ def combined(operation: str, info: Mixed) -> str:
     return (
         f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
         "no row has a gradient of its own. Statistics of the batch can be constants, as the "
-        f"running averages of BatchNorm are. Or {SHARE}"
+        f"running averages of BatchNorm are. {ALONE}; if they do, {SHARE}"
     )
 
 
 def several(operation: str, reason: str) -> str:
     return (
         f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
-        "its own. If rows do not see each other in the loss, write it for one row and pass "
-        f"per_example=True; if they do, {SHARE}"
+        f"its own. {ALONE}; if they do, {SHARE}"
     )
 
 

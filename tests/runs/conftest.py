@@ -1,6 +1,7 @@
 """One small run, shared: compiling is most of its time."""
 
 import json
+import signal
 
 import jax
 import pytest
@@ -64,3 +65,11 @@ def micro_run(micro_config):
     with jax.numpy_dtype_promotion("standard"):
         run(micro_config)
     return read_run(micro_config.out)
+
+
+@pytest.fixture
+def not_ignored():
+    """Ctrl-C as in the foreground; where the tests run in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -40,7 +40,7 @@ def by_domain(valued: Valued, by: By = "value") -> list[Domain]:
     for name, group in zip(names.tolist(), groups):
         own = valued.select(group)
         measured = own.ranked(by).measured(by)[0]
-        total, visits = float(np.nansum(own.values)), int(own.visits.sum())
+        total, visits = float(own.values[own.visits > 0].sum()), int(own.visits.sum())
         figures = [np.nan] * 3
         if len(measured):
             figures = map(float, (measured.mean(), np.median(measured), (measured > 0).mean()))

@@ -1,6 +1,7 @@
 """``ghostjax rank``: the training examples that helped most and those that hurt most."""
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ghostjax.runs.report.terminal import (
     print_values,
     print_warnings,
 )
-from ghostjax.runs.store.files import write_json
+from ghostjax.runs.store.files import write_file
 from ghostjax.runs.store.run import read_run
 
 DEFAULT_COUNT = 10
@@ -122,7 +123,9 @@ def run(config: RankConfig) -> None:
     shares = None
     if config.mixture is not None:
         shares = domain_mixture(values, config.mixture_rate)
-        write_json(config.mixture, {share.name: share.weight for share in shares})
+        # Without a digest, as data loaders take every name for a domain's.
+        weights = json.dumps({share.name: share.weight for share in shares}, indent=2) + "\n"
+        write_file(config.mixture, lambda file: file.write(weights.encode()))
     if config.csv:
         output.print_csv(_rows(values, config))
     elif config.json:

@@ -28,11 +28,8 @@ class FakeTrainer(Trainer):
     def __init__(self, config, task):
         self._config, self._task, self.kinds = config, task, ["MLP"]
 
-    def init_params(self):
-        return {"w": jnp.zeros(3)}
-
     def init_state(self, params):
-        return params
+        return {"w": jnp.zeros(3)}
 
     def steps(self, state, start):
         rng = np.random.default_rng(7)
@@ -56,14 +53,6 @@ def fake(micro_config, tmp_path, monkeypatch):
     """A configuration of a run that trains nothing, and so takes no time."""
     monkeypatch.setattr(train, "Trainer", FakeTrainer)
     return dataclasses.replace(micro_config, out=tmp_path / "run", checkpoint_every=2)
-
-
-@pytest.fixture
-def not_ignored():
-    """Ctrl-C as in the foreground; where the tests run in the background it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def interrupted_after(monkeypatch, steps):
     monkeypatch.setattr(Trainer, "steps", interrupted)
 
 
+@pytest.mark.usefixtures("not_ignored")
 def test_ctrl_c_leaves_a_run_that_goes_on(micro_config, micro_run, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(micro_config, out=tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -207,6 +208,7 @@ def all_warnings(done):
     return run_warnings(done, measured)
 
 
+@pytest.mark.usefixtures("not_ignored")
 def test_some_steps_are_scored(micro_config, micro_run, tmp_path, monkeypatch):
     config = dataclasses.replace(micro_config, out=tmp_path / "run", score_every=2)
     with monkeypatch.context() as patch:
