@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ghostjax._dots import LABELS, with_keywords
 from ghostjax._labels import check_labels
@@ -101,8 +102,9 @@ def value_and_clipped_grad(
       loss_fn, argnums, batch_argnums, has_aux, per_example, loss_reduction: as for
         ``squared_norms``. A loss that gives [N] is added up, its value and gradient are sums.
       max_norm: C > 0, the largest norm of a row's gradient over all parameters; may be traced.
-      weights: w, [N], floats or booleans: 0 for padding, whose gradient then does not count
-        whatever it is. Rows are still N. With labels [S], of examples.
+      weights: w >= 0, [N], floats or booleans: 0 for padding, whose gradient then does not count
+        whatever it is. Rows are still N. With labels [S], of examples. Weights above 1 make the
+        sensitivity C times the largest.
 
     Returns:
       ``fn(*args, labels=None, num_labels=None, **kwargs) -> (value, grads)``, or
@@ -111,11 +113,12 @@ def value_and_clipped_grad(
 
     Guarantees: a forward and a backward pass for the norms, as in ``squared_norms``, and another
     backward pass in which every row has its weight. A row's gradient that is zero stays so; one
-    whose square is not finite makes ``grads`` NaN.
+    whose square is not finite makes ``grads`` NaN, and so do traced weights that are negative or
+    NaN, and a traced ``max_norm`` that is not positive.
 
     Raises:
-      ValueError: ``max_norm`` is not positive, weights do not fit, or a parameter's gradient
-        belongs to no row, as that of weight decay inside the loss.
+      ValueError: ``max_norm`` is not positive, weights do not fit or are known to be negative or
+        NaN, or a parameter's gradient belongs to no row, as that of weight decay inside the loss.
       What ``value_grad_and_dots`` raises.
 
     >>> import jax.numpy as jnp
@@ -145,8 +148,10 @@ def value_and_clipped_grad(
         found = check_labels(loss, labels, num_labels)
         left, weighted = clipping_pass(loss, arrays, found, padded=weights is not None)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
-        own = jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
+        largest = jnp.where(max_norm > 0, max_norm, jnp.nan)
+        own = jnp.minimum(1, largest * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
         own = jnp.where(total == 0, 1, jnp.where(jnp.isfinite(total), own, jnp.nan))
+        own = jnp.where(jnp.isnan(largest), jnp.nan, own)
         if weights is not None:
             own = _weighted(own, weights)
         if found is not None and found.ids.ndim == 1:
@@ -167,5 +172,8 @@ def _weighted(own: jax.Array, weights: Any) -> jax.Array:
             f"weights must be floats or booleans, one for each of the {own.size} examples. Found "
             f"{dtype}{list(jnp.shape(weights))}."
         )
+    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
+        raise ValueError(f"weights must not be negative or NaN, got {weights}.")
     weights = jnp.asarray(weights).astype(own.dtype)
+    weights = jnp.where(weights >= 0, weights, jnp.nan)
     return jnp.where(weights == 0, 0, own * weights)

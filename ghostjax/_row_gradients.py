@@ -25,6 +25,7 @@ from ghostjax.core import (
     pairs_cost_less,
     square,
     typed_as,
+    varying,
     zeros_of,
 )
 
@@ -168,6 +169,7 @@ def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tup
 
 def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool) -> Pass:
     """One forward and one backward pass; with ``at_once``, norms come out of it where they can."""
+    check_devices(arrays)
     run = _walked(loss, arrays, labels)
     taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=at_once)
     last: list[Found] = []
@@ -193,6 +195,7 @@ def clipping_pass(
     That gives the gradient of the loss with every row's part times its weight: of rows [B], or of
     labels of positions [S]. ``padded``: rows of weight 0 may hold what is no number.
     """
+    check_devices(arrays, clips=True)
     run = _walked(loss, arrays, labels, functools.partial(Clipped, padded))
     taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=True)
     check_in_rows(loss, found)
@@ -229,6 +232,22 @@ def clipping_pass(
     return left, weighted
 
 
+def check_devices(arrays: Arrays, *, clips: bool = False) -> None:
+    """An error where JAX adds up by itself what devices give, or cannot take a row from them."""
+    kinds = [jax.typeof(leaf) for leaf in arrays.batch]
+    if any(map(varying, kinds)):
+        raise NotImplementedError(
+            "gradients of single rows are not made inside of a shard_map that checks over which "
+            "axes values vary. Pass check_vma=False to it, and add up with jax.lax.psum what is of "
+            "all devices; or use jax.jit with sharded arguments instead."
+        )
+    if clips and any(kind.sharding.spec[0] is not None for kind in kinds):
+        raise NotImplementedError(
+            "gradients of rows that lie along an explicit axis of a mesh are not clipped. Make the "
+            "mesh with AxisType.Auto."
+        )
+
+
 def check_in_rows(loss: Loss, found: Found) -> None:
     """An error where a part of the gradient belongs to no row."""
     faults = [
@@ -250,6 +269,7 @@ def directed_with_norms(
     loss: Loss, arrays: Arrays, direction: Any, directions: int | None, labels: Labels | None
 ) -> GradDots:
     """``directed``, and squared norms out of the same pass."""
+    check_devices(arrays)
     run = _walked(loss, arrays, labels)
     taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=True)
     last: list[Found] = []

@@ -36,6 +36,7 @@ from ghostjax.core.types import added_up as added_up
 from ghostjax.core.types import cotangent_as as cotangent_as
 from ghostjax.core.types import on_this_mesh as on_this_mesh
 from ghostjax.core.types import typed_as as typed_as
+from ghostjax.core.types import varying as varying
 from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of
 from ghostjax.core.uses import pair_squares as pair_squares

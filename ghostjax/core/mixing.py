@@ -11,15 +11,16 @@ from ghostjax.core.inside import inside, is_container, is_number
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 
 WAY_OUT = (
-    "Keep one row per place along an axis, or write the loss for one row and pass per_example=True "
-    "to value_grad_and_dots, which then needs no row axis."
+    "Keep one row per place along an axis, or write the loss for one row and pass "
+    "per_example=True, which then needs no row axis (GradDotProdEngine has none: take "
+    "value_grad_and_dots)."
 )
 ALONE = (
-    "If rows do not see each other in the loss, write it for one row and pass per_example=True to "
-    "value_grad_and_dots"
+    "If rows do not see each other in the loss, write it for one row and pass per_example=True "
+    "(GradDotProdEngine has none: take value_grad_and_dots)"
 )
 SHARE = (
-    'pass coupled="share" to value_grad_and_dots or value_and_dots_fn, for the derivative of the '
+    'take value_grad_and_dots or value_and_dots_fn with coupled="share", for the derivative of the '
     "loss as only one row's uses of the parameters move."
 )
 

@@ -184,7 +184,7 @@ class Part:
 
 
 def _can_be_cut(whole: Meeting, operands: Sequence[Value]) -> bool:
-    if whole.eqn is None or whole.num_rows is None:
+    if whole.eqn is None or whole.num_rows is None or has_split_rows(operands):
         return False
     data = [(value.primal, value.rows) for value in operands if value.is_data]
     places = [*whole.rows, *(info for _, info in data)]
@@ -196,6 +196,15 @@ def _can_be_cut(whole: Meeting, operands: Sequence[Value]) -> bool:
     if name in _OTHERS:
         return not _parameter_has_rows(whole, operands)
     return name in _ELEMENTWISE and all(not shape or shape[axis] == 1 for shape in shapes)
+
+
+def has_split_rows(operands: Sequence[Value]) -> bool:
+    """Whether the types say that rows are on several devices, so that one cannot be cut out."""
+    return any(
+        isinstance(value.rows, Rows)
+        and jax.typeof(value.primal).sharding.spec[value.rows.axis] is not None
+        for value in operands
+    )
 
 
 def _parameter_has_rows(whole: Meeting, operands: Sequence[Value]) -> bool:

@@ -22,7 +22,7 @@ from ghostjax.core.examples import Regrouped
 from ghostjax.core.gram import gram_squares, squares_cost_less
 from ghostjax.core.meeting import one_per_row, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
-from ghostjax.core.row_parts import Part
+from ghostjax.core.row_parts import Part, has_split_rows
 from ghostjax.core.types import cotangent_as
 from ghostjax.core.uses import Use, pair_squares, pairs_cost_less, use_of
 from ghostjax.core.values import Value
@@ -36,6 +36,7 @@ class RowMeeting:
       by_weights: whether examples are told by weights of rows, as they are not single rows.
       padded: whether rows of weight 0 may hold what is no number.
       use: what it is of a matrix, if norms are known over pairs of positions.
+      row_by_row: whether no loop can go over arrays of rows, as these are on several devices.
     """
 
     by_weights = False
@@ -43,6 +44,7 @@ class RowMeeting:
     use: Use | None = None
     in_branch = False
     keeps_row_gradients = False
+    row_by_row = False
 
     def __init__(self, eqn, function, operands, outputs, rows, num_rows, names):
         self.whole = make_meeting(eqn, function, operands, outputs, rows, num_rows, names)
@@ -57,7 +59,8 @@ class RowMeeting:
         self.all = self._part(self.num_rows) if self.part.is_cut else self.part
         del self._part
         moving = [value for value in operands if value.tangents]
-        if not self.by_weights and len(moving) == len(self.moving) == 1:
+        self.row_by_row = has_split_rows(operands)
+        if not (self.by_weights or self.row_by_row) and len(moving) == len(self.moving) == 1:
             self.use = use_of(self.whole, moving[0].axes)
         kept = sorted({*self.whole.kept, *self.part.kept, *self.all.kept})
         arrays = {position: operands[position].primal for position in kept}
@@ -113,8 +116,7 @@ class RowMeeting:
             factors = whole.factors(arrays[1 - whole.parameter], *cotangents)
             if squares_cost_less(whole.sizes):
                 return dict.fromkeys(self.moving, gram_squares(*factors))
-
-        if is_unfolded(whole):
+        if is_unfolded(whole) and not self.row_by_row:
             return dict.fromkeys(self.moving, conv_squares(whole, arrays[0], *cotangents))
         if self.use is not None and pairs_cost_less([self.use]):
             squares = pair_squares([self.use.factors(arrays, *cotangents)])
@@ -168,7 +170,7 @@ class OfRows(AtOnce):
     padded = True
     no_shard_map = (
         "gradients of single rows are not put together. Use jax.jit with sharded arguments "
-        "instead, or call this function inside of shard_map."
+        "instead, or call this function inside of a shard_map with check_vma=False."
     )
 
     def __init__(self, loss, slots=None, at_once=frozenset(), marker=None, labels=None):

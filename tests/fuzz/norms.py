@@ -1,10 +1,13 @@
-"""Squared norms and clipped gradients of random programs, beside rows' gradients written out."""
+"""Norms, clipped gradients, pairs and cosines of random programs, beside rows' gradients written
+out."""
 
 import jax
 import jax.numpy as jnp
 
-from ghostjax import squared_norms, value_and_clipped_grad
+from ghostjax import pairwise_dots, squared_norms, value_and_clipped_grad, value_grad_and_dots
 from tests.fuzz.compare import REFUSALS, Outcome, differences, labels_for, members, reason_of
+
+NAMES = "norms", "clipped", "pairs", "norms beside dots", "cosines"
 
 
 def norms_outcome(program) -> Outcome:
@@ -26,8 +29,23 @@ def norms_outcome(program) -> Outcome:
         )
         own = squared_norms(program.loss, loss_reduction=program.reduction)
         clip = value_and_clipped_grad(program.loss, largest, loss_reduction=program.reduction)
-        found = own(params, batch, flag, **given), clip(params, batch, flag, **given)[1]
-        return found, (squares, clipped)
+        pairs = pairwise_dots(program.loss, loss_reduction=program.reduction)
+        beside = value_grad_and_dots(program.loss, loss_reduction=program.reduction, norms=True)
+        direction = jax.tree.map(lambda leaf: leaf[0], program.directions())
+        result = beside(params, batch, flag, direction=direction, **given)
+        vector = jax.tree.map(jnp.ravel, direction)
+        dots = sum(jax.tree.leaves(jax.tree.map(jnp.matmul, rows, vector)))
+        sizes = norms * jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(vector)))
+        found = (
+            own(params, batch, flag, **given),
+            clip(params, batch, flag, **given)[1],
+            pairs(params, batch, flag, **given),
+            result.squared_norms,
+            result.cosine(direction),
+        )
+        gram = jax.tree.map(lambda leaf: leaf @ leaf.T, rows)
+        cosines = jnp.where(sizes > 0, dots / jnp.where(sizes > 0, sizes, 1), 0)
+        return found, (squares, clipped, gram, squares, cosines)
 
     try:
         lowered = jax.jit(run).lower(params, batch, flag)
@@ -36,7 +54,7 @@ def norms_outcome(program) -> Outcome:
         if reason is None:
             raise
         return Outcome("refused", reason, f"{type(error).__name__}: {error}")
-    pairs = zip(("norms", "clipped"), *lowered.compile()(params, batch, flag))
+    pairs = zip(NAMES, *lowered.compile()(params, batch, flag))
     wrong = [line for name, *pair in pairs for line in differences(name, *pair)]
     return Outcome("wrong", message="\n".join(wrong)) if wrong else Outcome("exact")
 

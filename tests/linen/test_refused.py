@@ -12,7 +12,7 @@ from ghostjax import GradDotProdEngine
 from tests.linen.cases import FEATURES, activations, perturbed, squared
 
 ROWS, POSITIONS = 7, 5
-WAY_OUT = r"pass coupled=\"share\" to value_grad_and_dots"
+WAY_OUT = r"take value_grad_and_dots or value_and_dots_fn with coupled=\"share\""
 
 
 def call(loss_fn, params, batch, val_batch_size=2):

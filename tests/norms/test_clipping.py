@@ -91,6 +91,32 @@ def test_a_norm_that_is_none(max_norm):
         value_and_clipped_grad(losses, max_norm)
 
 
+def test_numbers_that_are_none_when_it_runs():
+    """They cannot be refused where they are traced, and the gradient is no number then."""
+
+    def run(max_norm, weights):
+        return value_and_clipped_grad(losses, max_norm, weights=weights)(DENSE, X)[1]
+
+    good, run = jnp.ones(ROWS), jax.jit(run)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(run(0.1, good)))
+    faults = [(0.0, good), (-1.0, good), (jnp.nan, good)]
+    faults += [(0.1, good.at[0].set(bad)) for bad in (-1.0, jnp.nan)]
+    for fault in faults:
+        assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(run(*fault))), fault
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_weights_that_are_negative_or_no_number(bad):
+    weights = jnp.ones(ROWS).at[0].set(bad)
+    with pytest.raises(ValueError, match="weights must not be negative or NaN"):
+        jax.jit(value_and_clipped_grad(losses, 1.0, weights=weights))(DENSE, X)
+
+
+def test_weights_that_are_all_zero():
+    grads = value_and_clipped_grad(losses, 1.0, weights=jnp.zeros(ROWS))(DENSE, X)[1]
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+
 @pytest.mark.parametrize("weights", [jnp.ones(4), jnp.ones(ROWS, int), 1.0])
 def test_weights_that_do_not_fit(weights):
     with pytest.raises(ValueError, match="weights must be floats or booleans, one for each of the"):

@@ -240,12 +240,16 @@ def test_what_is_refused(name):
     mean = mean_of(dense_losses)
     with pytest.raises(RowAxisError, match="combines rows with a value in which rows are mixed"):
         call(coupled)(DENSE, X)
+    with pytest.raises(RowAxisError, match=r"pass per_example=True(?! to)"):
+        call(lambda p, x: jnp.mean(jnp.tanh(dense(p, x) @ dense(p, x).T)))(DENSE, X)
     with pytest.raises(ValueError, match="loss_reduction must be"):
         call(mean, loss_reduction="max")(DENSE, X)
     with pytest.raises(ParameterError, match="real floating-point"):
         call(mean)({"w": jnp.ones((5, 4), int), "b": DENSE["b"]}, X)
     with pytest.raises(BatchError, match="leading size"):
         call(lambda p, b: mean(p, b[0]))(DENSE, (X, X[:2]))
+    with pytest.raises(BatchError, match="batch has no rows"):
+        call(mean)(DENSE, X[:0])
     with pytest.raises(ValueError, match="labels and num_labels go together"):
         call(mean)(DENSE, X, labels=jnp.arange(ROWS))
     with pytest.raises(ValueError, match="must return a scalar loss"):

@@ -7,7 +7,7 @@ import pytest
 
 from ghostjax import GradDotProdEngine, pairwise_dots, squared_norms, testing
 from ghostjax._errors import BatchError
-from tests.dots.checks import ROWS
+from tests.dots.checks import ROWS, mean_squares
 from tests.norms.checks import Rows, mean_of
 from tests.norms.test_norms import TIED, TOKENS, tied
 
@@ -34,6 +34,26 @@ def test_blocks(rows, budget):
     """280 bytes a row."""
     gram = jax.jit(pairwise_dots(mean_of(tied), budget=budget))(TIED, TOKENS)
     testing.assert_dots_close(gram, rows.gram())
+
+
+def test_memory_is_bounded_by_the_budget():
+    """Of the gradients of 64 validation rows, 32 KiB each, as many as the budget allows."""
+    params = {"w": jnp.zeros((64, 64)), "v": jnp.zeros((64, 64))}
+    one, count = 2 * 64 * 64 * 4, 64
+
+    def losses(params, x):
+        return mean_squares(jnp.tanh(x @ params["w"]) @ params["v"])
+
+    def scratch(budget):
+        fn = jax.jit(pairwise_dots(losses, val_batch_size=count, budget=budget))
+        compiled = fn.lower(params, jnp.zeros((2 * count, 4, 64))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    least = scratch(1)
+    # Those of a block, and a copy of theirs; but not what a larger block takes.
+    for block in (4, 16):
+        assert scratch(block * one) <= least + 2 * block * one
+    assert scratch(count * one) >= least + count * one / 2
 
 
 def test_norms_are_on_the_diagonal():

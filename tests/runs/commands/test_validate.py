@@ -79,7 +79,11 @@ def test_a_retraining_is_the_run_without_the_shares_of_what_is_left_out(micro_ru
     config, task = read_task(micro_run)
     config = dataclasses.replace(config, microbatches=microbatches)
     left_out = np.arange(len(task.examples)) % 3 == 0
-    found = Retraining(config, task, lambda: task.init_params(config.seed)).losses_without(left_out)
+
+    def init():
+        return task.init_params(config.seed)
+
+    found = Retraining(config, task, init).losses_without(left_out)
 
     optimizer = Trainer(config, task).optimizer
     params = task.init_params(config.seed)
@@ -96,17 +100,10 @@ def test_a_retraining_is_the_run_without_the_shares_of_what_is_left_out(micro_ru
     for _, batch in zip(range(config.steps), batches(config, task)):
         weights = jnp.float32(~left_out[batch.indices])
         params, state = step(params, state, batch.train_rows, weights)
-    expected = Retraining(config, task, lambda: task.init_params(config.seed))._val_losses(params)
+    expected = Retraining(config, task, init)._val_losses(params)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert (
-        np.abs(
-            found
-            - Retraining(config, task, lambda: task.init_params(config.seed)).losses_without(
-                left_out & False
-            )
-        ).min()
-        > 1e-5
-    )
+    whole = Retraining(config, task, init).losses_without(left_out & False)
+    assert np.abs(found - whole).min() > 1e-5
 
 
 BAD = {
