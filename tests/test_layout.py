@@ -12,6 +12,7 @@ RANKS = {
     "_aggregate": 0,
     "_errors": 0,
     "_checks": 2,
+    "_collectives": 0,
     "_channel": 1,
     "_modules": 1,
     "_jaxprs": 1,
