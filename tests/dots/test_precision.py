@@ -24,7 +24,7 @@ def cast(tree, dtype):
 
 
 def test_loss_scaling():
-    """A power of two: divided out of dots and gradients, nothing of it is left."""
+    """Dots divided by the scale do not depend on it, where float16 holds the scaled gradients."""
     params, x = cast(PARAMS, jnp.float16), X.astype(jnp.float16)
     direction, scale = direction_like(params), 2.0**6
 
