@@ -1,4 +1,4 @@
-"""For users' own unit tests: per-row autodiff as the oracle, and comparisons with it.
+"""For users' own unit tests: per-row autodiff as the oracle, comparisons with it, collectives.
 
 The oracle differentiates each row's loss by itself. It shares no code with the engine.
 """
@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ghostjax._collectives import Collective as Collective
+from ghostjax._collectives import collectives as collectives
 
 MAX_FAULTS = 8  # that a message lists
 

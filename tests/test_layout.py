@@ -13,6 +13,7 @@ RANKS = {
     "_audit": 1,
     "_errors": 0,
     "_checks": 2,
+    "_collectives": 0,
     "_channel": 1,
     "_modules": 1,
     "_jaxprs": 1,
