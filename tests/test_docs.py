@@ -43,8 +43,8 @@ def test_every_function_of_a_public_module_is_in_the_reference(module):
         f"{module}.{name}"
         for name, member in members
         if not name.startswith("_")
-        and (inspect.isfunction(member) or inspect.isclass(member))
-        and member.__module__.startswith(own)
+        and callable(member)
+        and inspect.unwrap(member).__module__.startswith(own)
     ]
     assert public
     assert unlisted(public) == []
