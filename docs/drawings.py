@@ -26,12 +26,15 @@ def small_model():
 
 def _box(axes, at, text, kind):
     style = {"boxstyle": "round,pad=0.5", "facecolor": COLOURS[kind], "edgecolor": "#555555"}
-    axes.text(*at, text, ha="center", va="center", fontsize=9, bbox=style)
+    return axes.text(*at, text, ha="center", va="center", fontsize=9, bbox=style)
 
 
 def _arrow(axes, start, end):
-    style = {"arrowstyle": "-|>", "color": "#555555", "shrinkA": 22, "shrinkB": 22}
-    axes.annotate("", xy=end, xytext=start, arrowprops=style)
+    """From one box to another."""
+    style = {"arrowstyle": "-|>", "color": "#555555"}
+    patches = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
+    ends = {"xy": end.get_position(), "xytext": start.get_position()}
+    axes.annotate("", **ends, arrowprops={**style, **patches, "shrinkB": 2}, zorder=4)
 
 
 def walk(path: pathlib.Path) -> None:
@@ -43,21 +46,20 @@ def walk(path: pathlib.Path) -> None:
     axes.set_axis_off()
     order = sorted(uses, key=_line_and_name)
     names = sorted({use.parameter for use in uses})
-    above = {name: ((k + 1) * 3.0, 2.0) for k, name in enumerate(names)}
-    last = (0.0, 0.0)
-    for name, place in above.items():
-        _box(axes, place, f"params{name}", "parameters")
-    _box(axes, last, "batch", "batch")
+    above = {
+        name: _box(axes, ((k + 1) * 3.0, 2.0), f"params{name}", "parameters")
+        for k, name in enumerate(names)
+    }
+    last = _box(axes, (0.0, 0.0), "batch", "batch")
     for k, use in enumerate(order):
-        place = ((k + 1) * 2.6, 0.0)
         operation = use.operation.split(" at ")[0]
-        _arrow(axes, above[use.parameter], place)
-        _arrow(axes, last, place)
-        _box(axes, place, f"{operation}\nrows: axis {use.row_axis}\n{use.route}", "meeting")
-        last = place
+        text = f"{operation}\nrows: axis {use.row_axis}\n{use.route}"
+        meeting = _box(axes, ((k + 1) * 2.6, 0.0), text, "meeting")
+        _arrow(axes, above[use.parameter], meeting)
+        _arrow(axes, last, meeting)
+        last = meeting
     end = ((len(order) + 1) * 2.6, 0.0)
-    _arrow(axes, last, end)
-    _box(axes, end, "loss", "data")
+    _arrow(axes, last, _box(axes, end, "loss", "data"))
     axes.set_xlim(-0.8, end[0] + 0.8)
     axes.set_ylim(-0.8, 2.6)
     _save(figure, path)
@@ -82,11 +84,9 @@ def channel(path: pathlib.Path) -> None:
         "cotangent c of y": ((5, 1.2), "data"),
         "dots[b] = sum of c t\nover positions and features": ((5, 0), "meeting"),
     }
-    for text, (at, kind) in places.items():
-        _box(axes, at, text, kind)
-    spots = [at for at, _ in places.values()]
+    boxes = [_box(axes, at, text, kind) for text, (at, kind) in places.items()]
     for start, end in ((0, 2), (1, 2), (0, 3), (4, 5), (3, 5)):
-        _arrow(axes, spots[start], spots[end])
+        _arrow(axes, boxes[start], boxes[end])
     axes.set_xlim(-0.8, 6.4)
     axes.set_ylim(-0.5, 1.7)
     _save(figure, path)

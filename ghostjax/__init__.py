@@ -3,7 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ghostjax._extras import WITH_EXTRAS, with_extra
+
 if TYPE_CHECKING:
+    from ghostjax._extras import *  # noqa: F403
     from ghostjax._public import *  # noqa: F403
 else:  # a type checker that saw it would take every name for one of the package
 
@@ -13,6 +16,8 @@ else:  # a type checker that saw it would take every name for one of the package
         The package itself does not, so that its command line can tell of Ctrl-C while JAX is
         imported.
         """
+        if name in WITH_EXTRAS:
+            return with_extra(name)
         if not name.startswith("_"):
             public = vars(importlib.import_module("ghostjax._public"))
             for names in (public, globals()):
@@ -24,4 +29,4 @@ else:  # a type checker that saw it would take every name for one of the package
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__getattr__("__all__")})
+        return sorted({*globals(), *__getattr__("__all__"), *WITH_EXTRAS})

@@ -1,7 +1,7 @@
 """The engine: one forward and one backward pass of a concatenated batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghostjax._aggregate import aggregate
+from ghostjax._aggregate import Log, aggregate, aggregate_and_log
 from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
 from ghostjax._dots import like_rows, wide_zeros
 from ghostjax._errors import RowAxisError
@@ -85,6 +85,12 @@ class GradDotProdEngine:
     def aggregate(self, dots: Any) -> jax.Array:
         """Sums a tree of [B] dots over its parameters, every leaf checked; see ``aggregate``."""
         return aggregate(dots)
+
+    def aggregate_and_log(
+        self, dots: Any, log: Log, *, step: int, ids: Sequence[Any], **columns: Any
+    ) -> jax.Array:
+        """Sums a tree of [B_train] dots, and adds them to a log; see ``aggregate_and_log``."""
+        return aggregate_and_log(dots, log, step=step, ids=ids, **columns)
 
     def coverage(self, params: Any, batch: Any, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
         """For every parameter, the operations in which it meets data; empty for an unused one."""

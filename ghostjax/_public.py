@@ -6,6 +6,7 @@ from ghostjax import linen as linen
 from ghostjax import selection as selection
 from ghostjax import testing as testing
 from ghostjax._aggregate import aggregate as aggregate
+from ghostjax._aggregate import aggregate_and_log as aggregate_and_log
 from ghostjax._dots import GradDots as GradDots
 from ghostjax._dots import conservation_error as conservation_error
 from ghostjax._early import value_grad_and_dots as value_grad_and_dots

@@ -13,15 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghostjax._audit import MAX_AUDIT_ERROR as MAX_AUDIT_ERROR
+from ghostjax._audit import MAX_CONSERVATION_ERROR as MAX_CONSERVATION_ERROR
+from ghostjax._audit import audit as audit
+from ghostjax._audit import inner_product
 from ghostjax._predictions import far_off as far_off
 from ghostjax._predictions import step_weights as step_weights
 
-MAX_CONSERVATION_ERROR = 0.03  # bfloat16 models are at a hundredth, float32 ones at 1e-5
-MAX_AUDIT_ERROR = MAX_CONSERVATION_ERROR
 MAX_PREDICTION_ERROR = 0.5  # of the actual decrease, in the median step
 MIN_PREDICTION_CORRELATION = 0.5
 MAX_FAR_OFF = 0.1  # of the steps; fewer are told as single ones
 MAX_SAMPLING_ERROR = 1.0  # of the spread of the values
+# What a log may lack.
+NOT_MEASURED = {
+    "errors": "the standard errors of the scores, so that none can be told from zero",
+    "predictions": "predicted and actual decrease of the validation loss, so that no step counts "
+    "less",
+    "certificate": "the conservation error, so that nothing tells whether a part is left out",
+}
 
 
 def predicted_decrease(val_grads: Any, updates: Any) -> jax.Array:
@@ -40,7 +49,7 @@ def predicted_decrease(val_grads: Any, updates: Any) -> jax.Array:
     >>> predicted_decrease(jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0]))
     Array(0.5, dtype=float32)
     """
-    return -_inner_product(val_grads, updates)
+    return -inner_product(val_grads, updates)
 
 
 def correlation(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -89,146 +98,6 @@ def standard_error(scores: jax.Array) -> jax.Array:
     return jnp.std(scores, axis=0, ddof=1) / np.sqrt(parts).astype(np.float32)
 
 
-def audit(
-    loss_fn: Callable[..., jax.Array],
-    params: Any,
-    batch: Any,
-    *args: Any,
-    direction: Any,
-    dots: jax.Array,
-    rows: jax.Array,
-    shared: Any = None,
-    row_weights: jax.Array | None = None,
-    **kwargs: Any,
-) -> jax.Array:
-    """Redoes some rows by autodiff of other batches, at the live parameters.
-
-        error = max_r | dots[r] - w[r] (< g[r], direction > - shared) | / max_i | dots[i] |
-        g[r] = d loss_fn(params, batch[r : r + 1]) / d params
-
-    It shares no code with what it audits. The loss must be a mean over rows, of any weights w[r]
-    with mean 1, plus terms that belong to no row and do not depend on the rows, as weight decay:
-
-        loss_fn(params, batch) = mean_r( w[r] l[r] ) + shared term
-
-    where a batch of some of the rows has the same weights but for their mean. So it is for the sum
-    of masked losses over the sum of the mask.
-
-    Args:
-      loss_fn: takes batches of any number of rows, and gives a row the same loss in each. Without
-        ``row_weights``, of B + B/4 rows as well.
-      batch: tree of arrays [B, ...].
-      dots: [B], the sum over the parameters, as ``result.total()`` gives it.
-      rows: [n] integers, which rows to redo.
-      shared: ``result.shared``: a tree of scalars, of which the sum is taken. By default there is
-        no such term, or it is what the dots lack of the gradient of the batch, whichever fits
-        better; but there is none where one row has all the weight, as in a batch of one. So an
-        error that is the same in all rows is left to ``conservation_error``.
-      row_weights: [B], the w: ones for a mean, ``B * mask / sum(mask)`` for a masked one. By
-        default they are found by leaving row r out of the batch and putting it in several times,
-        which takes two gradients of the batch for each r. They are 1 where that does not tell:
-        where the gradient of row r is that of the other rows; and where the loss is no such mean,
-        which then shows as an error, unless the dots are those of row r's own loss.
-      args, kwargs: passed on to ``loss_fn``.
-
-    Returns:
-      float32 scalar; infinite where a number that is not finite leaves nothing to compare. A row
-      of weight 0 may have a loss that is not finite.
-
-    With a sum over rows, and dots of ``loss_reduction="sum"``, give ``shared`` and ones as
-    ``row_weights``.
-
-    >>> import jax, jax.numpy as jnp
-    >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
-    >>> w, x = jnp.ones(2), jnp.array([[1.0, 0.0], [1.0, 2.0]])
-    >>> audit(loss_fn, w, x, direction=w, dots=jnp.array([2.0, 9.0]), rows=jnp.array([1])).round(3)
-    Array(0.5, dtype=float32)
-    """
-    count = dots.shape[0]
-    batch = jax.tree.map(jnp.asarray, batch)
-
-    def gradient(*chosen):
-        """Of a batch of the rows with these numbers."""
-        part = jax.tree.map(lambda leaf: leaf[jnp.concatenate(chosen)], batch)
-        grads = jax.grad(loss_fn)(params, part, *args, **kwargs)
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-
-    def redo(row):
-        single = gradient(row[None])
-        if row_weights is not None:
-            weight = row_weights[row].astype(jnp.float32)
-        elif count == 1:  # there are no others
-            weight = jnp.float32(1)
-        else:
-            others = jnp.arange(count - 1)
-            others = jnp.where(others < row, others, others + 1).astype(row.dtype)
-            copies = jnp.full(-(-count // 4), row)
-            rest, mixed = gradient(others), gradient(others, copies)
-            weight = _weight(single, rest, mixed, copies.size, count)
-        return _inner_product(single, direction), weight
-
-    own, weights = jax.lax.map(redo, rows)
-
-    def error(shared, seen=1.0):
-        expected = jnp.where(weights == 0, 0, weights * (own - shared))
-        size = jnp.maximum(jnp.max(jnp.abs(dots)), jnp.max(jnp.abs(expected)))
-        difference = jnp.max(jnp.abs(dots[rows] - expected) / seen)
-        error = difference / jnp.where(size > 0, size, 1)
-        # Not NaN, which is below every tolerance and stands for "no audit" in a log.
-        return jnp.where(jnp.isnan(error), jnp.inf, error).astype(jnp.float32)
-
-    if shared is not None:
-        return error(sum(jnp.float32(leaf) for leaf in jax.tree.leaves(shared)))
-    whole = _inner_product(jax.grad(loss_fn)(params, batch, *args, **kwargs), direction)
-    # A wrong dot is in their mean as well, which makes up for so much of it.
-    seen = 1 - weights / count
-    return jnp.minimum(error(0), error(whole - jnp.mean(dots), seen))
-
-
-def _weight(single: Any, rest: Any, mixed: Any, copies: int, count: int) -> jax.Array:
-    """The weight of a row, by the gradients of it, of the other rows, and of these and some copies
-    of it, as
-
-        mixed = part * single + (1 - part) * rest
-        part = copies * share / (1 - share + copies * share),  share = weight / count
-
-    1 where that does not tell.
-    """
-    trees = single, rest, mixed
-    sizes = [
-        jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)])
-        for tree in trees
-    ]
-    has_single, has_rest, has_mixed = (jnp.isfinite(size).all() for size in sizes)
-    largest = jnp.max(jnp.nan_to_num(jnp.stack(sizes), posinf=0))
-    # Their squares may be zero in float32.
-    single, rest, mixed = (
-        jax.tree.map(lambda leaf: leaf / jnp.where(largest > 0, largest, 1), tree) for tree in trees
-    )
-    apart = jax.tree.map(jnp.subtract, single, rest)
-    moved = jax.tree.map(jnp.subtract, mixed, rest)
-    distance = _inner_product(apart, apart)
-    part = jnp.clip(_inner_product(moved, apart) / distance, 0, 1)
-    beside = jax.tree.map(lambda there, way: there - part * way, moved, apart)
-    is_clear = (distance > 1e-6 * (_inner_product(single, single) + _inner_product(rest, rest))) & (
-        _inner_product(beside, beside) <= MAX_AUDIT_ERROR**2 * distance
-    )
-    weight = jnp.where(is_clear, count * part / (copies * (1 - part) + part), 1)
-    # 0 / 0, where a mask leaves nothing of the row or of the others.
-    is_out = (
-        has_rest & has_mixed & (_inner_product(moved, moved) <= 1e-4 * _inner_product(rest, rest))
-    )
-    weight = jnp.where(~has_single & is_out, 0, weight)
-    return jnp.where(has_single & has_mixed & ~has_rest, count, weight)
-
-
-def _inner_product(first: Any, second: Any) -> jax.Array:
-    products = jax.tree.map(
-        lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), first, second
-    )
-    return sum(jax.tree.leaves(products))
-
-
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
     """The fidelity of a run's scores for one validation set; see ``summarize``.
@@ -242,6 +111,8 @@ class Fidelity:
       sampling_error: root mean square of the values' standard errors over the values' spread.
       conservation_error: the largest of any step.
       audit_error: the largest of any audited step, None if there was none.
+      missing: what was not measured at all, of ``NOT_MEASURED``; its figures are NaN, that of the
+        certificate is None.
       undefined_steps: how many of ``steps`` have a predicted or actual decrease or a conservation
         error that is not finite; the figures leave out what is not.
       undefined_examples: likewise, of ``examples``, for values and their standard errors.
@@ -254,7 +125,7 @@ class Fidelity:
     prediction_ratio: float
     plain_correlation: float
     sampling_error: float
-    conservation_error: float
+    conservation_error: float | None
     audit_error: float | None
     undefined_steps: int = 0
     steps: int = 0
@@ -262,6 +133,7 @@ class Fidelity:
     examples: int = 0
     far_off_steps: int = 0
     tolerance: float = MAX_CONSERVATION_ERROR
+    missing: tuple[str, ...] = ()
 
     @property
     def is_off_often(self) -> bool:
@@ -275,6 +147,9 @@ class Fidelity:
     def warnings(self) -> list[str]:
         """Plain sentences, one for every reason not to trust the scores."""
         found = []
+        if self.missing:
+            listed = "; ".join(NOT_MEASURED[name] for name in self.missing)
+            found.append(f"Not measured, so the scores are taken on trust: {listed}.")
         if self.undefined_steps:
             found.append(
                 f"Of {self.steps} steps, {self.undefined_steps} had a predicted or actual decrease "
@@ -285,7 +160,8 @@ class Fidelity:
                 f"Of {self.examples} examples, {self.undefined_examples} have a value or standard "
                 "error that is not finite: the figures are of the others."
             )
-        if not self.conservation_error <= self.tolerance:
+        certificate = self.conservation_error
+        if certificate is not None and not certificate <= self.tolerance:
             found.append(
                 "The scores do not add up to what the gradient says: the conservation error "
                 f"reached {self.conservation_error:.1e}. Numbers may be out of range, or a use of "
@@ -322,16 +198,16 @@ class Fidelity:
 
 def summarize(
     *,
-    predicted: np.ndarray,
-    actual: np.ndarray,
+    predicted: np.ndarray | None,
+    actual: np.ndarray | None,
     correlations: np.ndarray,
-    conservation_errors: np.ndarray,
+    conservation_errors: np.ndarray | None,
     audit_errors: np.ndarray,
     values: np.ndarray,
-    value_errors: np.ndarray,
+    value_errors: np.ndarray | None,
     tolerance: float = MAX_CONSERVATION_ERROR,
 ) -> Fidelity:
-    """Sums up what the steps of a run measured, outside ``jax.jit``.
+    """Sums up what the steps of a run measured, outside ``jax.jit``. None: it was not measured.
 
     Args:
       predicted, actual: [steps], decreases of the validation loss.
@@ -354,19 +230,31 @@ def summarize(
     >>> round(found.prediction_ratio, 3), found.audit_error, found.warnings()
     (0.933, None, [])
     """
+    is_measured = {
+        "errors": value_errors is not None,
+        "predictions": predicted is not None and actual is not None,
+        "certificate": conservation_errors is not None,
+    }
+    predicted, actual = (predicted, actual) if is_measured["predictions"] else ([], [])
     arrays = predicted, actual, conservation_errors, values, value_errors
     predicted, actual, conservation_errors, values, value_errors = (
-        np.asarray(array, np.float64) for array in arrays
+        np.asarray([] if array is None else array, np.float64) for array in arrays
     )
     has_both = np.isfinite(predicted) & np.isfinite(actual)
     has_certificate = np.isfinite(conservation_errors)
-    has_value = np.isfinite(values) & np.isfinite(value_errors)
+    has_value = np.isfinite(values)
+    known = [has_both] * is_measured["predictions"] + [has_certificate] * is_measured["certificate"]
+    steps = len(known[0]) if known else len(correlations)
+    undefined = ~np.logical_and.reduce([np.ones(steps, bool), *known])
+    if is_measured["errors"]:
+        has_value &= np.isfinite(value_errors)
+        value_errors = value_errors[has_value]
     predicted, actual = predicted[has_both], actual[has_both]
     error = _ratio(_of(np.median, np.abs(predicted - actual)), _of(np.median, np.abs(actual)))
     is_off = far_off(predicted, actual)
     if is_off.sum() <= MAX_FAR_OFF * len(is_off):
         predicted, actual = predicted[~is_off], actual[~is_off]
-    values, value_errors = values[has_value], value_errors[has_value]
+    values = values[has_value]
     audited = audit_errors[~np.isnan(audit_errors)]
     together = _of(np.std, predicted) * _of(np.std, actual)
     moved = _of(np.mean, (predicted - _of(np.mean, predicted)) * (actual - _of(np.mean, actual)))
@@ -376,14 +264,19 @@ def summarize(
         prediction_ratio=_ratio(actual.sum(), predicted.sum()),
         plain_correlation=_of(np.median, correlations[np.isfinite(correlations)]),
         sampling_error=_ratio(np.sqrt(_of(np.mean, value_errors**2)), _of(np.std, values)),
-        conservation_error=_of(np.max, conservation_errors[has_certificate]),
+        conservation_error=(
+            _of(np.max, conservation_errors[has_certificate])
+            if is_measured["certificate"]
+            else None
+        ),
         audit_error=float(audited.max()) if len(audited) else None,
-        undefined_steps=int(np.sum(~(has_both & has_certificate))),
-        steps=len(has_both),
+        undefined_steps=int(undefined.sum()),
+        steps=steps,
         undefined_examples=int(np.sum(~has_value)),
         examples=len(has_value),
         far_off_steps=int(is_off.sum()),
         tolerance=tolerance,
+        missing=tuple(name for name, given in is_measured.items() if not given),
     )
 
 

@@ -10,6 +10,7 @@ import ghostjax
 ROOT = pathlib.Path(ghostjax.__file__).parent
 RANKS = {
     "_aggregate": 0,
+    "_audit": 1,
     "_errors": 0,
     "_checks": 2,
     "_channel": 1,
@@ -42,6 +43,7 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
     "_public": 11,
+    "_extras": 11,
     "": 12,  # the package itself re-exports
 }
 # The rooms of ghostjax.runs, and which others each may import.
@@ -53,6 +55,7 @@ ROOMS = {
     "data": ("errors", "models", "config"),
     "training": ("errors", "models", "config", "data", "analysis"),
     "analysis": ("errors", "store"),
+    "loop": ("errors", "store", "analysis"),
     "report": ("errors", "config", "store", "data", "training", "analysis"),
     "commands": ("errors", "config", "store", "data", "training", "analysis", "report"),
 }

@@ -9,6 +9,7 @@ import tomllib
 import pytest
 
 import ghostjax
+from ghostjax._extras import WITH_EXTRAS
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARIES = ("jax", "flax", "optax")
@@ -79,8 +80,9 @@ def test_what_contributors_are_sent_to_is_there(word, file):
 
 def test_the_type_checker_is_told_that_there_are_types():
     assert (pathlib.Path(ghostjax.__file__).parent / "py.typed").exists()
+    names = [*ghostjax.__all__, *WITH_EXTRAS]
     script = (ROOT / "tests" / "typing" / "user_script.py").read_text()
-    assert [name for name in ghostjax.__all__ if not re.search(rf"\b{name}\b", script)] == []
+    assert [name for name in names if not re.search(rf"\b{name}\b", script)] == []
 
 
 def test_the_citation_has_the_version_of_the_package():

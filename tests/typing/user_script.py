@@ -17,7 +17,9 @@ from ghostjax import (
     GradDots,
     InRunValues,
     LateDots,
+    RunLog,
     aggregate,
+    aggregate_and_log,
     conservation_error,
     directions,
     explain,
@@ -61,7 +63,14 @@ def use(params: Params, batch: jax.Array, optimizer: Any) -> None:
     print(explained, values.of("val"), weights, conservation_error(result, direction))
     print(squared_norms(loss_fn)(params, batch), pairwise_dots(loss_fn)(params, batch))
     print(value_and_clipped_grad(loss_fn, 1.0)(params, batch), layernorm_dot_products)
-    print(register_row_rule, rowwise, ghostjax.fidelity.summarize, ghostjax.selection.rows)
+    print(
+        register_row_rule,
+        rowwise,
+        aggregate_and_log,
+        RunLog.__name__,
+        ghostjax.fidelity.summarize,
+        ghostjax.selection.rows,
+    )
 
 
 def misuse() -> None:

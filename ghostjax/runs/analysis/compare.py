@@ -74,10 +74,14 @@ class Comparison:
 
     def largest(self) -> np.ndarray:
         """Indices by the size of the change in standard errors, the largest first."""
+        has_error = np.isfinite(self.error)
         error = np.where(self.error > 0, self.error, np.finfo(float).tiny)
+        # Without an error the size of the change is all there is; they come last.
+        error = np.where(has_error, error, 1.0)
         # Beyond the range of a double is as large as it gets.
         with np.errstate(over="ignore"):
-            return np.argsort(-np.abs(self.change) / error, kind="stable")
+            sizes = -np.abs(self.change) / error
+        return np.lexsort((sizes, ~has_error))
 
     def summary(self) -> dict[str, Any]:
         """The figures of the comparison.

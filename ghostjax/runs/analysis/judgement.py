@@ -18,7 +18,7 @@ from ghostjax.fidelity import (
     step_weights,
 )
 from ghostjax.runs.analysis.scale import number
-from ghostjax.runs.analysis.values import scored_steps
+from ghostjax.runs.analysis.values import measured, scored_steps
 from ghostjax.runs.store.run import Run
 
 FEW_STEPS = 10  # fewer tell little about how predictions and the loss go together
@@ -83,8 +83,10 @@ def warnings(run: Run, name: str, fidelity: Fidelity) -> list[str]:
     told by their numbers.
     """
     steps, tolerance = np.flatnonzero(scored_steps(run)), tolerance_of(run.metadata)
+    certificate = measured(run, f"conservation_error_{name}")
     checks = (
-        run.numbers("steps", f"{what}_error_{name}")[steps] for what in ("conservation", "audit")
+        np.zeros(len(steps)) if certificate is None else certificate,
+        run.numbers("steps", f"audit_error_{name}")[steps],
     )
     broken = [broken_check(step, name, tolerance, *errors) for step, *errors in zip(steps, *checks)]
     return [
@@ -147,13 +149,16 @@ def judge(fidelity: Fidelity, steps: int, warnings: list[str] | None = None) -> 
 
 def _is_poor(fidelity: Fidelity, steps: int) -> bool:
     """Whether there is a reason that leaves nothing of the values."""
-    unrelated = not fidelity.prediction_correlation >= MIN_PREDICTION_CORRELATION / 2
+    unrelated = not (
+        "predictions" in fidelity.missing
+        or fidelity.prediction_correlation >= MIN_PREDICTION_CORRELATION / 2
+    )
     return (
         fidelity.undefined_steps > 0
         or fidelity.undefined_examples > 0
-        or not fidelity.conservation_error <= fidelity.tolerance
+        or _exceeds(fidelity.conservation_error, fidelity.tolerance)
         or _exceeds(fidelity.audit_error, fidelity.tolerance)
-        or not fidelity.sampling_error <= USELESS_SAMPLING_ERROR
+        or not ("errors" in fidelity.missing or fidelity.sampling_error <= USELESS_SAMPLING_ERROR)
         or (steps >= FEW_STEPS and unrelated)
     )
 
@@ -189,7 +194,8 @@ def _doubts(fidelity: Fidelity) -> list[str]:
 def _findings(fidelity: Fidelity) -> list[str]:
     """What was measured, one sentence each."""
     found = []
-    if math.isfinite(fidelity.prediction_ratio) or not fidelity.undefined_steps:
+    is_told = math.isfinite(fidelity.prediction_ratio) or not fidelity.undefined_steps
+    if is_told and "predictions" not in fidelity.missing:
         found.append(_prediction(fidelity.prediction_ratio))
     if math.isfinite(fidelity.prediction_correlation):
         found.append(
@@ -203,13 +209,14 @@ def _findings(fidelity: Fidelity) -> list[str]:
             f"The sampling error of a value is {_percent(fidelity.sampling_error)} of the typical "
             "difference between examples. It comes from drawing a few validation rows per step."
         )
-    elif not fidelity.undefined_examples:
+    elif not fidelity.undefined_examples and "errors" not in fidelity.missing:
         found.append("The values do not differ between examples, so their error means little.")
-    found.append(
-        "The certificate, that the scores add up to what the gradient says, was checked at every "
-        f"scored step, for all parts of the validation rows: the largest conservation error is "
-        f"{number(fidelity.conservation_error, 2)}."
-    )
+    if fidelity.conservation_error is not None:
+        found.append(
+            "The certificate, that the scores add up to what the gradient says, was checked at "
+            "every scored step, for all parts of the validation rows: the largest conservation "
+            f"error is {number(fidelity.conservation_error, 2)}."
+        )
     if fidelity.audit_error is not None:
         found.append(
             "Some rows were redone by plain autodiff, without ghostjax: the largest difference is "

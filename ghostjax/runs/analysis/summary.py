@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +11,9 @@ from ghostjax import fidelity
 from ghostjax.runs.analysis import judgement
 from ghostjax.runs.analysis.domains import by_domain
 from ghostjax.runs.analysis.statistics import roc_auc
-from ghostjax.runs.analysis.values import Valued, read_values, scored_steps
-from ghostjax.runs.store.run import Run
+from ghostjax.runs.analysis.values import Valued, measured, read_values, scored_steps
+from ghostjax.runs.store import files
+from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.store.schema import SCHEMA_VERSION, table_schema
 
 
@@ -22,7 +24,7 @@ def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
     was scored.
     """
     valued = read_values(run)
-    measured = {name: measure_fidelity(run, name, own) for name, own in valued.items()}
+    found = {name: measure_fidelity(run, name, own) for name, own in valued.items()}
     aucs = {name: own_above(name, own) for name, own in valued.items()}
     aucs = {name: auc for name, auc in aucs.items() if auc is not None}
     summary = {
@@ -35,11 +37,20 @@ def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
         "unit": run.unit,
         "domains": {name: values_by_domain(own) for name, own in valued.items()},
         "auc": aucs or None,
-        "fidelity": {name: _finite(dataclasses.asdict(found)) for name, found in measured.items()},
-        "warnings": run_warnings(run, measured),
+        "fidelity": {name: _finite(dataclasses.asdict(own)) for name, own in found.items()},
+        "warnings": run_warnings(run, found),
         "seconds": round(seconds, 1),
     }
     return summary, _values_table(run, valued)
+
+
+def write_summary(out: Path, seconds: float, **further: Any) -> dict[str, Any]:
+    """Writes the summary of a run that is over, with ``further`` entries, and the values."""
+    summary, values = make_summary(read_run(out), seconds)
+    summary |= further
+    files.write_table(out / "values.parquet", values)
+    files.write_json(out / "summary.json", summary)
+    return summary
 
 
 def last_loss(run: Run, name: str) -> float | None:
@@ -48,34 +59,30 @@ def last_loss(run: Run, name: str) -> float | None:
     return losses[-1].as_py() if len(losses) else None
 
 
-def run_warnings(run: Run, measured: dict[str, fidelity.Fidelity]) -> list[str]:
+def run_warnings(run: Run, fidelities: dict[str, fidelity.Fidelity]) -> list[str]:
     """Why the values should not be trusted: the same lines in ``train``, ``rank`` and ``report``.
 
     Where there are several validation sets, every line begins with the name of its own.
     """
     return [
-        f"{name}: {sentence}" if len(measured) > 1 else sentence
-        for name, found in measured.items()
+        f"{name}: {sentence}" if len(fidelities) > 1 else sentence
+        for name, found in fidelities.items()
         for sentence in judgement.warnings(run, name, found)
     ]
 
 
 def measure_fidelity(run: Run, name: str, valued: Valued) -> fidelity.Fidelity:
     """The fidelity of the values for validation set ``name``, from the log."""
-    scored = scored_steps(run)
-
-    def column(name):
-        return run.numbers("steps", name)[scored]
-
-    visited = valued.select(valued.visited)
+    scored, visited = scored_steps(run), valued.select(valued.visited)
+    is_known = len(visited) == 0 or visited.has_error.any()
     return fidelity.summarize(
-        predicted=column(f"predicted_{name}"),
-        actual=column(f"actual_{name}"),
-        correlations=column(f"correlation_{name}"),
-        conservation_errors=column(f"conservation_error_{name}"),
-        audit_errors=column(f"audit_error_{name}"),
+        predicted=measured(run, f"predicted_{name}"),
+        actual=measured(run, f"actual_{name}"),
+        correlations=run.numbers("steps", f"correlation_{name}")[scored],
+        conservation_errors=measured(run, f"conservation_error_{name}"),
+        audit_errors=run.numbers("steps", f"audit_error_{name}")[scored],
         values=visited.values,
-        value_errors=visited.errors,
+        value_errors=visited.errors if is_known else None,
         tolerance=judgement.tolerance_of(run.metadata),
     )
 
@@ -119,6 +126,6 @@ def _values_table(run: Run, valued: dict[str, Valued]) -> pa.Table:
 def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:
     """JSON has no NaN: what is undefined is null."""
     return {
-        name: figure if figure is not None and math.isfinite(figure) else None
+        name: None if isinstance(figure, float) and not math.isfinite(figure) else figure
         for name, figure in figures.items()
     }

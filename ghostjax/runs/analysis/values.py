@@ -17,13 +17,14 @@ from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store.run import Run
 
 By = Literal["value", "mean"]
-Verdict = Literal["helps", "hurts", "unclear", "few visits", "not visited"]
+Verdict = Literal["helps", "hurts", "unclear", "few visits", "no error bar", "not visited"]
 
 MIN_VISITS = 8  # an error from fewer tells too little to claim anything
 VERDICTS = (
     "helps and hurts: the value differs from zero by a t test at 5%, so that of examples without "
     f"any effect, one in twenty is among them; unclear: it does not; few visits: less than "
-    f"{MIN_VISITS}, too few to tell; not visited: there is no value"
+    f"{MIN_VISITS}, too few to tell; no error bar: the scores have no standard errors; not "
+    "visited: there is no value"
 )
 
 
@@ -34,7 +35,8 @@ class Valued:
     Attributes:
       ids, domains, excerpts: [n], texts.
       visits: int64 [n], how many of their visits were scored.
-      values, errors: float64 [n], the values and their standard errors; NaN without a visit.
+      values, errors: float64 [n], the values and their standard errors; NaN without a visit, and
+        the errors also where those of the scores were not measured.
       fourths: float64 [n], the summed fourth powers of the visits' errors.
     """
 
@@ -67,8 +69,13 @@ class Valued:
 
     @property
     def is_told(self) -> np.ndarray:
-        """[n] bool: there are visits enough to claim something."""
-        return self.visits >= MIN_VISITS
+        """[n] bool: there are an error and visits enough to claim something."""
+        return (self.visits >= MIN_VISITS) & self.has_error
+
+    @property
+    def has_error(self) -> np.ndarray:
+        """[n] bool: there is a standard error."""
+        return np.isfinite(self.errors)
 
     @property
     def apart(self) -> np.ndarray:
@@ -81,6 +88,7 @@ class Valued:
         """[n], of type ``Verdict``: what can be said of each example."""
         told = np.where(self.values > 0, "helps", "hurts")
         found = np.where(self.apart, told, np.where(self.is_told, "unclear", "few visits"))
+        found = np.where(self.has_error, found, "no error bar")
         return np.where(self.visited, found, "not visited").astype(object)
 
     def ranked(self, by: By = "value") -> "Valued":
@@ -135,7 +143,14 @@ class Sums(NamedTuple):
 
 def scored_steps(run: Run) -> np.ndarray:
     """Which steps were scored, [steps] bool."""
-    return np.isfinite(run.numbers("steps", f"predicted_{run.sets[0]}"))
+    scored = np.isfinite(run.numbers("scores", f"score_{run.sets[0]}"))
+    return np.bincount(run.scores["step"].to_numpy()[scored], minlength=run.end) > 0
+
+
+def measured(run: Run, column: str) -> np.ndarray | None:
+    """A column of the scored steps; None where no step has it, as the loop did not measure it."""
+    found = run.numbers("steps", column)[scored_steps(run)]
+    return None if np.isnan(found).all() else found
 
 
 def visit_weights(run: Run, name: str) -> np.ndarray:

@@ -40,9 +40,9 @@ class DiffConfig:
         ghostjax diff run-a run-b --json | jq '.sets.prose.correlation'
 
     --csv prints one row per example and validation set, with all digits, the largest change (in
-    standard errors) first; then the examples that only one run visited, with empty cells for the
-    other. verdict_a and verdict_b are those of ghostjax rank, or absent; beyond_errors is empty
-    where there are too few visits to tell.
+    standard errors; without these, as it is) first; then the examples that only one run visited,
+    with empty cells for the other. verdict_a and verdict_b are those of ghostjax rank, or absent;
+    beyond_errors is empty where there are too few visits, or no errors, to tell.
     --json prints the figures and, under examples, the same rows.
 
     The exit code is 0 whether or not the runs differ.
@@ -198,15 +198,23 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
         return
     count = figures["compared"]
     lines = [f"{count} examples visited in both runs" + _alone(found)]
-    if figures["told"] < count:
+    bare = int((~found.a.has_error | ~found.b.has_error).sum())
+    few = count - figures["told"] - bare
+    if bare:
         lines.append(
-            f"{count - figures['told']} have fewer than {MIN_VISITS} visits in a run, too few to "
+            f"{bare} have no error bar in a run: nothing can be claimed of their changes, and they "
+            "count as within the error bars"
+        )
+    if few:
+        lines.append(
+            f"{few} have fewer than {MIN_VISITS} visits in a run, too few to "
             "tell: they count as within the error bars"
         )
-    lines.append(
-        f"rank correlation {figures['correlation']:.3f} (Spearman); the error bars alone would "
-        f"leave about {figures['expected_correlation']:.3f}"
-    )
+    lines.append(f"rank correlation {figures['correlation']:.3f} (Spearman)")
+    if not bare:
+        lines[-1] += (
+            f"; the error bars alone would leave about {figures['expected_correlation']:.3f}"
+        )
     for what, label in (("sign_changed", "sign"), ("rank_changed", "rank")):
         changed, beyond = figures[what], figures[f"{what}_beyond_errors"]
         lines.append(
@@ -221,8 +229,11 @@ def _print_set(name: str, found: Comparison, config: DiffConfig, console: Consol
         title = f"Largest of {len(significant)} changes beyond the error bars"
         shown = significant[: config.count or DEFAULT_COUNT]
         console.print(_table(title, found, shown, console))
-    else:
+    elif bare < count:
         console.print("  No value changed beyond its error bars.")
+    else:
+        title = "Largest changes, without error bars"
+        console.print(_table(title, found, largest[: config.count or DEFAULT_COUNT], console))
     if not config.quiet:
         meaning = (
             f"Value{'' if config.by == 'value' else ' per visit'}: decrease of the validation loss "

@@ -1,20 +1,15 @@
 """``ghostjax train``: examples in, a trained model and the examples' values out."""
 
 import contextlib
-import errno
-import platform
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from ghostjax.runs.analysis.summary import make_summary
+from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
@@ -23,7 +18,8 @@ from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
-from ghostjax.runs.store import checkpoints, files, schema
+from ghostjax.runs.store import checkpoints, files
+from ghostjax.runs.store.begin import begun_now, versions, write_examples
 from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
 from ghostjax.runs.store.run import Run, read_run
@@ -69,19 +65,16 @@ def run(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, 
         _tell_new_versions(resumed.get("versions", {}))
     if resumed is None and task.skipped and not config.quiet:
         _tell_skipped(task.skipped)
-    with files.lock(config.out), _disk_errors(config):
+    with files.lock(config.out), files.disk_errors(config.out, lambda: _way_out(config)):
         if resumed is None:
             started = _metadata(config, task, trainer, data, fingerprint(params))
             files.write_json(config.out / "run.json", started)
         elif resumed["options"].get("steps") != config.steps:
             _change_length(config, resumed)
-        files.write_table(config.out / "examples.parquet", _examples_table(task))
+        write_examples(config.out, zip(*task.examples))
         begin = time.perf_counter()
         cost = _train(read_run(config.out), config, task, trainer, params)
-        summary, values = make_summary(read_run(config.out), time.perf_counter() - begin)
-        summary["cost"] = cost
-        files.write_table(config.out / "values.parquet", values)
-        files.write_json(config.out / "summary.json", summary)
+        summary = write_summary(config.out, time.perf_counter() - begin, cost=cost)
     if not config.quiet:
         print_summary(make_console(sys.stdout), read_run(config.out))
     return summary
@@ -109,21 +102,9 @@ def _change_length(config: TrainConfig, started: dict[str, Any]) -> None:
     files.write_json(config.out / "run.json", {**started, "options": options, "lengths": lengths})
 
 
-@contextlib.contextmanager
-def _disk_errors(config: TrainConfig) -> Iterator[None]:
-    """Turns what a full or broken disk raises into one line that says how to go on."""
-    try:
-        yield
-    except BrokenPipeError:  # of stdout or stderr
-        raise
-    except OSError as error:
-        begun = (config.out / "run.json").exists()
-        way_out = "ghostjax train --resume goes on" if begun else "start again"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoppedError(
-            f"cannot write {error.filename or config.out}: {error.strerror or error}; "
-            f"{'make room' if full else 'put that right'}, then {way_out}"
-        ) from error
+def _way_out(config: TrainConfig) -> str:
+    begun = (config.out / "run.json").exists()
+    return "ghostjax train --resume goes on" if begun else "start again"
 
 
 def _metadata(
@@ -131,28 +112,14 @@ def _metadata(
 ) -> dict[str, Any]:
     """What ``run.json`` holds."""
     return {
-        "schema_version": schema.SCHEMA_VERSION,
-        "id": uuid.uuid4().hex,
-        "task": task.name,
-        "unit": task.unit,
-        "sets": list(task.val_sizes),
+        **begun_now(task.name, task.unit, list(task.val_sizes)),
         "kinds": trainer.kinds,
         "examples": len(task.examples),
         "val_examples": task.val_sizes,
         "skipped": len(task.skipped),
         "seed": config.seed,
         "options": config.as_json(),
-        "command": sys.argv,
         "fingerprints": {"data": data, "params": params},
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("ghostjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "pyarrow")
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
     }
 
 
@@ -160,7 +127,7 @@ def _tell_new_versions(before: dict[str, str]) -> None:
     """A resumed run equals an undisturbed one only where the same code goes on with it."""
     changes = [
         f"{name} {version} (was {before[name]})"
-        for name, version in _versions().items()
+        for name, version in versions().items()
         if before.get(name, version) != version
     ]
     if changes:
@@ -172,13 +139,6 @@ def _tell_skipped(places: Sequence[str]) -> None:
     which = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
     line = f"Skipped {len(places)} documents that are empty or too short: {which}"
     make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
-
-
-def _examples_table(task: Task) -> pa.Table:
-    columns = zip(*task.examples)
-    fields = schema.table_schema("examples", ())
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, fields)]
-    return pa.table(arrays, schema=fields)
 
 
 def _train(begun: Run, config: TrainConfig, task: Task, trainer: Trainer, params: Any) -> Any:

@@ -18,6 +18,7 @@ MAX_POINTS = 60  # of a line
 MAX_STEPS = 300  # in the scatter plot
 MAX_ROWS = 200  # of a table
 BARS = 24
+NO_DECREASES = "The log has no predicted and actual decreases of the validation loss."
 
 
 def distribution(place: str, valued: Valued, scale: Scale) -> str:
@@ -156,6 +157,8 @@ def over_time(place: str, source: Run, which: str) -> str:
 def predicted_and_actual(place: str, source: Run, which: str) -> str:
     """What the updates were predicted to do to the loss and what it did, summed up to each step."""
     steps, predicted, actual = _decreases(source, which)
+    if not len(steps):
+        return paragraph(NO_DECREASES)
     sums = {"predicted": np.cumsum(predicted), "actual": np.cumsum(actual)}
     at = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
     caption = (
@@ -187,6 +190,8 @@ def predicted_and_actual(place: str, source: Run, which: str) -> str:
 def single_steps(place: str, source: Run, which: str) -> str:
     """Predicted and actual decrease of each step."""
     steps, predicted, actual = _decreases(source, which)
+    if not len(steps):
+        return paragraph(NO_DECREASES)
     at = np.unique(np.linspace(0, len(steps) - 1, MAX_STEPS).round().astype(int))
     within = float((np.sign(predicted) == np.sign(actual)).mean())
     selection = "" if len(at) == len(steps) else f" (a selection of {len(at)})"
@@ -256,6 +261,9 @@ def losses(source: Run) -> str:
         name: _means(steps, source.numbers("steps", column), bins, np.ones(source.end, bool))
         for name, column in columns.items()
     }
+    series = {name: means for name, means in series.items() if np.isfinite(means).any()}
+    if not series:
+        return paragraph("The log has no losses.")
     if len(series) > pictures.SERIES:
         series = dict(list(series.items())[: pictures.SERIES])
     caption = (
@@ -280,12 +288,11 @@ def _verb(decrease: float) -> tuple[str, str]:
 
 
 def _decreases(source: Run, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every scored step its number, predicted and actual decrease."""
-    steps = np.flatnonzero(scored_steps(source))
-    predicted, actual = (
-        source.numbers("steps", f"{name}_{which}")[steps] for name in ("predicted", "actual")
-    )
-    return steps, predicted, actual
+    """Of every scored step its number, predicted and actual decrease, where both are known."""
+    both = (source.numbers("steps", f"{name}_{which}") for name in ("predicted", "actual"))
+    predicted, actual = both
+    steps = np.flatnonzero(scored_steps(source) & np.isfinite(predicted) & np.isfinite(actual))
+    return steps, predicted[steps], actual[steps]
 
 
 def _bins(end: int, most: int) -> np.ndarray:

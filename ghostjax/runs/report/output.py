@@ -69,7 +69,10 @@ def plain_cell(text: str, console: Console) -> Text:
 
 
 def with_error(value: float, error: float, console: Console) -> str:
-    """Value and standard error, both to three digits: ``+1.23e-04 ± 5.00e-06``."""
+    """Value and standard error, both to three digits: ``+1.23e-04 ± 5.00e-06``. Without an error,
+    the value alone."""
+    if not math.isfinite(error):
+        return f"{value:+.2e}"
     sign = "±" if encodable("±", console) == "±" else "+-"
     return f"{value:+.2e} {sign} {error:.1e}"
 

@@ -66,7 +66,9 @@ def _header(source: Run, name: str, values: dict[str, Valued]) -> str:
     facts["training examples"] = f"{len(first)}"
     facts["of them visited"] = f"{first.visited.sum()}"
     facts["not visited, without a value"] = f"{(~first.visited).sum()}"
-    facts["last training loss"] = number(source.steps["loss"][-1].as_py())
+    training_loss = source.steps["loss"][-1].as_py()
+    if training_loss is not None:
+        facts["last training loss"] = number(training_loss)
     for which in source.sets:
         loss = last_loss(source, which)
         if loss is not None:
@@ -152,10 +154,11 @@ def _examples(ranked: Valued, indices: Any, scale: Scale) -> str:
     cards = []
     for n in indices:
         visits = ranked.visits[n]
+        error = f" ± {scale.plain(ranked.errors[n])}" if ranked.has_error[n] else ""
         cards.append(
             f'<li class="{"helps" if ranked.values[n] >= 0 else "hurts"}">'
-            f'<div class="head"><span class="number">{escape(scale.signed(ranked.values[n]))} '
-            f"± {escape(scale.plain(ranked.errors[n]))}</span> "
+            f'<div class="head"><span class="number">{escape(scale.signed(ranked.values[n]))}'
+            f"{escape(error)}</span> "
             f"<strong><bdi>{escape(ranked.ids[n])}</bdi></strong> "
             f'<span class="soft"><bdi>{escape(ranked.domains[n])}</bdi>, '
             f"{visits} {'visit' if visits == 1 else 'visits'}, rank {n + 1}</span></div>"

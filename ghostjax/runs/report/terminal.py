@@ -53,7 +53,8 @@ def print_values(
 def standing(valued: Valued) -> str:
     """How many examples can be told from those without an effect, and how many cannot."""
     apart, told = valued.apart, int(valued.is_told.sum())
-    few = int((valued.visited & ~valued.is_told).sum())
+    bare = int((valued.visited & ~valued.has_error).sum())
+    few = int((valued.visited & ~valued.is_told).sum()) - bare
     unvisited = valued.ids[~valued.visited]
     text = (
         f"Of {told} examples with {MIN_VISITS} visits or more, {apart.sum()} differ from zero by a "
@@ -62,6 +63,8 @@ def standing(valued: Valued) -> str:
     )
     if few:
         text += f" {few} have fewer visits, too few to tell."
+    if bare:
+        text += f" {bare} have no error bar, so nothing can be claimed of them."
     return f"{text} Not visited, so without a value: {len(unvisited)}{output.names(unvisited)}."
 
 
@@ -77,7 +80,7 @@ def print_meaning(console: Console, run: Run) -> None:
     text = (
         f"Value: decrease of the validation loss, in {run.unit}, by the example's "
         "share of the updates, summed over its visits; positive helps. Followed by its standard "
-        "error."
+        "error, where the log has one."
     )
     output.print_text(console, text, "dim")
 

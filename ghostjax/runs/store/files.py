@@ -1,6 +1,7 @@
 """Files that are complete or absent and tell when they were changed; one writer per directory."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ghostjax.runs.errors import UsageError
+from ghostjax.runs.errors import StoppedError, UsageError
 from ghostjax.runs.store import schema
 from ghostjax.runs.store.seal import BLANK, is_intact, is_sealed, seal
 
@@ -43,6 +44,25 @@ def create_out(out: Path) -> None:
         raise UsageError(f"cannot create {out}: {error.strerror or error}") from error
     if not os.access(out, os.W_OK):
         raise UsageError(f"cannot write to {out}")
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path, way_out: Callable[[], str]) -> Iterator[None]:
+    """Turns what a full or broken disk raises into one line that says how to go on.
+
+    Raises:
+      StoppedError: in the place of ``OSError``.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # of stdout or stderr
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoppedError(
+            f"cannot write {error.filename or out}: {error.strerror or error}; "
+            f"{'make room' if full else 'put that right'}, then {way_out()}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -173,7 +193,8 @@ def read_table(path: Path, table: str, sets: Sequence[str]) -> pa.Table:
     if not is_sealed(content) and _needs_digest(version):
         raise UsageError(f"{path} cannot be read: its digest is missing")
     written = schema.table_schema(table, sets, version)
-    if not rows.schema.equals(written):
+    # Which columns may be null is for writers.
+    if (rows.schema.names, rows.schema.types) != (written.names, written.types):
         columns = ", ".join(f"{field.name} {field.type}" for field in written)
         raise UsageError(f"{path}: expected the columns {columns}")
     fields = schema.table_schema(table, sets)

@@ -31,20 +31,49 @@ class Part(NamedTuple):
 def find_parts(out: Path, table: str) -> list[Part]:
     """The parts of a table of the log, in order.
 
+    Of two that begin at the same step, ``cut_log`` was killed before it removed the longer one.
+
     Raises:
       UsageError: steps between two of them are missing, or are there twice.
     """
-    name = re.compile(rf"{table}-(\d+)-(\d+)\.parquet")
-    matches = ((name.fullmatch(path.name), path) for path in (out / "log").glob("*.parquet"))
-    parts = sorted(Part(int(m[1]), int(m[2]), path) for m, path in matches if m)
-    end = 0
-    for part in parts:
+    end, found = 0, []
+    for part in _all_parts(out, table):
+        if found and part.first == found[-1].first and part.end > end:
+            continue
         if part.first > end:
             raise missing_steps(out, table, end, part.first)
         if part.first < end or part.end <= part.first:
             raise UsageError(f"{part.path} does not follow the part before it")
+        found.append(part)
         end = part.end
-    return parts
+    return found
+
+
+def _all_parts(out: Path, table: str) -> list[Part]:
+    """Those of a table that are there, the shorter of two with the same beginning first."""
+    name = re.compile(rf"{table}-(\d+)-(\d+)\.parquet")
+    matches = ((name.fullmatch(path.name), path) for path in (out / "log").glob("*.parquet"))
+    return sorted(Part(int(m[1]), int(m[2]), path) for m, path in matches if m)
+
+
+def cut_log(out: Path, sets: Sequence[str], step: int) -> None:
+    """Drops the steps from ``step`` on, so that a loop can make them again.
+
+    Killed at any time, it leaves a log that can be read and cut again.
+
+    Raises:
+      UsageError: a part that has steps on both sides cannot be read.
+    """
+    for table in schema.LOG_TABLES:
+        kept = {part.path for part in find_parts(out, table) if part.end <= step}
+        # From the end, so that being killed here leaves no gap.
+        for part in reversed([each for each in _all_parts(out, table) if each.path not in kept]):
+            if part.first < step < part.end:
+                rows = read_part(part, table, sets)
+                rows = rows.slice(0, np.searchsorted(rows["step"].to_numpy(), step))
+                name = schema.part_name(table, part.first, step)
+                write_table(out / "log" / name, rows)
+            part.path.unlink()
 
 
 def read_part(part: Part, table: str, sets: Sequence[str]) -> pa.Table:

@@ -12,8 +12,8 @@
 A part of the log holds the steps first <= step < end, in order, eight digits each, and is there as
 a whole or not at all. The parts of a table follow each other without gaps. Columns whose name ends
 in ``_<set>`` are there once per validation set; they are null at steps that were not scored, and
-only there (but for audit_error, which most steps do not have). Every file holds its own digest; see
-``seal``.
+only there (but for audit_error, which most steps do not have). What a loop of one's own does not
+know (``RunLog``) is null in the whole log. Every file holds its own digest; see ``seal``.
 """
 
 import re
@@ -123,20 +123,22 @@ _FIELDS = {
             "error_{}",
             pa.float64(),
             "Standard error of the value: root of the summed squares of those of its visits, "
-            "weighted alike. Null without a visit.",
+            "weighted alike. Null without a visit, or where the scores have no errors.",
         ),
         (
             "verdict_{}",
             pa.string(),
             "What can be said of the example: helps or hurts, by a t test at 5% with 8 visits or "
-            "more; unclear; few visits; not visited.",
+            "more; unclear; few visits; no error bar; not visited.",
         ),
     ],
 }
-# In the log of a run with --score-every, null where a step was not scored.
+# Null where a step was not scored, or where a loop of one's own does not know it.
 _NULLABLE = {
-    "scores": ("score_{}", "error_{}"),
+    "examples": ("size",),
+    "scores": ("start", "loss", "learning_rate", "score_{}", "error_{}"),
     "steps": (
+        *("loss", "learning_rate", "undefined"),
         *("val_loss_{}", "predicted_{}", "actual_{}", "correlation_{}"),
         *("conservation_error_{}", "audit_error_{}"),
     ),

@@ -53,6 +53,12 @@ def killed_at_call(out, call):
 
 
 def resume_until(out, call):
+    kill_before(call)
+    small_run.resume(out, SHORT_STEPS, 1)
+
+
+def kill_before(call):
+    """Has this process killed before a system call that changes files, by its number."""
     left = [call]
 
     def killing(function):
@@ -66,7 +72,6 @@ def resume_until(out, call):
 
     for name in ("fsync", "replace", "unlink", "mkdir"):
         setattr(os, name, killing(getattr(os, name)))
-    small_run.resume(out, SHORT_STEPS, 1)
 
 
 def in_child(work, seconds=None):

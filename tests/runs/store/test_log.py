@@ -103,7 +103,7 @@ BAD_COLUMNS = {
     "int for float": ({"loss": 1}, TypeError, "column loss must be float, got int64"),
     "bool for int": ({"start": True}, TypeError, "column start must be int64, got bool"),
     "number for text": ({"id": [1, 2, 3]}, TypeError, "column id must be string"),
-    "none": ({"loss": None}, ValueError, "column loss must not be None"),
+    "none": ({"id": None}, ValueError, "column id must not be None"),
     "none in text": ({"id": ["a", None, "b"]}, ValueError, "column id must not be None"),
     "lengths": ({"start": [0, 1]}, ValueError, "different lengths.*'start': 2"),
     "rank": ({"start": [[0], [1], [2]]}, ValueError, r"column start has shape \[3, 1\]"),

@@ -1,0 +1,1 @@
+"""The log of a training loop of one's own."""
