@@ -1,0 +1,86 @@
+"""Every Python snippet of a page runs, in order, as one program; options of commands are real."""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+import shlex
+
+import pytest
+
+import ghostjax
+from ghostjax._extras import WITH_EXTRAS
+from ghostjax.cli import main
+from tests.test_readme import snippets
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
+REFERENCE = (ROOT / "docs" / "pages" / "reference.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page.read_text())], ids=lambda page: page.stem
+)
+def test_python_snippets(page, standard_promotion):
+    namespace = {}
+    for snippet in snippets(page.read_text()):
+        exec(compile(snippet, str(page), "exec"), namespace)
+
+
+def unlisted(names) -> list[str]:
+    listed = set(re.findall(r"^::: (\S+)$", REFERENCE, flags=re.MULTILINE))
+    return [name for name in names if f"ghostjax.{name}" not in listed]
+
+
+def test_every_public_name_is_in_the_reference():
+    own = [f"{module}.{name}" for name, module in WITH_EXTRAS.items()]
+    assert unlisted([*ghostjax.__all__, *(name.removeprefix("ghostjax.") for name in own)]) == []
+
+
+@pytest.mark.parametrize("module", ["directions", "fidelity", "linen", "selection", "testing"])
+def test_every_function_of_a_public_module_is_in_the_reference(module):
+    members = vars(getattr(ghostjax, module)).items()
+    own = (f"ghostjax.{module}", "ghostjax._predictions")
+    public = [
+        f"{module}.{name}"
+        for name, member in members
+        if not name.startswith("_")
+        and callable(member)
+        and inspect.unwrap(member).__module__.startswith(own)
+    ]
+    assert public
+    assert unlisted(public) == []
+
+
+def test_a_name_that_is_not_there_would_be_noticed():
+    assert unlisted(["value_grad_and_dot"]) == ["value_grad_and_dot"]
+
+
+def commands(text: str) -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_options_of_commands_are_real(capsys):
+    found = [command for page in PAGES for command in commands(page.read_text())]
+    assert len(found) > 8
+    for verb in {command[1] for command in found}:
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help"])
+        described = capsys.readouterr().out
+        for command in found:
+            if command[1] == verb:
+                options = [word for word in command if word.startswith("--")]
+                assert [option for option in options if option not in described] == []
+
+
+def test_tables_are_filled_from_the_results():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    names = [name for page in PAGES for name in tables.MARK.findall(page.read_text())]
+    assert sorted(names) == sorted(tables.TABLES)
+    for name in names:
+        lines = tables.filled(f"<!-- table: {name} -->").splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        assert len(lines) >= 6
