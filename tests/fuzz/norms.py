@@ -22,7 +22,8 @@ def norms_outcome(program) -> Outcome:
         squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf), axis=1), rows)
         norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
         # Of which some are clipped and some are not; there may be a row without gradient.
-        largest = jnp.median(norms)
+        middle = jnp.median(norms)
+        largest = jnp.where(middle > 0, middle, 1)
         weights = jnp.minimum(1, largest / jnp.where(norms > 0, norms, 1))
         clipped = jax.tree.map(
             lambda leaf, like: (weights @ leaf / scale).reshape(like.shape), rows, params

@@ -18,6 +18,7 @@ from ghostjax import (
     InRunValues,
     LateDots,
     RunLog,
+    Task,
     aggregate,
     aggregate_and_log,
     conservation_error,
@@ -26,6 +27,7 @@ from ghostjax import (
     pairwise_dots,
     register_row_rule,
     rowwise,
+    run,
     squared_norms,
     value_and_clipped_grad,
     value_and_dots_fn,
@@ -71,6 +73,11 @@ def use(params: Params, batch: jax.Array, optimizer: Any) -> None:
         ghostjax.fidelity.summarize,
         ghostjax.selection.rows,
     )
+
+
+def train(examples: list[dict[str, Any]], init: Any) -> dict[str, Any]:
+    task = Task(examples[8:], {"val": examples[:8]}, init, row_losses)
+    return run(task, "out", steps=8)
 
 
 def misuse() -> None:

@@ -60,7 +60,7 @@ def test_rank_writes_the_weights(made_up, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mixture", "x.json", "--domain", "wiki"], "--mixture is of all domains"),
+        (["--mixture", "x.json", "--domain", "wiki"], "--mixture is of all examples"),
         (["--mixture-rate", "0"], "--mixture-rate must be positive, got 0.0"),
         (["--mixture-rate", "inf"], "--mixture-rate must be positive, got inf"),
     ],
