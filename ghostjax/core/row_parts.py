@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
-from ghostjax.core.meeting import Meeting, is_inexact, weighted, weights_at
+from ghostjax.core.meeting import Cells, Meeting, is_inexact, weighted, weights_at
 from ghostjax.core.places import Rows
 from ghostjax.core.routes import make_meeting
 from ghostjax.core.values import Value
@@ -77,7 +77,9 @@ class Part:
         count: int | None,
     ):
         self.whole, self.count = whole, count
-        self.operand_rows = [value.rows for value in operands]
+        # Beside cells along several axes, operands say where rows are, which are fewer.
+        of_cells = any(isinstance(info, Cells) and info.axes for info in whole.rows)
+        self.operand_rows = [None if of_cells else value.rows for value in operands]
         self.inexact_data = {
             k for k, value in enumerate(operands) if value.is_data and is_inexact(value.primal)
         }
