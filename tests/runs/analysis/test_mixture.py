@@ -57,6 +57,19 @@ def test_rank_writes_the_weights(made_up, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
+def test_grain_mixes_by_the_file(made_up, tmp_path):
+    grain = pytest.importorskip("grain", reason="grain is not installed")
+    path = tmp_path / "weights.json"
+    options = ["--set", "code", "--mixture", str(path), "--mixture-rate", "2", "--quiet"]
+    assert main(["rank", str(made_up), *options]) == 0
+    weights = json.loads(path.read_text())
+    sources = {name: grain.MapDataset.source([name] * 500) for name in DOMAINS}
+    mixed = grain.MapDataset.mix([sources[name] for name in weights], list(weights.values()))
+    drawn = [mixed[n] for n in range(400)]
+    for name, weight in weights.items():
+        assert abs(drawn.count(name) - 400 * weight) <= 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
