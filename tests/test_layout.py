@@ -14,7 +14,6 @@ RANKS = {
     "_errors": 0,
     "_checks": 2,
     "_collectives": 0,
-    "_channel": 1,
     "_modules": 1,
     "_jaxprs": 1,
     "_flops": 2,
@@ -148,7 +147,7 @@ def test_files_are_short(path):
     [
         ("ghostjax._checks", "from ghostjax.linen import GradDotProdEngine"),
         ("ghostjax.linen._plan", "import ghostjax.runs.training.trainer"),
-        ("ghostjax._channel", "import flax.linen as nn"),
+        ("ghostjax.core.channel", "import flax.linen as nn"),
         ("ghostjax.linen._plan", "from jax._src import core"),
         ("ghostjax.linen._plan", "import pyarrow"),
         ("ghostjax.testing", "from ghostjax._types import EngineResult"),

@@ -2,7 +2,7 @@
 
 import jax
 
-from ghostjax._channel import channel
+from ghostjax.core.channel import channel
 from ghostjax.core.squares import Squares, squares_to
 from ghostjax.core.types import cotangent_as
 

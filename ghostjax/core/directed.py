@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from ghostjax._channel import all_but_one, channel
+from ghostjax.core.channel import all_but_one, channel
 from ghostjax.core.examples import Labels
 from ghostjax.core.meeting import Meeting, one_per_row
 from ghostjax.core.types import cotangent_as, varying_as

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax._channel import set_aside
+from ghostjax.core.channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row
 from ghostjax.core.types import on_this_mesh, typed_as, varying_as, zeros_of

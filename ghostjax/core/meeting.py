@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghostjax._jaxprs import bind, is_var, live_equations
+from ghostjax.core.channel import passed_on, primals
 from ghostjax.core.lookups import as_gradients_see
 from ghostjax.core.places import Rows, split_rows
 from ghostjax.core.values import Value, paths_of
@@ -351,6 +352,7 @@ def _repeated(outputs, marker):
 
 
 one_per_row.defvjp(
-    lambda outputs, marker: (_repeated(outputs, marker), None),
-    lambda _, cotangents: (cotangents, None),
+    lambda outputs, marker: (_repeated(primals(outputs), marker.value), None),
+    lambda _, cotangents: (passed_on(cotangents), None),
+    symbolic_zeros=True,
 )

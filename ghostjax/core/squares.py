@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghostjax._channel import set_aside
 from ghostjax.core.at_once import AtOnce, Found
+from ghostjax.core.channel import set_aside
 from ghostjax.core.convolutions import conv_squares, is_unfolded
 from ghostjax.core.directed import Directed, through_channel
 from ghostjax.core.examples import Regrouped

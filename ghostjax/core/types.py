@@ -70,6 +70,9 @@ def on_this_mesh(tree: Any) -> Any:
 
 def zeros_of(like: Any) -> jax.Array:
     """Zeros of the type of an array. ``jnp.zeros_like`` leaves out shardings from JAX 0.12 on."""
-    kind = jax.typeof(like)
+    return zeros_of_type(jax.typeof(like))
+
+
+def zeros_of_type(kind: Any) -> jax.Array:
     with on_mesh_of(kind):
         return typed_as(jnp.zeros(kind.shape, kind.dtype), kind)

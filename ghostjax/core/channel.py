@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.custom_derivatives import SymbolicZero
+
+from ghostjax.core.types import zeros_of_type
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -31,14 +34,38 @@ def channel(backward: Callable[[Any, Any], Any], outputs: Any, carried: Any, res
 
 def _forward(backward, outputs, carried, residuals):
     del backward, carried
-    return outputs, residuals
+    return primals(outputs), primals(residuals)
 
 
 def _backward(backward, residuals, cotangents):
-    return cotangents, backward(residuals, cotangents), None
+    return passed_on(cotangents), backward(residuals, _arrays(cotangents)), None
 
 
-channel.defvjp(_forward, _backward)
+def primals(tree: Any) -> Any:
+    """The arrays in what a forward rule with ``symbolic_zeros`` is given."""
+    return jax.tree.map(lambda own: own.value, tree, is_leaf=lambda own: hasattr(own, "perturbed"))
+
+
+def passed_on(cotangents: Any) -> Any:
+    """The cotangents with None for those that are zero for sure.
+
+    JAX has rules that want to know: of outputs that all rows share, ``custom_vjp`` takes none but
+    such cotangents under ``jax.vmap``.
+    """
+    return jax.tree.map(lambda c: None if _is_zero(c) else c, cotangents, is_leaf=_is_zero)
+
+
+def _arrays(cotangents):
+    return jax.tree.map(
+        lambda c: zeros_of_type(c.aval) if _is_zero(c) else c, cotangents, is_leaf=_is_zero
+    )
+
+
+def _is_zero(cotangent):
+    return isinstance(cotangent, SymbolicZero)
+
+
+channel.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
