@@ -13,12 +13,16 @@ import pytest
 from ghostjax.cli import main
 from ghostjax.runs.analysis.statistics import spearman
 from ghostjax.runs.analysis.values import read_values
-from ghostjax.runs.commands.sources import read_task
+from ghostjax.runs.commands import train
+from ghostjax.runs.commands.sources import initial_params, read_task
+from ghostjax.runs.store import checkpoints
 from ghostjax.runs.store.files import read_json, write_json
+from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.run import read_run
 from ghostjax.runs.training.retraining import Retraining
 from ghostjax.runs.training.trainer import Trainer, batches
 from tests.runs.checks import fails
+from tests.runs.conftest import STEPS
 from tests.runs.made_up import write_run
 
 # optax.adamw raises a Python float to the power of an int32 count.
@@ -68,6 +72,20 @@ def test_scores_compare_sums_of_values_with_retraining_and_are_kept(path, capsys
     write_json(kept, {**read_json(kept), "run": "another"})
     message = fails(["validate", path, "--subsets", "6", "--quiet"], capsys)
     assert f"{kept} is of another run: delete it" in message
+
+
+def test_a_run_from_given_weights_is_retrained_from_them(micro_config, micro_run, tmp_path, capsys):
+    weights = micro_run.path / "checkpoints" / str(STEPS)
+    train.run(dataclasses.replace(micro_config, out=tmp_path / "run", init_from=weights))
+    done = read_run(tmp_path / "run")
+    config, task = read_task(done)
+    assert fingerprint(initial_params(config, task)) != fingerprint(task.init_params(config.seed))
+    found = json.loads(validated(done.path, capsys, "--subsets", "4", "--json")[0])["sets"]
+    retraining = Retraining(config, task, lambda: initial_params(config, task))
+    like = Trainer(config, task).init_state(initial_params(config, task))
+    state = checkpoints.restore(done.path, STEPS, like, done.identity)
+    for name, loss in zip(retraining.sets, retraining._val_losses(state.params)):
+        assert found[name]["loss"] == pytest.approx(loss, rel=1e-5)  # nothing is left out
 
 
 def own_pair(own):
