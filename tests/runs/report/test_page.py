@@ -5,7 +5,6 @@ import html.parser
 import re
 from itertools import pairwise
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -15,9 +14,7 @@ from ghostjax.runs.analysis.scale import Scale, number
 from ghostjax.runs.analysis.summary import measure_fidelity
 from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.commands.report import ReportConfig
-from ghostjax.runs.report.html import DARK, LIGHT
 from ghostjax.runs.report.page import make_report
-from ghostjax.runs.report.pictures import ticks
 from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
@@ -216,40 +213,6 @@ def test_it_can_be_read_without_seeing_it(page):
         assert len(page.named(name)) == 1
 
 
-def luminance(colour):
-    """Relative luminance as WCAG 2 defines it."""
-    parts = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
-
-
-def contrast(first, second):
-    high, low = sorted((luminance(first), luminance(second)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_contrast_by_hand():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
-
-
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_contrast_is_enough_in_both_themes(theme):
-    for name in ("ink", "soft", "helps", "hurts", "good", "fair", "poor", "s1"):
-        for ground in (theme.page, theme.panel):
-            assert contrast(getattr(theme, name), ground) >= 4.5, name
-    for name in ("s1", "s2", "s3", "s4", "s5", "s6"):
-        assert contrast(getattr(theme, name), theme.page) >= 3, name
-
-
-def test_the_style_has_no_colours_but_those_of_the_themes(report):
-    style = report.split("<style>")[1].split("</style>")[0]
-    assert set(re.findall(r"#[0-9a-f]{3,8}\b", style)) == set(LIGHT) | set(DARK)
-    used = set(re.findall(r"var\(--(\w+)\)", style))
-    assert used == set(LIGHT._fields)
-    assert "@media (prefers-color-scheme: dark) { :root { --page: #14171c;" in style
-
-
 HOSTILE = "<script>alert(1)</script> \"double\" 'single' & </style></svg> \x1b[31m\u202eback"
 
 
@@ -365,27 +328,6 @@ def test_help_has_examples_and_every_option(capsys):
         assert field.name == "run" or "--" + field.name in text
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-7, 7, [-5, 0, 5]), (0, 23, [0, 5, 10, 15, 20])],
-)
-def test_ticks(low, high, expected):
-    np.testing.assert_allclose(ticks(low, high), expected, atol=1e-12)
-
-
-def test_numbers_and_scales():
-    assert number(1.23e-7) == "1.23\u00d710⁻⁷"
-    assert number(-0.5) == "\u22120.500"
-    scale = Scale.of(np.array([-2e-5, np.nan, 1e-6]))
-    assert scale.words == "10⁻⁶"
-    assert scale.signed(-2e-5) == "\u221220.0"
-    assert scale.signed(1e-6) == "+1.0"
-    assert scale.signed(1e-12) == scale.signed(-1e-12) == "0.0"
-    assert Scale.of(np.zeros(3)).words == Scale.typical(np.zeros(3)).words == ""
-    assert Scale.typical(np.array([*[0.001] * 19, 1e6])).words == "10⁻³"
-    assert scale.plain(float("nan")) == "undefined"
-
-
 def listed(text):
     """The rows of the first table of examples: the cells' texts."""
     body = text.split('<section class="listing">')[1].split("<tbody>")[1].split("</tbody>")[0]
@@ -450,10 +392,3 @@ def test_what_a_log_lacks_is_told(tmp_path, columns):
     told |= {"correlation": "correlations with plain", "conservation_error": "certificate"}
     for column, words in told.items():
         assert (f"The log has no {words}" in text) == (column in columns)
-
-
-def test_the_colours_of_lines_are_none_of_helps_and_hurts():
-    for theme in (LIGHT, DARK):
-        lines = {getattr(theme, f"s{n}") for n in range(1, 7)}
-        assert len(lines) == 6
-        assert not lines & {theme.helps, theme.hurts, theme.good, theme.fair, theme.poor}
