@@ -2,6 +2,7 @@
 
 from ghostjax.core import control as control
 from ghostjax.core import custom_rules as custom_rules
+from ghostjax.core import fused as fused
 from ghostjax.core import kernels as kernels
 from ghostjax.core import manual as manual
 from ghostjax.core import moved_rules as moved_rules

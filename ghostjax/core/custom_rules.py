@@ -22,7 +22,7 @@ from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
 from ghostjax.core.meeting import Cells, Meeting, Route, row_sums, weighted, wide_dtype
-from ghostjax.core.mixing import CHECKS, WAY_OUT
+from ghostjax.core.mixing import CHECKS, WAY_OUT, several_axes
 from ghostjax.core.places import Mixed, RowInfo, Rows
 from ghostjax.core.program import Program, is_literal, run
 from ghostjax.core.push import PUSHES
@@ -33,7 +33,13 @@ from ghostjax.core.rules import pullback, pushforward
 
 
 class RuleMeeting(Meeting):
-    """What a backward rule gives its parameters, dotted with directions row by row."""
+    """What a backward rule gives its parameters, dotted with directions row by row.
+
+    Attributes:
+      sums_rows: whether the function itself sums over rows, so that only operands have them.
+    """
+
+    sums_rows = False
 
     def _prepare(self, function, operands):
         del function
@@ -63,13 +69,10 @@ class RuleMeeting(Meeting):
 
             self._split = split_along(eqn, operands, cells, split)
             if self._split is None:
-                raise RowAxisError(
-                    f"parameter {paths} meets data in {describe_operation(eqn)}, where "
-                    "examples are told apart along several axes. Let them lie along one axis, as "
-                    "in [B * T, features]."
-                )
+                raise RowAxisError(several_axes(describe_operation(eqn), paths))
         single = self.num_rows is None or is_single(self.num_rows)
-        if not single and all(isinstance(info, Rows) for info in inexact):
+        if self.sums_rows or (not single and all(isinstance(info, Rows) for info in inexact)):
+            inexact = [None] * len(inexact) if self.sums_rows else inexact
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
             self._split = _split(eqn, program, places, paths, self.num_rows)

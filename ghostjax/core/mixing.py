@@ -100,6 +100,13 @@ def without_position(place: str, paths: str) -> str:
     )
 
 
+def several_axes(place: str, paths: str) -> str:
+    return (
+        f"parameter {paths} meets data in {place}, where examples are told apart along several "
+        "axes. Let them lie along one axis, as in [B * T, features]."
+    )
+
+
 def lost_message(place, path, infos) -> str:
     reasons = [info.reason for info in infos if isinstance(info, Mixed)]
     return (

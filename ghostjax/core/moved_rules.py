@@ -27,15 +27,16 @@ def _forwards(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | None:
-    """Where rows are in the outputs; None where they are lost on the way."""
+    """Where rows are in the outputs; None where they are lost on the way, as in a fused loss."""
     outputs = _forwards(walk, eqn, operands)
     numbered = [is_real_or_complex(var) for var in eqn.outvars]
     found = [value.where.rows for value in outputs]
-    if not all(track.is_apart for track, is_number in zip(found, numbered) if is_number):
+    is_apart = [track.is_apart for track, is_number in zip(found, numbered) if is_number]
+    if not all(is_apart) and (walk.shares or eqn.primitive.name != "custom_vjp_call"):
         return None
     active = [value.active and is_real_or_complex(var) for value, var in zip(operands, eqn.invars)]
     if not any(active):
-        return found
+        return found if all(is_apart) else None
     of_operands = [(value.where.rows, var) for value, var in zip(operands, eqn.invars)]
     of_outputs = list(zip(found, eqn.outvars))
     if eqn.primitive.name == "custom_vjp_call":
@@ -48,7 +49,8 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         wanted = [pair for pair, is_number in zip(of_outputs, numbered) if is_number]
     # Gradient flows through what the rule is given alone: the operands are factors there.
     values = [Value(value.primal, {}, value.is_data, False, value.where) for value in operands] + [
-        Value(_zeros(var.aval), {}, True, True, Where(track)) for track, var in given
+        Value(_zeros(var.aval), {}, True, True, Where(track if track.is_apart else Track(None)))
+        for track, var in given
     ]
     env = dict(zip(program.inputs, values, strict=True))
     env.update((number, Value(const)) for number, const in program.consts.items())
@@ -72,7 +74,7 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         pair = [numbers(each, shape_of(var), walk.num_rows) for each in (back, track)]
         differ = jnp.asarray(merged(*pair)[1])
         walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])
-    return found
+    return found if all(is_apart) else None
 
 
 def _zeros(aval: Any) -> Any:

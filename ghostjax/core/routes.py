@@ -9,6 +9,7 @@ features  an elementwise operation with a parameter that is repeated over rows: 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -235,6 +236,8 @@ def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -
 
 # By primitive, kinds of meetings that do not depend on the operands.
 KINDS: dict[str, type[Meeting]] = {}
+# By primitive, ``meeting(walk, eqn, operands, outputs)`` of an operation that sums over rows.
+SUMMING: dict[str, Callable[..., Meeting | None]] = {}
 
 
 def _kind(eqn, operands, rows) -> type[Meeting]:

@@ -108,6 +108,8 @@ def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
         after.append(step)
     for atom in program.outputs:
         if not is_literal(atom) and atom in places.moving and atom not in late:
+            if not isinstance(places.infos[atom], Rows):
+                raise NotLinearError(None)  # rows were added up before a cotangent was there
             summed[atom] = places.infos[atom]
     kinds = kinds_of(program, [*before, *after], set(summed), places.moving - late)
     outputs = [k for k, atom in enumerate(program.outputs) if kinds(atom) is not Kind.ZERO]

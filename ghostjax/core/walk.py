@@ -28,10 +28,10 @@ from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
 from ghostjax.core.inside import is_container, is_number
 from ghostjax.core.meeting import Cells, Meeting, is_inexact
-from ghostjax.core.mixing import gives_nothing, lost_message, without_position
+from ghostjax.core.mixing import gives_nothing, lost_message, several_axes, without_position
 from ghostjax.core.places import Mixed, Rows
 from ghostjax.core.promises import is_promise
-from ghostjax.core.routes import KINDS, make_meeting
+from ghostjax.core.routes import KINDS, SUMMING, make_meeting
 from ghostjax.core.sums import sum_meeting, with_summands
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
@@ -236,7 +236,11 @@ class Walk(Tracking):
         inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
         infos = [places[k].rows.place for k in inexact]
         in_rows = self.num_rows is None or all(self.has_examples(places[k]) for k in inexact)
-        of_sum = None if in_rows else sum_meeting(self, eqn, function, operands, outputs)
+        of_sum = None
+        if not in_rows:
+            name = None if eqn is None else eqn.primitive.name
+            of_sum = SUMMING[name](self, eqn, operands, outputs) if name in SUMMING else None
+            of_sum = of_sum or sum_meeting(self, eqn, function, operands, outputs)
         if of_sum is not None:
             meeting = of_sum
         elif infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
@@ -278,11 +282,7 @@ class Walk(Tracking):
         }
         (cells, count), *others = {cells_of(ids) for ids in found.values()}
         if others:
-            raise RowAxisError(
-                f"parameter {self.named(operands)} meets data in {self.describe(eqn)}, where "
-                "examples are told apart along several axes. Let them lie along one axis, as in "
-                "[B * T, features]."
-            )
+            raise RowAxisError(several_axes(self.describe(eqn), self.named(operands)))
         is_rule = eqn is not None and eqn.primitive.name in KINDS
         local = operands
         if not (is_rule and isinstance(cells, Cells) and cells.axes):

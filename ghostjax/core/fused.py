@@ -1,0 +1,79 @@
+"""A ``custom_vjp`` function of parameters that sums over rows, as a fused loss does.
+
+Its outputs have no rows, but its operands have, and its backward rule makes cotangents with rows
+from them before it sums these for a parameter.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from ghostjax._errors import RowAxisError
+from ghostjax.core.custom_rules import RuleMeeting
+from ghostjax.core.devices import as_many
+from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
+from ghostjax.core.linear import is_real_or_complex
+from ghostjax.core.meeting import Cells, Meeting
+from ghostjax.core.mixing import several_axes, without_position
+from ghostjax.core.place_rules import Rows
+from ghostjax.core.routes import SUMMING
+from ghostjax.core.values import Value
+
+
+class FusedMeeting(RuleMeeting):
+    """A meeting in whose outputs rows are added up already."""
+
+    sums_rows = True
+
+
+def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Meeting | None:
+    """The meeting of parameters with such a function; None if its operands have no rows."""
+    apart = [
+        value
+        for value, var in zip(operands, eqn.invars)
+        if value.is_data and is_real_or_complex(var) and value.where.rows.is_apart
+    ]
+    apart = [value for value in apart if value.active] or apart
+    if not apart:
+        return None
+    try:
+        meeting = _meeting(walk, eqn, operands, outputs, apart)
+    except RowAxisError as error:
+        if not walk.shares:
+            raise
+        raise RowAxisError(
+            f'{error} With coupled="share" that is so too: a parameter has no share in a backward '
+            f"rule that cannot be followed. Use {walk.named(operands)} outside of the function."
+        ) from None
+    meeting.in_rows = dict.fromkeys(meeting.moving, True)
+    return meeting
+
+
+def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:
+    def made(operands, count):
+        rows = [None] * len(outputs)
+        return FusedMeeting(eqn, None, operands, outputs, rows, count, walk.names)
+
+    if walk.labels is None and all(isinstance(value.rows, Rows) for value in apart):
+        return made(operands, walk.num_rows)
+    place = walk.describe(eqn)
+    lost = without_position(place, walk.named(operands))
+    first, *others = [
+        labels_of(value.where, jnp.shape(value.primal), walk.num_rows, walk.labels, lost)
+        for value in apart
+    ]
+    cells, count = cells_of(first)
+    if isinstance(cells, Cells) or any(cells_of(ids)[1] != count for ids in others):
+        raise RowAxisError(several_axes(place, walk.named(operands)))
+    local = [
+        dataclasses.replace(value, where=localized(value.where, jnp.shape(value.primal), count))
+        for value in operands
+    ]
+    meeting = made(local, as_many(count, walk.num_rows))
+    walk.count_conflicts([jnp.sum(jnp.ravel(ids) != jnp.ravel(first)) for ids in others])
+    return Regrouped(meeting, first, walk.labels.count if walk.labels else walk.num_rows)
+
+
+SUMMING["custom_vjp_call"] = fused_meeting
