@@ -35,11 +35,9 @@ from ghostjax.core.rules import pullback, pushforward
 class RuleMeeting(Meeting):
     """What a backward rule gives its parameters, dotted with directions row by row.
 
-    Attributes:
-      sums_rows: whether the function itself sums over rows, so that only operands have them.
+    Where there are rows but no output has them, the function itself sums over them: rows are those
+    of its operands.
     """
-
-    sums_rows = False
 
     def _prepare(self, function, operands):
         del function
@@ -71,8 +69,7 @@ class RuleMeeting(Meeting):
             if self._split is None:
                 raise RowAxisError(several_axes(describe_operation(eqn), paths))
         single = self.num_rows is None or is_single(self.num_rows)
-        if self.sums_rows or (not single and all(isinstance(info, Rows) for info in inexact)):
-            inexact = [None] * len(inexact) if self.sums_rows else inexact
+        if not single and all(info is None or isinstance(info, Rows) for info in inexact):
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
             self._split = _split(eqn, program, places, paths, self.num_rows)

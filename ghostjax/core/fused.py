@@ -5,27 +5,22 @@ from them before it sums these for a parameter.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax.core.custom_rules import RuleMeeting
+from ghostjax._jaxprs import bind
 from ghostjax.core.devices import as_many
-from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
+from ghostjax.core.examples import cells_of, labels_of, localized
 from ghostjax.core.linear import is_real_or_complex
 from ghostjax.core.meeting import Cells, Meeting
 from ghostjax.core.mixing import several_axes, without_position
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import SUMMING
 from ghostjax.core.values import Value
-
-
-class FusedMeeting(RuleMeeting):
-    """A meeting in whose outputs rows are added up already."""
-
-    sums_rows = True
 
 
 def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Meeting | None:
@@ -47,14 +42,14 @@ def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Me
             f'{error} With coupled="share" that is so too: a parameter has no share in a backward '
             f"rule that cannot be followed. Use {walk.named(operands)} outside of the function."
         ) from None
-    meeting.in_rows = dict.fromkeys(meeting.moving, True)
+    meeting.in_rows.update(dict.fromkeys(meeting.moving, True))
     return meeting
 
 
 def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:
     def made(operands, count):
-        rows = [None] * len(outputs)
-        return FusedMeeting(eqn, None, operands, outputs, rows, count, walk.names)
+        function, rows = functools.partial(bind, eqn), [None] * len(outputs)
+        return walk.make(eqn, function, operands, outputs, rows, count)
 
     if walk.labels is None and all(isinstance(value.rows, Rows) for value in apart):
         return made(operands, walk.num_rows)
@@ -73,7 +68,7 @@ def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:
     ]
     meeting = made(local, as_many(count, walk.num_rows))
     walk.count_conflicts([jnp.sum(jnp.ravel(ids) != jnp.ravel(first)) for ids in others])
-    return Regrouped(meeting, first, walk.labels.count if walk.labels else walk.num_rows)
+    return walk.regrouped(meeting, first)
 
 
 SUMMING["custom_vjp_call"] = fused_meeting

@@ -18,7 +18,6 @@ from ghostjax.core.at_once import AtOnce, Found
 from ghostjax.core.channel import set_aside
 from ghostjax.core.convolutions import conv_squares, is_unfolded
 from ghostjax.core.directed import Directed, through_channel
-from ghostjax.core.examples import Regrouped
 from ghostjax.core.gram import gram_squares, squares_cost_less
 from ghostjax.core.meeting import one_per_row, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
@@ -146,13 +145,6 @@ def squares_to(meeting: RowMeeting, taps: dict[int, Any]):
     return carried, backward
 
 
-def by_weights(meeting: Any) -> Any:
-    """Of a meeting whose rows are not in place, examples are weights of its places."""
-    if isinstance(meeting, Regrouped):
-        meeting.meeting.by_weights = True
-    return meeting
-
-
 class OfRows(AtOnce):
     """A walk whose meetings can tell what single examples give.
 
@@ -183,8 +175,10 @@ class OfRows(AtOnce):
         meeting.padded = self.padded
         return meeting
 
-    def make_regrouped(self, eqn, function, operands, outputs, places):
-        return by_weights(super().make_regrouped(eqn, function, operands, outputs, places))
+    def regrouped(self, meeting, ids):
+        """Examples are weights of its places, as rows are not in place."""
+        meeting.by_weights = True
+        return super().regrouped(meeting, ids)
 
     def evaluate(self, function, primals):
         outputs = function(primals)
@@ -232,8 +226,9 @@ class DirectedSquares(Directed):
         self.squares, self.by_weights, self.keys_at_once = squares, by_weights, at_once
         self.found = Found()
 
-    def make_regrouped(self, eqn, function, operands, outputs, places):
-        return by_weights(super().make_regrouped(eqn, function, operands, outputs, places))
+    def regrouped(self, meeting, ids):
+        meeting.by_weights = True
+        return super().regrouped(meeting, ids)
 
     def attach(self, meeting, function, operands):
         key = self.next_key()

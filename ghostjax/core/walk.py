@@ -301,7 +301,10 @@ class Walk(Tracking):
                 self.count_conflicts([jnp.sum(ids == SEVERAL, dtype=jnp.int32)])
             if ids is not first:
                 self.count_conflicts([jnp.sum(jnp.ravel(ids) != jnp.ravel(first))])
-        return Regrouped(meeting, first, self.labels.count if self.labels else self.num_rows)
+        return self.regrouped(meeting, first)
+
+    def regrouped(self, meeting: Meeting, ids: Any) -> Regrouped:
+        return Regrouped(meeting, ids, self.labels.count if self.labels else self.num_rows)
 
     def named_meeting(self, eqn, operands: Sequence[Value]) -> Any:
         """The kind of meeting that a call is by its name, None if it is to be walked."""

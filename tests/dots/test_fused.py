@@ -13,7 +13,8 @@ from ghostjax import (
     value_and_dots_fn,
     value_grad_and_dots,
 )
-from tests.dots.checks import check, check_late, direction_like, draw, expected_dots
+from ghostjax._errors import RowAxisError
+from tests.dots.checks import direction_like, draw, expected_dots, one_by_one
 
 B, T, D, F, V = 4, 3, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "head": draw(F, V, seed=2), "table": draw(V, D, seed=3)}
@@ -118,3 +119,148 @@ def test_dots_are_those_of_rows(name, coupled):
     testing.assert_dots_close(late, jax.tree.map(lambda rows: np.stack([rows, 2 * rows]), expected))
     plain = jax.jit(jax.grad(lambda p, b: jnp.mean(losses(p, b))))(P, BATCH)
     testing.assert_dots_close(result.grads, plain)
+
+
+LABELS = jnp.array([[0, 0, 2], [2, 1, -1], [1, 1, 1], [0, 2, 2]])
+
+
+def place_losses(p, batch):
+    return losses_of(hidden(p, batch), p["head"], batch["y"])
+
+
+def test_packed_documents_and_groups_of_rows():
+    direction = direction_like(P)
+    groups = jnp.array([1, 0, 1, -1])
+
+    @jax.jit
+    def run(p, batch):
+        fn = value_grad_and_dots(flat_loss)
+        of_documents = fn(p, batch, direction=direction, labels=LABELS, num_labels=3)
+        of_groups = fn(p, batch, direction=direction, labels=groups, num_labels=2)
+        late = value_and_dots_fn(flat_loss)(p, batch, labels=LABELS, num_labels=3)[2]
+        return of_documents, of_groups, late(direction)
+
+    of_documents, of_groups, late = run(P, BATCH)
+    places = {key: flat(array)[:, None] for key, array in BATCH.items()}
+    each = expected_dots(lambda p, b: place_losses(p, b)[:, 0], P, places, direction)
+    ids, of_rows = np.ravel(LABELS), jax.tree.map(lambda dots: dots.reshape(B, T).sum(1), each)
+
+    def added(dots, ids, count):
+        return jax.tree.map(lambda d: np.array([d[ids == k].sum() for k in range(count)]), dots)
+
+    expected = added(each, ids, 3)
+    for found in (of_documents.dots, late):
+        testing.assert_dots_close(found, expected)
+    testing.assert_dots_close(of_groups.dots, added(of_rows, np.asarray(groups), 2))
+    assert int(of_documents.conflicts) == 0
+
+
+def test_norms_clipping_and_pairs():
+    @jax.jit
+    def run(p, batch):
+        norms = squared_norms(loss_of)(p, batch)
+        _, clipped = value_and_clipped_grad(loss_of, 1.0)(p, batch)
+        return norms, clipped, pairwise_dots(loss_of, val_batch_size=2)(p, batch)
+
+    norms, clipped, pairs = run(P, BATCH)
+    grads = testing.per_example_grads(row_losses, P, BATCH)
+    flattened = jax.tree.map(lambda g: np.asarray(g, np.float64).reshape(B, -1), grads)
+    testing.assert_dots_close(norms, jax.tree.map(lambda g: (g**2).sum(1), flattened))
+    testing.assert_dots_close(pairs, jax.tree.map(lambda g: g[:2] @ g[2:].T, flattened))
+    sizes = np.sqrt(sum(jax.tree.leaves(jax.tree.map(lambda g: (g**2).sum(1), flattened))))
+    factors = np.minimum(1, 1 / sizes)
+    testing.assert_dots_close(
+        clipped, jax.tree.map(lambda g: np.tensordot(factors, np.asarray(g), 1) / B, grads)
+    )
+
+
+def test_bfloat16():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), P)
+    batch = {**BATCH, "x": BATCH["x"].astype(jnp.bfloat16)}
+    direction = direction_like(params)
+    run = jax.jit(lambda p, b: value_grad_and_dots(loss_of)(p, b, direction=direction))
+    result = run(params, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype("float32")}
+    expected = expected_dots(row_losses, params, batch, direction)
+    testing.assert_dots_close(result.dots, expected, rtol=2e-2)
+
+
+MIXING = {
+    "centred": (
+        lambda h, head, d: gradients(h, head, d - d.mean(0, keepdims=True)),
+        "combines rows with a value in which rows are mixed",
+    ),
+    "clipped in all": (
+        lambda h, head, d: gradients(h, head, d / jnp.linalg.norm(d)),
+        "combines rows with a value in which rows are mixed",
+    ),
+    "rounded after the sum": (
+        lambda h, head, d: (d @ head.T, jnp.round(jnp.einsum("...f,...v->fv", h, d)), None),
+        "must be a sum over rows, or linear in such sums. Found round",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("coupled", ["error", "share"])
+def test_rules_that_mix_rows_are_refused(name, coupled):
+    backward, message = MIXING[name]
+
+    def loss_fn(p, batch):
+        return loss_of(p, batch, fused_with(backward))
+
+    fn = value_grad_and_dots(loss_fn, coupled=coupled)
+    with pytest.raises(RowAxisError, match=message) as refused:
+        jax.eval_shape(fn, P, BATCH, direction=P)
+    assert ("a parameter has no share" in str(refused.value)) == (coupled == "share")
+
+
+def test_the_way_out_of_a_refused_rule():
+    """The loss of one row with ``per_example=True`` takes any rule."""
+    function = fused_with(MIXING["rounded after the sum"][0])
+
+    def of_one(p, row):
+        batch = jax.tree.map(lambda leaf: leaf[None], row)
+        return function(hidden(p, batch), p["head"], batch["y"])
+
+    direction = direction_like(P)
+    result = value_grad_and_dots(of_one, per_example=True, loss_reduction="sum")(
+        P, BATCH, direction=direction
+    )
+    expected = one_by_one(
+        lambda p, b: function(hidden(p, b), p["head"], b["y"])[None], P, BATCH, direction
+    )
+    testing.assert_dots_close(result.dots, expected)
+
+
+def of_activations(backward):
+    @jax.custom_vjp
+    def function(h):
+        return jnp.sum(jnp.sin(h))
+
+    function.defvjp(lambda h: (function(h), h), lambda h, c: (backward(jnp.cos(h) * c),))
+    return lambda p, batch: function(hidden(p, batch)) / B
+
+
+def test_rules_of_activations_alone_that_mix_rows():
+    """Their dots were rows' shares, without a word."""
+    fn = value_grad_and_dots(of_activations(lambda d: d - d.mean(0, keepdims=True)))
+    with pytest.raises(RowAxisError, match="combines rows with a value in which rows are mixed"):
+        jax.eval_shape(fn, P, BATCH, direction=P)
+    result = value_grad_and_dots(of_activations(lambda d: d[::-1]))(P, BATCH, direction=P)
+    assert int(result.conflicts) > 0
+    assert bool(jnp.isnan(result.total()).all())
+
+
+@pytest.mark.parametrize("tiles", [2, 6])
+def test_rules_of_activations_alone_in_chunks(tiles):
+    def in_chunks(d):
+        _, back = jax.lax.scan(lambda total, x: (total, 3 * x), 0.0, d.reshape(tiles, -1, F))
+        return back.reshape(d.shape)
+
+    direction = direction_like(P)
+    result = value_grad_and_dots(of_activations(in_chunks))(P, BATCH, direction=direction)
+    expected = expected_dots(
+        lambda p, b: 3 * jnp.sum(jnp.sin(hidden(p, b)), (1, 2)), P, BATCH, direction
+    )
+    testing.assert_dots_close(result.dots, expected)
