@@ -107,11 +107,12 @@ def several_axes(place: str, paths: str) -> str:
     )
 
 
-def lost_message(place, path, infos) -> str:
+def lost_message(place, path, infos, *, is_factor: bool) -> str:
     reasons = [info.reason for info in infos if isinstance(info, Mixed)]
+    before = "Make it a factor of every row's loss, before rows are added up. " if is_factor else ""
     return (
         f"parameter {path} meets data in {place}, whose result has no axis with "
-        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {WAY_OUT} "
+        f"one row per place ({'; '.join(reasons) or 'it depends on no row'}). {before}{WAY_OUT} "
         f"Where rows see each other in the loss, {SHARE}"
     )
 

@@ -236,9 +236,8 @@ class Walk(Tracking):
         inexact = [k for k, output in enumerate(outputs) if is_inexact(output)]
         infos = [places[k].rows.place for k in inexact]
         in_rows = self.num_rows is None or all(self.has_examples(places[k]) for k in inexact)
-        of_sum = None
+        of_sum, name = None, None if eqn is None else eqn.primitive.name
         if not in_rows:
-            name = None if eqn is None else eqn.primitive.name
             of_sum = SUMMING[name](self, eqn, operands, outputs) if name in SUMMING else None
             of_sum = of_sum or sum_meeting(self, eqn, function, operands, outputs)
         if of_sum is not None:
@@ -254,7 +253,8 @@ class Walk(Tracking):
         for path in meeting.moving if of_sum is None else ():
             is_shared = self.takes_shared and scalars and not meeting.needs_data
             if not (in_rows or is_shared or self.shares):
-                raise RowAxisError(lost_message(self.describe(eqn), self.names[path], infos))
+                given = self.describe(eqn), self.names[path], infos
+                raise RowAxisError(lost_message(*given, is_factor=name in ("mul", "div")))
             meeting.in_rows[path] = in_rows
         outputs = self.attach(meeting, function, operands)
         flows = [k in inexact for k in range(len(outputs))]

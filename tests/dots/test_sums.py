@@ -217,3 +217,24 @@ def test_a_temperature_with_labels(shape):
 def test_what_is_not_linear_in_the_mean_is_an_error(loss_fn):
     with pytest.raises(ValueError, match=r"parameter \['s'\] meets data in \w+ at .*test_sums"):
         value_grad_and_dots(loss_fn)(PARAMS, BATCH, direction=PARAMS)
+
+
+def accumulated(p, batch, factor):
+    def add(total, x):
+        return total + factor * rows(p, {"x": x[None]})[0] / B, None
+
+    return jax.lax.scan(add, 0.0, batch["x"])[0]
+
+
+def test_a_factor_of_an_accumulated_loss_is_refused_with_a_way_out():
+    with pytest.raises(ValueError, match="Make it a factor of every row's loss, before rows are"):
+        value_grad_and_dots(lambda p, b: jnp.exp(p["s"]) * accumulated(p, b, 1.0))(
+            PARAMS, BATCH, direction=PARAMS
+        )
+    directions = directions_like(PARAMS)
+    fn = value_grad_and_dots(lambda p, b: accumulated(p, b, jnp.exp(p["s"])))
+    result = jax.jit(lambda p, b: fn(p, b, direction=directions))(PARAMS, BATCH)
+    expected = expected_stacked(
+        lambda p, b: jnp.exp(p["s"]) * rows(p, b), PARAMS, BATCH, directions
+    )
+    testing.assert_dots_close(result.dots, expected)
