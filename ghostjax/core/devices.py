@@ -53,6 +53,13 @@ def crosses(eqn: Any, num_rows: int | None) -> bool:
     return any(crosses(inner, num_rows) for jaxpr, _ in inner_jaxprs(eqn) for inner in jaxpr.eqns)
 
 
+def goes_over(eqn: Any, axes: Sequence[str]) -> bool:
+    """Whether a collective goes over any of these axes of the mesh."""
+    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+    names = names if isinstance(names, (tuple, list)) else (names,)
+    return any(name in axes for name in names)
+
+
 def is_single(num_rows: int | None) -> bool:
     """Whether there is but one row, on all devices together."""
     return num_rows == 1 and not split_axes(num_rows)
@@ -84,7 +91,7 @@ def enter(
 
 
 def _enter(eqn, info: Rows, spec, num_rows: int) -> tuple[RowInfo, tuple[str, ...]]:
-    names = _names(eqn, spec, info.axis)
+    names = names_along(eqn, spec, info.axis)
     if info.outer % _size(eqn, names) == 0:
         return dataclasses.replace(info, outer=info.outer // _size(eqn, names)), ()
     for cut in range(len(names)):
@@ -129,13 +136,13 @@ def leave(
 def _of_one_row(eqn, info: Rows, spec, var, axes: tuple[str, ...]) -> Rows:
     """Every axis is that of the row: the one that is put together is, outside, too."""
     for axis, size in enumerate(shape_of(var)):
-        if axes and _names(eqn, spec, axis)[-len(axes) :] == axes:
+        if axes and names_along(eqn, spec, axis)[-len(axes) :] == axes:
             return Rows(axis, 1, size)
     return info
 
 
 def _leave(eqn, info: Rows, spec, axes: tuple[str, ...]) -> RowInfo:
-    names = _names(eqn, spec, info.axis)
+    names = names_along(eqn, spec, info.axis)
     before = names[: len(names) - len(axes)]
     if (*before, *axes) != names or (axes and info.outer != 1):
         where = f"puts together over the mesh axes {names} what has rows split over {axes}"
@@ -168,7 +175,7 @@ def where_traced(eqn: Any, function: Callable[[], None]) -> None:
         jax.eval_shape(mapped)
 
 
-def _names(eqn, spec, axis: int) -> tuple[str, ...]:
+def names_along(eqn, spec, axis: int) -> tuple[str, ...]:
     """The mesh axes that an array's axis is split over; one of a single device splits nothing."""
     names = spec[axis] if axis < len(spec) else None
     names = (names,) if isinstance(names, str) else names or ()
@@ -186,9 +193,8 @@ def _shard_map(eqn, operands, num_rows):
 
 def _crosses(eqn, num_rows: int) -> bool:
     """Whether a collective goes over axes that rows are split over, or over axes of arrays."""
-    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-    names = names if isinstance(names, (tuple, list)) else (names,)
-    return any(name in split_axes(num_rows) or isinstance(name, int) for name in names)
+    axes = eqn.params.get("axes", ())
+    return goes_over(eqn, split_axes(num_rows)) or any(isinstance(name, int) for name in axes)
 
 
 def _reduced(eqn, operands, num_rows):

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from ghostjax.core.devices import crosses
+from ghostjax.core.exchange import sends, sent
 from ghostjax.core.moves import Others, move
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
@@ -33,7 +34,13 @@ _SCATTERS = frozenset(["scatter-add", "scatter-sub", "scatter-mul", "scatter-min
 
 
 def moved(
-    eqn: Any, position: int, track: Track, operands: Sequence[Any], count: int, others: Others
+    eqn: Any,
+    position: int,
+    track: Track,
+    operands: Sequence[Any],
+    count: int,
+    others: Others,
+    conflicts: list[Any],
 ) -> list[Track]:
     """By output, where one operand's examples go."""
     reasons: list[RowInfo] = [None] * len(eqn.outvars)
@@ -47,7 +54,11 @@ def moved(
     if crosses(eqn, count):
         return [Track(lost(eqn, "goes over the devices that rows are on"))] * len(eqn.outvars)
     shape = shape_of(eqn.invars[position])
-    found = move(eqn, position, numbers(track, shape, count), operands, others)
+    ids = numbers(track, shape, count)
+    if sends(eqn, count):
+        found = [sent(eqn, ids, conflicts)]
+    else:
+        found = move(eqn, position, ids, operands, others)
     return [
         Track(reason if isinstance(reason, Mixed) else lost(eqn, "mixes rows"))
         if ids is None
@@ -89,7 +100,7 @@ def rows_after(
     others = others_of(eqn, tracks, actives, deciding)
     if _joins_alike(eqn, [tracks[k] for k in deciding]):
         deciding, others = deciding[:1], Others.CONSTANTS
-    parts = [moved(eqn, k, tracks[k], operands, count, others) for k in deciding]
+    parts = [moved(eqn, k, tracks[k], operands, count, others, conflicts) for k in deciding]
     if eqn.primitive.name == "dot_general":
         for k, part in zip(deciding, parts):
             if isinstance(part[0].place, Mixed) and supports[1 - k] is not None:
@@ -106,7 +117,7 @@ def rows_after(
                 parts[k] = parts[1 - k]
     if any(isinstance(track.place, Mixed) for track in value_operands(eqn, tracks)):
         parts.append([Track(_MIXED)] * len(eqn.outvars))
-    if eqn.primitive.name in _COLLECTIVES:
+    if eqn.primitive.name in _COLLECTIVES and not sends(eqn, count):
         _check_devices(eqn, [tracks[k] for k in deciding], conflicts)
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
         _check_additions(eqn, tracks[2], operands, count, conflicts)

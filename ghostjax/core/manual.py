@@ -22,8 +22,9 @@ from ghostjax.core.devices import (
     split_axes,
 )
 from ghostjax.core.examples import Regrouped
+from ghostjax.core.exchange import SentRows, brought_back, has_exchange, sent_out
 from ghostjax.core.harvest import summed, sums_of_left
-from ghostjax.core.place_rules import Mixed
+from ghostjax.core.place_rules import Mixed, shape_of
 from ghostjax.core.tracking import HANDLERS
 from ghostjax.core.tracks import Known, Moved, Track, Where
 from ghostjax.core.types import varying
@@ -42,6 +43,13 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     if not walk.follows:
         walk.places_after(eqn, operands)
     infos, local = enter(eqn, places, walk.num_rows)
+    split = split_axes(local)[len(split_axes(walk.num_rows)) :]
+    # A device that sends rows to others sees those of all.
+    is_sent = (
+        walk.follows
+        and split == split_axes(local)
+        and has_exchange(params["jaxpr"], infos, local, split)
+    )
     key, devices, classes = walk.next_key(), _Devices(eqn), []
 
     entered = [
@@ -51,7 +59,8 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
     def body(primals, tangents, of_rows, others, labels, slots):
         inner = walk.inside(key, jax.tree.map(devices.own, slots))
-        inner.num_rows, inner.labels = local, labels
+        inner.labels = labels
+        inner.num_rows = SentRows(walk.num_rows, split) if is_sent else local
         for names, arrays in ((walk.arrays_of_rows, of_rows), (walk.other_arrays, others)):
             for name, array in zip(names, arrays):
                 setattr(inner, name, array)
@@ -60,33 +69,42 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
                 value,
                 primal=primal,
                 tangents=own,
-                where=Where(Track(info), where),
+                where=Where(
+                    sent_out(info, shape_of(var), local) if is_sent else Track(info), where
+                ),
                 direct=False,
                 axes=None,
             )
-            for value, primal, own, info, where in zip(operands, primals, tangents, infos, entered)
+            for value, primal, own, info, where, var in zip(
+                operands, primals, tangents, infos, entered, params["jaxpr"].invars
+            )
         ]
         outputs = inner.open(params["jaxpr"], [], values)
+        if is_sent:
+            found = [
+                brought_back(inner, eqn, value.where.rows, spec, shape_of(var), local)
+                for value, spec, var in zip(
+                    outputs, params["out_specs"], params["jaxpr"].outvars, strict=True
+                )
+            ]
+        else:
+            found = [_in_place(value.rows, "inside of") for value in outputs]
         classes[:] = [
             dataclasses.replace(
                 value,
                 primal=None,
                 tangents={},
                 support=None,
-                where=Where(
-                    Track(_in_place(value.rows, "inside of")),
-                    leave_positions(eqn, value.where.positions, spec),
-                ),
+                where=Where(Track(place), leave_positions(eqn, value.where.positions, spec)),
             )
-            for value, spec in zip(outputs, params["out_specs"], strict=True)
+            for value, spec, place in zip(outputs, params["out_specs"], found, strict=True)
         ]
         results = [value.primal for value in outputs], [value.tangents for value in outputs]
         return *results, inner.results()
 
     before = (None,) if walk.stacked else ()
-    split = split_axes(local)[len(split_axes(walk.num_rows)) :]
     of_rows = PartitionSpec()
-    if local is not None and walk.labels is None:
+    if local is not None and walk.labels is None and not is_sent:
         of_rows = PartitionSpec(*before, split or None)
 
     def with_tangents(specs):
@@ -106,7 +124,7 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
                 *with_tangents(params["in_specs"]),
                 of_rows,
                 PartitionSpec(),
-                PartitionSpec(split or None),
+                PartitionSpec() if is_sent else PartitionSpec(split or None),
                 jax.tree.map(devices.spec_of, slots),
             ),
             out_specs=with_tangents(params["out_specs"]),

@@ -60,7 +60,7 @@ def _moved_leniently(eqn, position, track, operands, count, others):
         return [track]
     if name == "conv_general_dilated" and position == 0:
         return [_convolved(eqn, ids, count)]
-    return moved(eqn, position, track, operands, count, others)
+    return moved(eqn, position, track, operands, count, others, [])
 
 
 def _sums_rows(eqn, position: int, rows: Track) -> bool:

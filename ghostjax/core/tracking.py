@@ -10,6 +10,7 @@ from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Labels
+from ghostjax.core.exchange import as_sent
 from ghostjax.core.follow import rows_after
 from ghostjax.core.inside import is_container
 from ghostjax.core.mixing import CHECKS, FOLLOWED, FORWARDS, check_rows, combined, several
@@ -78,7 +79,7 @@ class Tracking:
             actives,
             [value.primal for value in operands],
             [weights(value) for value in operands],
-            self.labels.positions,
+            as_sent(self.labels.positions, self.num_rows),
         )
         return [Where(*pair) for pair in zip(rows, positions, strict=True)]
 
