@@ -182,31 +182,35 @@ def between(function, **options):
 
 
 ROUND = [(k, (k + 1) % 4) for k in range(4)]
-MOVES = {
-    "psum": (lambda h: jax.lax.psum(h, "data"), "combines the rows of several devices"),
-    "reduce_scatter": (
-        lambda h: jax.lax.psum_scatter(h, "data", scatter_dimension=1, tiled=True),
-        "combines the rows of several devices",
-    ),
-    "ppermute": (lambda h: jax.lax.ppermute(h, "data", ROUND), "sends rows to other devices"),
-    "all_to_all": (
-        lambda h: jax.lax.all_to_all(h, "data", 1, 0, tiled=True),
-        "sends rows to other devices",
-    ),
-    "all_gather": (
-        lambda h: jax.lax.all_gather(h, "data", axis=0, tiled=True),
-        "gathers the rows of several devices",
-    ),
+SENT = {
+    "ppermute": lambda h: jax.lax.ppermute(h, "data", ROUND),
+    "all_to_all": lambda h: jax.lax.all_to_all(h, "data", 1, 0, tiled=True),
+    "all_gather": lambda h: jax.lax.all_gather(h, "data", axis=0, tiled=True),
 }
 
 
-@forms
-@pytest.mark.parametrize("name", MOVES)
-def test_rows_that_leave_their_device(name, form):
-    function, reason = MOVES[name]
-    message = rf"parameter \['v'\] meets data in dot_general .*{name} at .* {reason}"
-    with pytest.raises(RowAxisError, match=message):
-        form(between(function))(PARAMS, BATCH, DIRECTION)
+@pytest.mark.parametrize("name", SENT)
+def test_rows_that_leave_their_device(name):
+    """Their dots come from where they are."""
+    found = jax.jit(eager(between(SENT[name])))(PARAMS, BATCH, DIRECTION)
+    stayed = jax.jit(eager(between(lambda h: h)))(PARAMS, BATCH, DIRECTION)
+    testing.assert_dots_close(found.dots, stayed.dots)
+    with pytest.raises(NotImplementedError, match=r"rows are moved inside of(.|\n)*remat=True"):
+        late(between(SENT[name]))(PARAMS, BATCH, DIRECTION)
+
+
+def test_sums_of_the_rows_of_several_devices():
+    message = r"\['v'\] meets data in dot_general .*psum at .* combines the rows of several devices"
+    for form in (eager, late):
+        with pytest.raises(RowAxisError, match=message):
+            form(between(lambda h: jax.lax.psum(h, "data")))(PARAMS, BATCH, DIRECTION)
+
+    def scattered(h):
+        return jax.lax.psum_scatter(h, "data", scatter_dimension=1, tiled=True)
+
+    found = jax.jit(eager(between(scattered)))(PARAMS, BATCH, DIRECTION)
+    assert int(found.conflicts) > 0
+    assert bool(jnp.isnan(found.total()).all())
 
 
 def test_statistics_of_all_devices():
