@@ -120,7 +120,13 @@ def rows_after(
     if eqn.primitive.name in _COLLECTIVES and not sends(eqn, count):
         _check_devices(eqn, [tracks[k] for k in deciding], conflicts)
     if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
-        _check_additions(eqn, tracks[2], operands, count, conflicts)
+        differ = _differ_where_added(eqn, tracks[2], operands, count)
+        part = parts[deciding.index(2)]
+        if not shares:
+            conflicts.append(jnp.sum(differ, dtype=jnp.int32))
+        elif isinstance(part[0].place, (Known, Moved)):
+            ids = numbers(part[0], shape_of(eqn.outvars[0]), count)
+            part[0] = track_of(jnp.where(differ, SEVERAL, ids), shape_of(eqn.outvars[0]), count)
     return [
         combined(eqn, list(found), shape_of(var), count, is_active, conflicts, shares)
         for found, var in zip(zip(*parts), eqn.outvars, strict=True)
@@ -357,8 +363,8 @@ def _agreed(most, least, shape, is_active: bool, conflicts: list[Any]) -> Track:
     return Track(Moved(most.shape), most)
 
 
-def _check_additions(eqn, track: Track, operands, count, conflicts) -> None:
-    """What is added up at one place must belong to one example."""
+def _differ_where_added(eqn, track: Track, operands, count) -> Any:
+    """Where what is added up at one place belongs to several examples."""
     ids = numbers(track, shape_of(eqn.invars[2]), count)
     largest = np.iinfo(np.int32).max
     whole = [1] * len(shape_of(eqn.invars[0]))
@@ -370,4 +376,4 @@ def _check_additions(eqn, track: Track, operands, count, conflicts) -> None:
         lax.scatter_min,
     )
     most = scattered(eqn, np.full(whole, NOBODY, np.int32), ids, operands, lax.scatter_max)
-    conflicts.append(jnp.sum((most >= 0) & (least != most), dtype=jnp.int32))
+    return (most >= 0) & (least != most)
