@@ -45,18 +45,18 @@ class Words(nn.Module):
         return (others / count) @ table.T
 
 
-def task() -> Task:
-    encoder = tokenizers.Tokenizer.from_file(
-        str(FOLDER / "tokenizers" / "l2_supercat_tokenizer_config.json")
-    )
+def encoded(text: str) -> dict[str, np.ndarray]:
+    tokenizer = FOLDER / "tokenizers" / "l2_supercat_tokenizer_config.json"
+    ids = tokenizers.Tokenizer.from_file(str(tokenizer)).encode(text).ids[:LENGTH]
+    tokens, mask = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.float32)
+    tokens[: len(ids)], mask[: len(ids)] = ids, 1
+    return {"tokens": tokens, "mask": mask}
 
+
+def task() -> Task:
     def examples(kind, texts):
         for number, text in enumerate(texts):
-            ids = encoder.encode(text).ids[:LENGTH]
-            tokens, mask = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.float32)
-            tokens[: len(ids)], mask[: len(ids)] = ids, 1
-            about = {"id": f"{kind}-{number}", "domain": kind, "excerpt": text}
-            yield {**about, "tokens": tokens, "mask": mask}
+            yield {"id": f"{kind}-{number}", "domain": kind, "excerpt": text, **encoded(text)}
 
     def init(seed):
         rows = jnp.zeros((1, LENGTH), jnp.int32), jnp.ones((1, LENGTH))

@@ -38,9 +38,52 @@ def test_examples(name, tmp_path, standard_promotion):
     assert main(["rank", str(tmp_path / "run")]) == 0
 
 
+# What each must come to on a few steps.
+SCRIPTS = {
+    "gpt_nnx": ({"steps": 40}, lambda found: found["code"] > 2 * abs(found["prose"])),
+    "vit_equinox": ({"steps": 50}, lambda found: found["wrong"] < 0 < found["right"]),
+    "lora": (
+        {"steps": 20},
+        lambda found: (
+            found["animals"] > 0 > found["money"]
+            and found["val_loss_after"] < found["val_loss_before"]
+        ),
+    ),
+    "ppo": (
+        {"updates": 12},
+        lambda found: (
+            found["reward_last"] > found["reward_first"] + 0.1
+            and abs(found["predicted"] - found["actual"]) < 0.2 * found["actual"]
+        ),
+    ),
+    "dp_sgd": ({"steps": 40}, lambda found: found["accuracy"] > 0.9),
+    "online_selection": (
+        {"steps": 40},
+        lambda found: (
+            found["wrong_by_score"] < 0.05 < 0.15 < found["wrong_at_random"]
+            and found["test_loss_by_score"] < found["test_loss_at_random"]
+        ),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts(name, standard_promotion):
+    needs = {"vit_equinox": "equinox", "lora": "wordllama"}
+    if name in needs:
+        pytest.importorskip(needs[name], reason=f"{needs[name]} is in the extra test")
+    options, is_right = SCRIPTS[name]
+    found = importlib.import_module(f"examples.{name}").main(**options)
+    assert is_right(found), found
+
+
 def test_examples_are_those_the_readme_promises():
     assert set(NAMES) == {
         *("nnx_model", "equinox_model", "pretrained", "accumulation", "grain_loader")
     }
+    with_main = {path.stem for path in FOLDER.glob("*.py") if "def main" in path.read_text()}
+    assert with_main == set(SCRIPTS)
     for path in FOLDER.glob("*.py"):
         assert len(path.read_text().splitlines()) < 120
