@@ -107,6 +107,7 @@ def test_all_that_a_step_can_have(tmp_path, capsys):
                 {"b": jnp.array([-1.0, 2.0], jnp.bfloat16), "a": rng.normal(1, 0.1, 2)},
                 errors=np.full((2, 2), 0.1),
                 losses=[1.0, 3.0],
+                norms=jnp.array([0.5, 0.0]),
                 starts=[0, 5],
                 learning_rate=0.1,
                 sizes=[7, 8],
@@ -119,6 +120,7 @@ def test_all_that_a_step_can_have(tmp_path, capsys):
         log.add(12, loss=2.5)
     run = read_run(tmp_path / "run")
     assert run.steps["loss"].to_pylist() == [2.0] * 12 + [2.5]
+    assert run.scores["norm"].to_pylist() == [0.5, 0.0] * 12
     assert (run.is_finished, run.summary["scored_steps"], run.end) == (True, 12, 13)
     assert run.examples.to_pylist()[0] == {
         **{"id": "x", "domain": "unknown"},
@@ -139,6 +141,9 @@ REFUSED = {
     "sets": ({"scores": {"other": [1.0, 2.0]}}, ValueError, "expected one per validation set, val"),
     "errors": ({"errors": [[1.0]]}, ValueError, r"errors must be \[1, 2\]"),
     "losses": ({"losses": [1.0]}, ValueError, r"losses must be \[2\]"),
+    "norms": ({"norms": [[1.0, 2.0]]}, ValueError, r"norms must be \[2\]"),
+    "NaN norm": ({"norms": [1, np.nan]}, ValueError, "step 2: the norm of y is not finite"),
+    "below zero": ({"norms": [1.0, -1.0]}, ValueError, "step 2: norms must not be negative"),
     "NaN": ({"scores": [1.0, np.nan]}, ValueError, "step 2: the score of y is not finite"),
     "NaN loss": ({"losses": [np.inf, 1]}, ValueError, "step 2: the loss of x is not finite"),
     "mean loss": ({"loss": np.nan}, ValueError, "step 2: loss is not finite"),

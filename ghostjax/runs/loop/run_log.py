@@ -118,6 +118,7 @@ class RunLog:
         *,
         loss: Any = None,
         losses: Any = None,
+        norms: Any = None,
         errors: Any = None,
         starts: Any = None,
         learning_rate: Any = None,
@@ -137,6 +138,8 @@ class RunLog:
           scores: [B] per validation set; None for a step that was not scored.
           loss: scalar, the mean training loss; by default the mean of ``losses``.
           losses: [B], the rows' own.
+          norms: [B], norms of the gradients of these losses over all parameters, not divided by B:
+            ``jnp.sqrt(aggregate(squared_norms(loss_fn)(params, batch)))``.
           errors: [B] per validation set, standard errors of the scores; without them, nothing is
             claimed of an example.
           starts: [B] integers, the first token of a row's window.
@@ -153,7 +156,8 @@ class RunLog:
           StoppedError: a part cannot be written. The step is kept, ``flush`` can be called again.
         """
         self._check_step(step)
-        outside_jit("scores", (ids, scores, loss, losses, errors, starts, learning_rate, measured))
+        given = ids, scores, loss, losses, norms, errors, starts, learning_rate, measured
+        outside_jit("scores", given)
         unknown = sorted(set(measured) - {*MEASURED, *CHECKS})
         if unknown:
             raise TypeError(
@@ -161,7 +165,7 @@ class RunLog:
             )
         if scores is None and (measured or errors is not None):
             raise ValueError(f"step {step}: a step without scores has no errors and measurements.")
-        if ids is None and not (scores is None and losses is None and starts is None):
+        if ids is None and any(own is not None for own in (scores, losses, norms, starts)):
             raise ValueError(f"step {step}: ids are missing.")
         names, kind = texts_of_ids([] if ids is None else ids)
         count, sets = (len(names),), self._sets
@@ -169,12 +173,14 @@ class RunLog:
             "score": None if scores is None else by_set("scores", scores, sets, count),
             "error": None if errors is None else by_set("errors", errors, sets, count),
             "loss": None if losses is None else numbers("losses", losses, count),
+            "norm": None if norms is None else numbers("norms", norms, count),
         }
         for what, own in found.items():
             if own is not None:
                 check_finite(f"the {what}", own, names, step)
-        if found["error"] is not None and (found["error"] < 0).any():
-            raise ValueError(f"step {step}: errors must not be negative.")
+        for what in ("error", "norm"):
+            if found[what] is not None and (found[what] < 0).any():
+                raise ValueError(f"step {step}: {what}s must not be negative.")
         mean = np.mean(found["loss"], dtype=np.float64) if losses is not None and count[0] else None
         rate = self._scalar("learning_rate", learning_rate)
         of_step = {"loss": self._scalar("loss", mean if loss is None else loss)}
@@ -199,7 +205,7 @@ class RunLog:
         nothing = [None] * len(sets)
         common = {"step": step, "learning_rate": rate}
         rows = {name: nothing if own is None else own for name, own in found.items()}
-        rows |= {"loss": found["loss"], "id": names, "start": starts}
+        rows |= {"loss": found["loss"], "norm": found["norm"], "id": names, "start": starts}
         self._writer.append("scores", {**common, **rows})
         self._writer.append("steps", {**common, "undefined": None, **of_step})
         self.step = step + 1
