@@ -11,7 +11,7 @@ from ghostjax.runs.errors import UsageError
 
 
 class Example(NamedTuple):
-    """A training example, as ``examples.parquet`` lists it."""
+    """A training example, as ``examples.parquet`` lists it; or a held-out one."""
 
     id: str
     domain: str
@@ -26,7 +26,8 @@ class LoadedTask(Protocol):
       name: "text", "arrays" or, of a ``ghostjax.Task``, "own".
       unit: of the loss.
       examples: the training examples; an example is known by its place here.
-      val_sizes: how many held-out examples each validation set has, by name.
+      val_examples: the held-out examples of each validation set, by its name.
+      val_sizes: how many those are.
       skipped: where there was data that is too short to be used.
       optimizer: what turns gradients into updates; None where the options say it.
     """
@@ -34,6 +35,7 @@ class LoadedTask(Protocol):
     name: str
     unit: str
     examples: Sequence[Example]
+    val_examples: dict[str, Sequence[Example]]
     val_sizes: dict[str, int]
     skipped: Sequence[str]
     optimizer: Any
