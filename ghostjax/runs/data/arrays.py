@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.data.elements import array_elements
 from ghostjax.runs.data.task import Example, check_stems
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import SIZES, Classifier
@@ -61,6 +62,9 @@ class ArrayTask:
     def val_rows(self, name, indices, rng):
         del rng
         return self._rows(self._val[name], indices)
+
+    def elements(self, index: int) -> np.ndarray:
+        return array_elements(self._train.x[index])
 
     def contents(self) -> dict[str, Any]:
         parts = {f"validation set {name}": arrays[1:] for name, arrays in self._val.items()}

@@ -15,6 +15,7 @@ from ghostjax._checks import check_parameters
 from ghostjax._errors import ParameterError
 from ghostjax._task import Source, Task
 from ghostjax.runs.config import check_set_name
+from ghostjax.runs.data.elements import array_elements
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.errors import UsageError
 
@@ -93,6 +94,9 @@ class OwnTask:
     def val_rows(self, name, indices, rng):
         del rng
         return _stacked(f'task.val["{name}"]', self._task.val[name], indices)
+
+    def elements(self, index: int) -> np.ndarray:
+        return array_elements(*jax.tree.leaves(_row(self._task.train[int(index)])))
 
     def contents(self) -> dict[str, Any]:
         return self._digests

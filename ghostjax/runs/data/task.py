@@ -56,6 +56,9 @@ class LoadedTask(Protocol):
     ) -> dict[str, np.ndarray]:
         """Rows of held-out examples."""
 
+    def elements(self, index: int) -> np.ndarray:
+        """What a training example is made of, for how alike two are: uint64 [n], ascending."""
+
     def contents(self) -> dict[str, Any]:
         """All data by what it is, for fingerprints."""
 

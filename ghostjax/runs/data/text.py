@@ -15,6 +15,7 @@ from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import draw_starts, make_rows
 from ghostjax.runs.data.builtin import default_documents
 from ghostjax.runs.data.documents import Document, Fields, read_documents
+from ghostjax.runs.data.elements import text_elements
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import GPT, SIZES
@@ -133,6 +134,9 @@ class TextTask:
     def text(self, index: int) -> str:
         """The text of a training example."""
         return self._documents[index].text.decode(errors="replace")
+
+    def elements(self, index: int) -> np.ndarray:
+        return text_elements(self._documents[index].text)
 
     def contents(self) -> dict[str, Any]:
         # With the sizes, as a fingerprint does not see where one set ends and the next begins.
