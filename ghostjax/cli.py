@@ -60,6 +60,7 @@ def _run(argv: list[str]) -> int:
             rank,
             report,
             show,
+            tensorboard,
             tokens,
             train,
             validate,
@@ -75,6 +76,7 @@ def _run(argv: list[str]) -> int:
         "duplicates": (duplicates.DuplicatesConfig, duplicates.run),
         "export": (export.ExportConfig, export.run),
         "tokens": (tokens.TokensConfig, tokens.run),
+        "tensorboard": (tensorboard.TensorboardConfig, tensorboard.run),
         "validate": (validate.ValidateConfig, validate.run),
         "diff": (diff.DiffConfig, diff.run),
     }

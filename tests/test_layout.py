@@ -61,7 +61,17 @@ ROOMS = {
     "report": ("errors", "config", "store", "data", "training", "analysis"),
     "commands": ("errors", "config", "store", "data", "training", "analysis", "loop", "report"),
 }
-EXTRAS = ("jinja2", "markupsafe", "orbax", "pyarrow", "rich", "scipy", "tokenizers", "tyro")
+EXTRAS = (
+    "jinja2",
+    "markupsafe",
+    "orbax",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "tensorboardX",
+    "tokenizers",
+    "tyro",
+)
 # What rich itself calls may import it there, and only there.
 INSIDE_FUNCTIONS = {"_explanation": "rich"}
 FILES = sorted(ROOT.rglob("*.py"))

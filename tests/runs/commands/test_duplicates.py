@@ -41,9 +41,21 @@ def path(tmp_path_factory):
         (folder / f"{name}.txt").write_text(f"held out, {name}\n\nand one more")
     data = ["--train", folder / "d.jsonl"]
     data += ["--val", *(f"{name}={folder / name}.txt" for name in ("one", "two"))]
-    model = "--model micro --steps 2 --batch-size 2 --val-batch-size 2 --order 1 --quiet".split()
+    model = [
+        "--model",
+        "micro",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--val-batch-size",
+        "2",
+        "--order",
+        "1",
+        "--quiet",
+    ]
     with jax.numpy_dtype_promotion("standard"):
-        assert main(["train", "--out", *map(str, [folder / "run", *data, *model])]) == 0
+        assert main(["train", "--out", *map(str, [folder / "run", *data, *model]), "--quiet"]) == 0
     return folder / "run"
 
 
