@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ghostjax._kinds import KINDS, kind_of
 from ghostjax.runs.analysis.judgement import TOLERANCES, broken_check
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import VisitOrder, generator
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
-from ghostjax.runs.models import KINDS, kind_of
 from ghostjax.runs.training.gradients import PARTS, make_norms
 from ghostjax.runs.training.optimizers import check_optimizer, make_optimizer, make_schedule
 from ghostjax.runs.training.preflight import GATHERING, micro_step
