@@ -362,7 +362,12 @@ def test_kinds_are_asked_for_again_after_the_log_is_opened_again(tmp_path):
         with pytest.raises(ValueError, match="give kinds at all scored steps"):
             log.add(1, ["a"], [1.0])
         log.add(1, ["a"], [1.0], kinds={"other": [1.0]})
-    assert read_run(tmp_path / "run").kinds["kind"].to_pylist() == ["other"] * 2
+    with RunLog(tmp_path / "run", resume=True, step=1) as log:
+        log.add(1, ["a"], [-3.0], kinds={"MLP": [1.0], "other": [-4.0]})
+    kinds = read_run(tmp_path / "run").kinds.to_pylist()
+    assert [tuple(row.values()) for row in kinds] == [
+        *((0, "other", "val", 1.0), (1, "MLP", "val", -1.0), (1, "other", "val", 4.0)),
+    ]
 
 
 def test_without_pyarrow_the_engine_works_and_the_log_names_the_extra():

@@ -43,11 +43,11 @@ class ShowConfig:
     steps first.
 
     --csv and --json print one row per validation set and visit, in the order of the steps: set,
-    step, row (its place in the batch), loss, learning_rate, score, error, weight, value (so far),
-    start and end (the tokens of the window that was scored), window (their text) and val_examples:
-    the held-out examples of the step, in CSV as JSON, each with its id, place in the validation
-    set from 0, start (the first token of the window that the step saw; 0 for arrays) and excerpt
-    (how this window begins). What one of them had in the score is not in the log. Windows and
+    step, row (its place in the batch), loss, norm (of its gradient, where the run has it),
+    learning_rate, score, error, weight, value (so far), start and end (the tokens of the window
+    that was scored), window (their text) and val_examples: the held-out examples of the step, in
+    CSV as JSON, each with its id, place in the validation set from 0, start (the first token of the
+    window that the step saw; 0 for arrays) and excerpt (how this window begins). What one of them had in the score is not in the log. Windows and
     val_examples need the files that the run was started with; where these are not there, they are
     empty, and a line says why.
 
@@ -138,7 +138,8 @@ def _rows(
     pieces = task.pieces(place) if isinstance(task, TextTask) else None
     weights = visit_weights(source, name)
     scores, errors = (source.numbers("scores", f"{what}_{name}") for what in ("score", "error"))
-    losses, rates = (source.numbers("scores", what) for what in ("loss", "learning_rate"))
+    columns = "loss", "norm", "learning_rate"
+    losses, norms, rates = (source.numbers("scores", what) for what in columns)
     steps, starts = (source.scores["step"].to_numpy(), source.numbers("scores", "start"))
     size, value = source.examples["size"][place].as_py(), 0.0
     for n in visits:
@@ -152,6 +153,7 @@ def _rows(
             "step": step,
             "row": int(n - np.searchsorted(steps, step)),
             "loss": losses[n],
+            "norm": norms[n],
             "learning_rate": rates[n],
             "score": scores[n],
             "error": errors[n],

@@ -132,6 +132,8 @@ def test_without_the_data_there_are_numbers_and_a_line_that_says_why(tmp_path, c
     rows = json.loads(out)
     assert {(row["window"], row["end"], row["val_examples"]) for row in rows} == {(None,) * 3}
     assert np.isfinite([row["score"] for row in rows]).all()
+    visits = [visit for visit in read_run(path).scores.to_pylist() if visit["id"] == "wiki:0"] * 2
+    assert [row["norm"] for row in rows] == [visit["norm"] for visit in visits]
     assert shown(path, capsys, "wiki:0", "--quiet").err == ""
 
 
