@@ -47,9 +47,9 @@ class ShowConfig:
     learning_rate, score, error, weight, value (so far), start and end (the tokens of the window
     that was scored), window (their text) and val_examples: the held-out examples of the step, in
     CSV as JSON, each with its id, place in the validation set from 0, start (the first token of the
-    window that the step saw; 0 for arrays) and excerpt (how this window begins). What one of them had in the score is not in the log. Windows and
-    val_examples need the files that the run was started with; where these are not there, they are
-    empty, and a line says why.
+    window that the step saw; 0 for arrays) and excerpt (how this window begins). What one of them
+    had in the score is not in the log. Windows and val_examples need the files that the run was
+    started with; where these are not there, they are empty, and a line says why.
 
     Attributes:
       run: The run directory.
