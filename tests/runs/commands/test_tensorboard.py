@@ -5,8 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from tensorboardX.crc32c import crc32c
-from tensorboardX.proto.event_pb2 import Event
 
 from ghostjax import RunLog
 from ghostjax.cli import main
@@ -15,6 +13,9 @@ from ghostjax.runs.commands.tensorboard import NAME
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
+
+crc32c = pytest.importorskip("tensorboardX.crc32c", reason="it is in the extra test").crc32c
+Event = pytest.importorskip("tensorboardX.proto.event_pb2").Event
 
 
 @pytest.fixture(scope="module")
