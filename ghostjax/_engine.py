@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghostjax._aggregate import Log, aggregate, aggregate_and_log
+from ghostjax._aggregate import aggregate
 from ghostjax._checks import batch_rows, check_parameters, check_val_batch_size
 from ghostjax._dots import like_rows, wide_zeros
 from ghostjax._errors import RowAxisError
+from ghostjax._log import Log, aggregate_and_log
 from ghostjax._loss import Arrays, Loss, check_reduction, trace_loss
 from ghostjax._types import EngineResult
 from ghostjax.core import Found, Rows, Split, mapped, summed, typed_as, zeros_of

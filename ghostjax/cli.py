@@ -53,7 +53,18 @@ def _run(argv: list[str]) -> int:
 
         from jax.errors import JaxRuntimeError
 
-        from ghostjax.runs.commands import diff, export, rank, report, show, tokens, train, validate
+        from ghostjax.runs.commands import (
+            diff,
+            duplicates,
+            export,
+            rank,
+            report,
+            show,
+            tensorboard,
+            tokens,
+            train,
+            validate,
+        )
         from ghostjax.runs.config import TrainConfig
         from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 
@@ -62,8 +73,10 @@ def _run(argv: list[str]) -> int:
         "report": (report.ReportConfig, report.run),
         "rank": (rank.RankConfig, rank.run),
         "show": (show.ShowConfig, show.run),
+        "duplicates": (duplicates.DuplicatesConfig, duplicates.run),
         "export": (export.ExportConfig, export.run),
         "tokens": (tokens.TokensConfig, tokens.run),
+        "tensorboard": (tensorboard.TensorboardConfig, tensorboard.run),
         "validate": (validate.ValidateConfig, validate.run),
         "diff": (diff.DiffConfig, diff.run),
     }

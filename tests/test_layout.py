@@ -25,7 +25,9 @@ RANKS = {
     "_labels": 4,
     "_dots": 5,
     "_engine": 6,
+    "_kinds": 0,
     "_late": 6,
+    "_log": 1,
     "_explain": 8,
     "_early": 8,
     "_norms": 8,
@@ -61,7 +63,17 @@ ROOMS = {
     "report": ("errors", "config", "store", "data", "training", "analysis"),
     "commands": ("errors", "config", "store", "data", "training", "analysis", "loop", "report"),
 }
-EXTRAS = ("jinja2", "markupsafe", "orbax", "pyarrow", "rich", "scipy", "tokenizers", "tyro")
+EXTRAS = (
+    "jinja2",
+    "markupsafe",
+    "orbax",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "tensorboardX",
+    "tokenizers",
+    "tyro",
+)
 # What rich itself calls may import it there, and only there.
 INSIDE_FUNCTIONS = {"_explanation": "rich"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -55,5 +55,5 @@ def test_both_commands_are_single_lines_that_ci_runs():
     assert "grep -m1 'ghostjax train --out' README.md" in ci
     assert "grep -m1 'ghostjax report runs/first' README.md" in ci
     assert "grep -m1 'ghostjax tokens runs/first' README.md" in ci
-    assert "grep -E '^\\.venv/bin/ghostjax (rank|export) runs/first' README.md" in ci
+    assert "grep -E '^\\.venv/bin/ghostjax (rank|duplicates|export) runs/first' README.md" in ci
     assert "grep -m1 'pytest -n' README.md" in ci

@@ -99,6 +99,8 @@ class TrainConfig:
       score_every: Score every so many steps; those between are plain training steps, whose rows
         have losses in the log but no scores, and which cost nothing extra. A value sums the scored
         visits.
+      norms: Also log the norm of every scored row's gradient, for ghostjax rank --by norm. It takes
+        a forward and a backward pass more, about the time of a plain step.
       dtype: What is computed in. Parameters, sums and scores are float32.
       remat: Recompute activations in the backward pass, to save memory; takes a second pass for the
         scores.
@@ -131,6 +133,7 @@ class TrainConfig:
     clip: float = 1.0
     order: Literal[1, 2] = 2
     score_every: int = 1
+    norms: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     audit_every: int = 64

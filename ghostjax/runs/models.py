@@ -1,7 +1,6 @@
 """The model zoo: a GPT-2-shaped decoder for text and a classifier for arrays, and their sizes."""
 
 import dataclasses
-import re
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -34,34 +33,6 @@ SIZES: dict[SizeName, Size] = {
 assert tuple(SIZES) == get_args(SizeName)
 
 FEW_LAYERS = 2  # compiled one by one
-
-KINDS = ("LayerNorm", "attention", "MLP", "embedding", "other")
-
-
-def kind_of(path: str) -> str:
-    """The kind of layer a parameter belongs to, by the words in its path: those of the models
-    below, and those that are common elsewhere. It is a name, for sums; nothing else depends on it.
-
-    >>> kind_of("['blocks']['norm_1']['scale']"), kind_of("['blocks']['qkv']['kernel']")
-    ('LayerNorm', 'attention')
-    >>> kind_of("['tokens']['embedding']"), kind_of("['blocks']['up']['bias']")
-    ('embedding', 'MLP')
-    >>> kind_of(".layers[0].self_attn.q_proj.weight"), kind_of("['LayerNorm_0']['scale'].value")
-    ('attention', 'LayerNorm')
-    >>> kind_of("['Dense_0']['kernel']"), kind_of("['temperature']")
-    ('MLP', 'other')
-    """
-    words = path.lower()
-    return next((kind for kind, known in _WORDS.items() if re.search(known, words)), "other")
-
-
-# The first that fits; a word of a name ends at what is no letter.
-_WORDS = {
-    "LayerNorm": r"norm|\bln_?",
-    "attention": r"att|qkv|\b[qkvo]_proj|\b(query|key|value|out)\b(?!$)",
-    "embedding": r"embed|\bw[tp]e\b",
-    "MLP": r"mlp|dense|linear|classes|ffn?_|feed_?forward|\b(up|down|gate|fc|head)",
-}
 
 
 class GPT(nn.Module):

@@ -126,6 +126,7 @@ def _make_log(
         "loss": 2 + fading[visit_step] + rng.normal(0, 0.2, len(which)),
         "learning_rate": np.full(len(which), 1e-3),
     }
+    scores["norm"] = 0.5 * scores["loss"]
     table = {
         "step": step,
         "loss": 2 + fading,

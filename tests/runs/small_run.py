@@ -23,7 +23,7 @@ def rows(table, step):
     if table == "scores":
         ids = np.array(IDS, object)[rng.permutation(len(IDS))[:BATCH_SIZE]]
         columns = {"id": ids, "start": rng.integers(9, size=BATCH_SIZE), "learning_rate": 0.5}
-        columns["loss"] = numbers(BATCH_SIZE)
+        columns |= {"loss": numbers(BATCH_SIZE), "norm": abs(numbers(BATCH_SIZE))}
         columns |= {f"score_{name}": numbers(BATCH_SIZE) for name in SETS}
         columns |= {f"error_{name}": abs(numbers(BATCH_SIZE)) for name in SETS}
     elif table == "steps":

@@ -98,15 +98,21 @@ def test_a_run_without_tokens_has_no_heat_map(trained, capsys):
 
 def test_all_that_a_step_can_have(tmp_path, capsys):
     checks = {name: {"a": 1.0, "b": 2.0} for name in ("val_loss", "predicted", "actual")}
-    rng = np.random.default_rng(0)
+    rng, first = np.random.default_rng(0), np.random.default_rng(0).normal(1, 0.1, 2)
+    none, own = np.zeros(2), {"b": [-3.0, 2.0], "a": np.ones(2)}
+    kinds = {"MLP": {"a": none, "b": [2.0, 0.0]}, "own": own}
     with RunLog(tmp_path / "run", ("a", "b")) as log:
         for step in range(12):
+            a = rng.normal(1, 0.1, 2)
+            own["a"] = a
             log.add(
                 step,
                 ["x", "y"],
-                {"b": jnp.array([-1.0, 2.0], jnp.bfloat16), "a": rng.normal(1, 0.1, 2)},
+                {"b": jnp.array([-1.0, 2.0], jnp.bfloat16), "a": a},
+                kinds=kinds,
                 errors=np.full((2, 2), 0.1),
                 losses=[1.0, 3.0],
+                norms=jnp.array([0.5, 0.0]),
                 starts=[0, 5],
                 learning_rate=0.1,
                 sizes=[7, 8],
@@ -119,6 +125,13 @@ def test_all_that_a_step_can_have(tmp_path, capsys):
         log.add(12, loss=2.5)
     run = read_run(tmp_path / "run")
     assert run.steps["loss"].to_pylist() == [2.0] * 12 + [2.5]
+    assert run.scores["norm"].to_pylist() == [0.5, 0.0] * 12
+    assert run.kinds.slice(0, 4).to_pylist() == [
+        {"step": 0, "kind": "MLP", "set": "a", "score": 0.0},
+        {"step": 0, "kind": "MLP", "set": "b", "score": -2.0},
+        {"step": 0, "kind": "own", "set": "a", "score": pytest.approx(first.sum(), rel=1e-6)},
+        {"step": 0, "kind": "own", "set": "b", "score": 5.0},
+    ]
     assert (run.is_finished, run.summary["scored_steps"], run.end) == (True, 12, 13)
     assert run.examples.to_pylist()[0] == {
         **{"id": "x", "domain": "unknown"},
@@ -139,6 +152,9 @@ REFUSED = {
     "sets": ({"scores": {"other": [1.0, 2.0]}}, ValueError, "expected one per validation set, val"),
     "errors": ({"errors": [[1.0]]}, ValueError, r"errors must be \[1, 2\]"),
     "losses": ({"losses": [1.0]}, ValueError, r"losses must be \[2\]"),
+    "norms": ({"norms": [[1.0, 2.0]]}, ValueError, r"norms must be \[2\]"),
+    "NaN norm": ({"norms": [1, np.nan]}, ValueError, "step 2: the norm of y is not finite"),
+    "below zero": ({"norms": [1.0, -1.0]}, ValueError, "step 2: norms must not be negative"),
     "NaN": ({"scores": [1.0, np.nan]}, ValueError, "step 2: the score of y is not finite"),
     "NaN loss": ({"losses": [np.inf, 1]}, ValueError, "step 2: the loss of x is not finite"),
     "mean loss": ({"loss": np.nan}, ValueError, "step 2: loss is not finite"),
@@ -159,6 +175,21 @@ REFUSED = {
     "skipped": ({"step": 4}, ValueError, "expected step 2, got 4"),
     "no step": ({"step": 2.0}, TypeError, "step must be an integer, got float"),
     "column": ({"gradient": 1.0}, TypeError, "unknown gradient: a step can have val_loss"),
+    "kinds": ({"kinds": [1.0, 2.0]}, TypeError, "kinds must be by the name of a kind of layer"),
+    "shape of a kind": ({"kinds": {"MLP": [1.0]}}, ValueError, r"kinds\['MLP'\] must be \[1, 2\]"),
+    "a kind is missing": (
+        *({"kinds": {"MLP": [1.0, 1.5]}}, ValueError),
+        "kinds do not add up to the scores: for y and validation set val to 1.5, its score is 2. G",
+    ),
+    "kinds at times": (
+        {"kinds": {"MLP": [1.0, 2.0]}},
+        ValueError,
+        "give kinds at all scored steps",
+    ),
+    "kinds without scores": (
+        *({"scores": None, "kinds": {"MLP": [1.0, 2.0]}}, ValueError),
+        "a step without scores has no",
+    ),
     "unscored": ({"scores": None, "actual": 1.0}, ValueError, "a step without scores has no"),
     "at times": ({"actual": 1.0}, ValueError, "give actual at all scored steps, or at none"),
 }
@@ -299,7 +330,7 @@ def test_the_engine_adds_up_and_logs(tmp_path):
     engine = GradDotProdEngine(row_losses, val_batch_size=2)
     w, batch = jnp.ones(3), jax.random.normal(jax.random.key(0), (6, 3))
     result = engine(w, batch)
-    dots = {"once": result.dots, "twice": 2 * result.dots}
+    dots = {"qkv": result.dots, "ln_1": 2 * result.dots}
     with RunLog(tmp_path / "run") as log:
         total = engine.aggregate_and_log(dots, log, step=0, ids=range(4), loss=result.value)
         ghostjax.aggregate_and_log(dots, log, step=1, ids=range(4), scale=0.5)
@@ -313,6 +344,30 @@ def test_the_engine_adds_up_and_logs(tmp_path):
     np.testing.assert_allclose(total, 3 * result.dots, rtol=1e-6)
     run = read_run(tmp_path / "run")
     np.testing.assert_array_equal(run.numbers("scores", "score_val"), [*total, *(total / 2)])
+    sizes = np.abs(total).sum() / 3 * np.array([2, 1, 1, 0.5])
+    kinds = run.kinds.to_pylist()
+    assert [(row["step"], row["kind"]) for row in kinds] == [
+        *((0, "LayerNorm"), (0, "attention"), (1, "LayerNorm"), (1, "attention")),
+    ]
+    np.testing.assert_allclose([row["score"] for row in kinds], sizes, rtol=1e-6)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "LayerNorm 67%, attention 33%" in page
+
+
+def test_kinds_are_asked_for_again_after_the_log_is_opened_again(tmp_path):
+    with RunLog(tmp_path / "run") as log:
+        log.add(0, ["a"], [1.0], kinds=ghostjax.by_kind({"kernel": jnp.ones(1)}))
+    with RunLog(tmp_path / "run", resume=True) as log:
+        with pytest.raises(ValueError, match="give kinds at all scored steps"):
+            log.add(1, ["a"], [1.0])
+        log.add(1, ["a"], [1.0], kinds={"other": [1.0]})
+    with RunLog(tmp_path / "run", resume=True, step=1) as log:
+        log.add(1, ["a"], [-3.0], kinds={"MLP": [1.0], "other": [-4.0]})
+    kinds = read_run(tmp_path / "run").kinds.to_pylist()
+    assert [tuple(row.values()) for row in kinds] == [
+        *((0, "other", "val", 1.0), (1, "MLP", "val", -1.0), (1, "other", "val", 4.0)),
+    ]
 
 
 def test_without_pyarrow_the_engine_works_and_the_log_names_the_extra():

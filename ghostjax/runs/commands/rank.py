@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from ghostjax.runs.analysis.losses import Visits, of_visits
 from ghostjax.runs.analysis.mixture import domain_mixture
 from ghostjax.runs.analysis.values import (
     Valued,
@@ -19,25 +18,29 @@ from ghostjax.runs.analysis.values import (
     find,
     read_values,
 )
+from ghostjax.runs.analysis.visits import Visits, of_visits
 from ghostjax.runs.commands.filters import Filter
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
 from ghostjax.runs.report.terminal import (
-    print_losses,
     print_meaning,
     print_mixture,
     print_values,
+    print_visits,
     print_warnings,
 )
 from ghostjax.runs.store.files import write_file
 from ghostjax.runs.store.run import Run, read_run
 
 DEFAULT_COUNT = 10
-# The columns of the log that every visit has, whatever the validation set.
-OF_VISITS = ("loss",)
+# The columns of the log that visits have whatever the validation set, and where a log gets them.
+OF_VISITS = {
+    "loss": "losses of rows: give RunLog.add losses=",
+    "norm": "norms of gradients: train with --norms, or give RunLog.add norms=",
+}
 
-RankBy = Literal["value", "mean", "loss"]
+RankBy = Literal["value", "mean", "loss", "norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class RankConfig(Filter):
         ghostjax rank run --set prose --domain wiki --count 5
         ghostjax rank run --by mean --csv > values.csv
         ghostjax rank run --by loss --id "wiki:*" --text "import|def"
+        ghostjax rank run --by norm --count 20
         ghostjax rank run --verdict hurts --min-visits 20
         ghostjax rank run --json | jq -r '.[] | select(.verdict == "hurts") | .id'
         ghostjax rank run --set prose --mixture weights.json
@@ -63,13 +67,17 @@ class RankConfig(Filter):
     --csv and --json print one row per example and validation set, with all digits, best first:
     set, rank, id, domain, visits, value, error, mean (value per visit), mean_error, verdict,
     excerpt, loss (the mean over the visits of the loss of the example's row before the update),
-    first_loss and last_loss. Examples that were not visited come last and have neither rank nor
+    first_loss, last_loss, and norm, first_norm and last_norm (of the gradient of that loss, where
+    the run has them). Examples that were not visited come last and have neither rank nor
     value. Ranks and options count the examples that are chosen alone.
     Verdicts are helps, hurts and unclear, by a t test at 5%; few visits (fewer than 8, too few to
     tell); and not visited.
 
-    --by loss lists the examples with the highest loss and those with the lowest. Where labels are
-    wrong, it is the loss that shows it.
+    --by loss lists the examples with the highest loss and those with the lowest, --by norm those
+    with the largest and the smallest gradient: outliers, wrong labels and what the model has not
+    learned are among the first. Norms are of the gradient of a row's own loss, not divided by the
+    size of the batch, in the unit of the loss per unit of the parameters; a run has them that was
+    trained with --norms. Where labels are wrong, it is the loss that shows it best.
 
     --mixture writes {"domain": weight, ...}, with sum 1 and none 0: the share that each domain
     should have in the data of a next run, for the mean of the validation sets or that of --set. It
@@ -81,7 +89,7 @@ class RankConfig(Filter):
       set: The validation set to rank for. None: each of them.
       count: How many examples of either end. None: 10; with --csv or --json, all examples.
       by: value: the sum over the visits; mean: the value per visit; loss: the mean loss over the
-        visits, scored or not.
+        visits, scored or not; norm: the mean norm of the gradient over the visits that have one.
       csv: Print CSV.
       json: Print JSON.
       mixture: Also write mixture weights of the domains to this file, JSON; replaces it.
@@ -128,8 +136,9 @@ def run(config: RankConfig) -> None:
         which = f" of {config.words}" if config.words else ""
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
 
-    if config.by == "loss" and not np.isfinite(source.numbers("scores", "loss")).any():
-        raise UsageError(f"--by loss: the log of {config.run} has no losses of rows")
+    if config.by in OF_VISITS and not np.isfinite(source.numbers("scores", config.by)).any():
+        way_out = OF_VISITS[config.by]
+        raise UsageError(f"--by {config.by}: the log of {config.run} has no {way_out}")
 
     shares = None
     if config.mixture is not None:
@@ -144,9 +153,10 @@ def run(config: RankConfig) -> None:
     else:
         console = output.make_console(sys.stdout)
         count = config.count or DEFAULT_COUNT
-        if config.by == "loss":
+        if config.by in OF_VISITS:
             valued = next(iter(values.values()))
-            print_losses(console, *_by_loss(source, valued), count, config.words)
+            ranked = _by_visits(source, valued, config.by)
+            print_visits(console, config.by, *ranked, count, config.words)
             return
         for name, valued in values.items():
             print_values(
@@ -167,12 +177,12 @@ def run(config: RankConfig) -> None:
             print_warnings(console, source, whole)
 
 
-def _by_loss(source: Run, valued: Valued) -> tuple[Valued, Visits]:
-    """The examples that have a loss, the one with the highest first, and their losses."""
-    losses = _of_visits(source, valued)["loss"]
-    order = np.argsort(-losses.mean, kind="stable")  # NaN goes last
-    order = order[np.isfinite(losses.mean[order])]
-    return valued.select(order), Visits(*(each[order] for each in losses))
+def _by_visits(source: Run, valued: Valued, column: str) -> tuple[Valued, Visits]:
+    """The examples that have a loss or norm, the one with the highest first, and what they have."""
+    found = _of_visits(source, valued)[column]
+    order = np.argsort(-found.mean, kind="stable")  # NaN goes last
+    order = order[np.isfinite(found.mean[order])]
+    return valued.select(order), Visits(*(each[order] for each in found))
 
 
 def _of_visits(source: Run, valued: Valued) -> dict[str, Visits]:
@@ -183,8 +193,8 @@ def _of_visits(source: Run, valued: Valued) -> dict[str, Visits]:
 
 def _rows(source: Run, values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, Any]]:
     for name, valued in values.items():
-        if config.by == "loss":
-            ranked, _ = _by_loss(source, valued)
+        if config.by in OF_VISITS:
+            ranked, _ = _by_visits(source, valued, config.by)
             rest = valued.select(find(valued.ids, ranked.ids) < 0)
         else:
             ranked, rest = valued.ranked(config.by), valued.select(~valued.visited)

@@ -1,13 +1,17 @@
 """``ghostjax show``: what made the value of one training example, visit by visit."""
 
 import dataclasses
+import functools
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from ghostjax.runs.analysis.values import read_values, visit_weights
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
@@ -20,6 +24,9 @@ from ghostjax.runs.report import output
 from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.training.trainer import val_choice
 
+MAX_HELD_OUT = 20  # in the printed table
+EXCERPT = 120  # characters of a held-out example's window
+
 
 @dataclasses.dataclass(frozen=True)
 class ShowConfig:
@@ -28,18 +35,21 @@ class ShowConfig:
         ghostjax show run wiki:4
         ghostjax show run wiki:4 --set prose --count 5
         ghostjax show run wiki:4 --csv > visits.csv
-        ghostjax show run wiki:4 --json | jq '.[0].val_examples'
+        ghostjax show run wiki:4 --json | jq '.[0].val_examples[].id'
 
     The value is the sum, over the visits that were scored, of weight times score. The weight is
-    that of the step: 1, but where much more was predicted than happened.
+    that of the step: 1, but where much more was predicted than happened. Below the visits are the
+    held-out examples that the validation gradients of these steps were taken of, those of most
+    steps first.
 
     --csv and --json print one row per validation set and visit, in the order of the steps: set,
-    step, row (its place in the batch), loss, learning_rate, score, error, weight, value (so far),
-    start and end (the tokens of the window that was scored), window (their text) and val_examples:
-    which held-out examples the step's validation gradient was taken of, by their place in the
-    validation set, from 0. What one of them had in the score is not in the log. Windows and
-    val_examples need the files that the run was started with; where these are not there, they are
-    empty, and a line says why.
+    step, row (its place in the batch), loss, norm (of its gradient, where the run has it),
+    learning_rate, score, error, weight, value (so far), start and end (the tokens of the window
+    that was scored), window (their text) and val_examples: the held-out examples of the step, in
+    CSV as JSON, each with its id, place in the validation set from 0, start (the first token of the
+    window that the step saw; 0 for arrays) and excerpt (how this window begins). What one of them
+    had in the score is not in the log. Windows and val_examples need the files that the run was
+    started with; where these are not there, they are empty, and a line says why.
 
     Attributes:
       run: The run directory.
@@ -97,7 +107,7 @@ def run(config: ShowConfig) -> None:
     if note and not config.quiet:
         output.print_text(output.make_console(sys.stderr), note)
     if config.csv:
-        output.print_csv({**row, "val_examples": _joined(row["val_examples"])} for row in every)
+        output.print_csv({**row, "val_examples": _as_json(row["val_examples"])} for row in every)
     elif config.json:
         output.print_json(every)
     else:
@@ -112,8 +122,8 @@ def _most(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [rows[n] for n in sorted(kept)]
 
 
-def _joined(places: list[int] | None) -> str | None:
-    return None if places is None else " ".join(map(str, places))
+def _as_json(val_examples: list[dict[str, Any]] | None) -> str | None:
+    return None if val_examples is None else json.dumps(val_examples)
 
 
 def _rows(
@@ -123,11 +133,13 @@ def _rows(
     visits: np.ndarray,
     found: tuple[TrainConfig, LoadedTask] | None,
 ) -> Iterator[dict[str, Any]]:
-    config, task = found or (None, None)
+    _, task = found or (None, None)
+    held_out = None if found is None else _held_out(*found, name)
     pieces = task.pieces(place) if isinstance(task, TextTask) else None
     weights = visit_weights(source, name)
     scores, errors = (source.numbers("scores", f"{what}_{name}") for what in ("score", "error"))
-    losses, rates = (source.numbers("scores", what) for what in ("loss", "learning_rate"))
+    columns = "loss", "norm", "learning_rate"
+    losses, norms, rates = (source.numbers("scores", what) for what in columns)
     steps, starts = (source.scores["step"].to_numpy(), source.numbers("scores", "start"))
     size, value = source.examples["size"][place].as_py(), 0.0
     for n in visits:
@@ -135,14 +147,13 @@ def _rows(
         is_scored = bool(np.isfinite(scores[n]))
         value += weights[n] * scores[n] if is_scored else 0.0
         end = min(start + task.length + 1, size) if pieces is not None else None
-        val_examples = None
-        if config is not None and is_scored:
-            val_examples = val_choice(config, name, task.val_sizes[name], step)[0].tolist()
+        val_examples = held_out(step) if held_out is not None and is_scored else None
         yield {
             "set": name,
             "step": step,
             "row": int(n - np.searchsorted(steps, step)),
             "loss": losses[n],
+            "norm": norms[n],
             "learning_rate": rates[n],
             "score": scores[n],
             "error": errors[n],
@@ -153,6 +164,34 @@ def _rows(
             "window": None if pieces is None else "".join(pieces[start:end]),
             "val_examples": val_examples,
         }
+
+
+def _held_out(
+    config: TrainConfig, task: LoadedTask, name: str
+) -> Callable[[int], list[dict[str, Any]]]:
+    """Of a step, the examples of a validation set that it took."""
+
+    @functools.cache
+    def pieces(place: int) -> list[str]:
+        return task.val_pieces(name, place)
+
+    def of_step(step: int) -> list[dict[str, Any]]:
+        places, rng = val_choice(config, name, task.val_sizes[name], step)
+        examples = [task.val_examples[name][place] for place in places]
+        starts, excerpts = np.zeros(len(places), int), [one.excerpt for one in examples]
+        if isinstance(task, TextTask):
+            starts = task.val_starts(name, places, rng)
+            windows = (
+                pieces(place)[start : start + task.length + 1]
+                for place, start in zip(places.tolist(), starts)
+            )
+            excerpts = ["".join(window)[:EXCERPT] for window in windows]
+        return [
+            {"id": one.id, "place": int(place), "start": int(start), "excerpt": excerpt}
+            for one, place, start, excerpt in zip(examples, places, starts, excerpts)
+        ]
+
+    return of_step
 
 
 def _print(source: Run, config: ShowConfig, name: str, place: int, rows: list[Any]) -> None:
@@ -181,6 +220,29 @@ def _print(source: Run, config: ShowConfig, name: str, place: int, rows: list[An
         told += f": value {value}"
     if not config.quiet:
         output.print_text(console, f"{told}, in {source.unit}\n")
+    if any(row["val_examples"] for row in rows):
+        console.print(
+            _table_of_held_out(f"Held-out examples of these steps: {name}", rows, console)
+        )
+
+
+def _table_of_held_out(title: str, rows: list[Any], console: Console) -> Table:
+    steps: dict[int, list[int]] = {}  # by place, as ids may be there twice
+    first: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        for one in row["val_examples"] or ():
+            steps.setdefault(one["place"], []).append(row["step"])
+            first.setdefault(one["place"], one)
+    order = sorted(steps, key=lambda place: -len(steps[place]))
+    columns = {"id": {"max_width": 32}, "of steps": {"max_width": 32}}
+    columns |= {"first window": {"ratio": 1}}
+    table = output.plain_table(title, columns, console)
+    for place in order[:MAX_HELD_OUT]:
+        cells = first[place]["id"], ", ".join(map(str, steps[place])), first[place]["excerpt"]
+        table.add_row(*(output.plain_cell(cell, console) for cell in cells))
+    if len(order) > MAX_HELD_OUT:
+        table.caption = f"and {len(order) - MAX_HELD_OUT} more; --json has all of them"
+    return table
 
 
 def _figure(number: float, form: str) -> str:

@@ -279,7 +279,8 @@ def _append(writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step) -
     record, batch, sets = step.record, step.batch, list(task.val_sizes)
     common = {"step": step.number, "learning_rate": np.float32(step.learning_rate)}
     ids = [task.examples[index].id for index in batch.indices]
-    writer.append("scores", {**common, "id": ids, "start": batch.starts, **record.scores})
+    rows = {"norm": None, **record.scores, "id": ids, "start": batch.starts}
+    writer.append("scores", {**common, **rows})
     writer.append("steps", {**common, **record.steps})
     if not trainer.is_scored(step.number):
         return

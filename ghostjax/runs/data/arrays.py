@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.data.elements import array_elements
 from ghostjax.runs.data.task import Example, check_stems
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import SIZES, Classifier
@@ -36,10 +37,8 @@ class ArrayTask:
     optimizer = None
 
     def __init__(self, train: Arrays, val: dict[str, Arrays], model: Classifier):
-        self.examples = [
-            Example(name, f"label-{label}", train.x.shape[1], _excerpt(row, label))
-            for name, row, label in zip(train.ids, train.x, train.y)
-        ]
+        self.examples = _examples(train)
+        self.val_examples = {name: _examples(arrays) for name, arrays in val.items()}
         self.val_sizes = {name: len(arrays.y) for name, arrays in val.items()}
         self._train = train
         self._val = val
@@ -63,6 +62,9 @@ class ArrayTask:
     def val_rows(self, name, indices, rng):
         del rng
         return self._rows(self._val[name], indices)
+
+    def elements(self, index: int) -> np.ndarray:
+        return array_elements(self._train.x[index])
 
     def contents(self) -> dict[str, Any]:
         parts = {f"validation set {name}": arrays[1:] for name, arrays in self._val.items()}
@@ -145,6 +147,13 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
         bad = int(np.flatnonzero(~np.isfinite(x).all(axis=1))[0])
         raise UsageError(f"{path}: x[{bad}] has a number that is not finite")
     return x, y.astype(np.int32)
+
+
+def _examples(arrays: Arrays) -> list[Example]:
+    return [
+        Example(name, f"label-{label}", arrays.x.shape[1], _excerpt(row, label))
+        for name, row, label in zip(*arrays)
+    ]
 
 
 def _excerpt(row: np.ndarray, label: int) -> str:

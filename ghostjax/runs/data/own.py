@@ -15,6 +15,7 @@ from ghostjax._checks import check_parameters
 from ghostjax._errors import ParameterError
 from ghostjax._task import Source, Task
 from ghostjax.runs.config import check_set_name
+from ghostjax.runs.data.elements import array_elements
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.errors import UsageError
 
@@ -61,13 +62,16 @@ class OwnTask:
         self.examples: list[Example] = []
         self._digests: dict[str, list[str]] = {"training examples": []}
         for index, read in enumerate(_read("task.train", task.train)):
-            self.examples.append(_example(index, read))
+            self.examples.append(_example("train", index, read))
             self._digests["training examples"].append(read.digest)
         _check_ids([example.id for example in self.examples])
         shape = None
+        self.val_examples: dict[str, list[Example]] = {}
         for name, source in task.val.items():
             digests = self._digests[f"validation set {name}"] = []
-            for read in _read(f'task.val["{name}"]', source, shape):
+            held_out = self.val_examples[name] = []
+            for index, read in enumerate(_read(f'task.val["{name}"]', source, shape)):
+                held_out.append(_example(name, index, read))
                 digests.append(read.digest)
                 shape = read.shape
         self.val_sizes = {name: len(source) for name, source in task.val.items()}
@@ -90,6 +94,9 @@ class OwnTask:
     def val_rows(self, name, indices, rng):
         del rng
         return _stacked(f'task.val["{name}"]', self._task.val[name], indices)
+
+    def elements(self, index: int) -> np.ndarray:
+        return array_elements(*jax.tree.leaves(_row(self._task.train[int(index)])))
 
     def contents(self) -> dict[str, Any]:
         return self._digests
@@ -199,14 +206,14 @@ def _row(example: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(np.asarray, row)
 
 
-def _example(index: int, read: _Read) -> Example:
+def _example(source: str, index: int, read: _Read) -> Example:
     leaves = jax.tree.leaves(read.row)
     excerpt = read.about.get("excerpt")
     if excerpt is None:
         excerpt = "; ".join(_numbers(leaf.reshape(-1)) for leaf in leaves[:4])
     return Example(
-        read.about.get("id", f"train:{index}"),
-        read.about.get("domain", "train"),
+        read.about.get("id", f"{source}:{index}"),
+        read.about.get("domain", source),
         sum(leaf.size for leaf in leaves),
         excerpt,
     )

@@ -11,7 +11,7 @@ from ghostjax.runs.errors import UsageError
 
 
 class Example(NamedTuple):
-    """A training example, as ``examples.parquet`` lists it."""
+    """A training example, as ``examples.parquet`` lists it; or a held-out one."""
 
     id: str
     domain: str
@@ -26,7 +26,8 @@ class LoadedTask(Protocol):
       name: "text", "arrays" or, of a ``ghostjax.Task``, "own".
       unit: of the loss.
       examples: the training examples; an example is known by its place here.
-      val_sizes: how many held-out examples each validation set has, by name.
+      val_examples: the held-out examples of each validation set, by its name.
+      val_sizes: how many those are.
       skipped: where there was data that is too short to be used.
       optimizer: what turns gradients into updates; None where the options say it.
     """
@@ -34,6 +35,7 @@ class LoadedTask(Protocol):
     name: str
     unit: str
     examples: Sequence[Example]
+    val_examples: dict[str, Sequence[Example]]
     val_sizes: dict[str, int]
     skipped: Sequence[str]
     optimizer: Any
@@ -53,6 +55,9 @@ class LoadedTask(Protocol):
         self, name: str, indices: np.ndarray, rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         """Rows of held-out examples."""
+
+    def elements(self, index: int) -> np.ndarray:
+        """What a training example is made of, for how alike two are: uint64 [n], ascending."""
 
     def contents(self) -> dict[str, Any]:
         """All data by what it is, for fingerprints."""

@@ -15,6 +15,7 @@ from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import draw_starts, make_rows
 from ghostjax.runs.data.builtin import default_documents
 from ghostjax.runs.data.documents import Document, Fields, read_documents
+from ghostjax.runs.data.elements import text_elements
 from ghostjax.runs.data.task import Example
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import GPT, SIZES
@@ -47,6 +48,19 @@ def byte_pieces(text: bytes) -> list[str]:
     return [decoder.decode(text[n : n + 1], n == last) for n in range(len(text))]
 
 
+class Texts(NamedTuple):
+    """Documents with their tokens."""
+
+    documents: Sequence[Document]
+    tokens: Sequence[np.ndarray]
+
+    def examples(self) -> list[Example]:
+        return [
+            Example(document.id, document.domain, len(own), document.excerpt())
+            for document, own in zip(*self)
+        ]
+
+
 class TextTask:
     """Documents and a decoder. A row is a window of T + 1 tokens.
 
@@ -62,19 +76,17 @@ class TextTask:
         self,
         documents: Sequence[Document],
         tokens: list[np.ndarray],
-        val_tokens: dict[str, list[np.ndarray]],
+        val: dict[str, Texts],
         model: GPT,
         length: int,
         pieces: Callable[[bytes], list[str]] = byte_pieces,
         skipped: Sequence[str] = (),
     ):
-        self.examples = [
-            Example(document.id, document.domain, len(own), document.excerpt())
-            for document, own in zip(documents, tokens)
-        ]
-        self.val_sizes = {name: len(texts) for name, texts in val_tokens.items()}
+        self.examples = Texts(documents, tokens).examples()
+        self.val_examples = {name: own.examples() for name, own in val.items()}
+        self.val_sizes = {name: len(own.documents) for name, own in val.items()}
         self._tokens = tokens
-        self._val_tokens = val_tokens
+        self._val = val
         self._model = model
         self.length = length
         self._documents = documents
@@ -100,8 +112,16 @@ class TextTask:
         return make_rows(texts, starts, self.length), starts
 
     def val_rows(self, name, indices, rng):
-        texts = [self._val_tokens[name][index] for index in indices]
-        return make_rows(texts, draw_starts(texts, self.length, rng), self.length)
+        texts = [self._val[name].tokens[index] for index in indices]
+        return make_rows(texts, self.val_starts(name, indices, rng), self.length)
+
+    def val_starts(self, name: str, indices: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+        """Where the windows of ``val_rows`` start."""
+        return draw_starts([self._val[name].tokens[n] for n in indices], self.length, rng)
+
+    def val_pieces(self, name: str, index: int) -> list[str]:
+        """As ``pieces``, of a held-out example."""
+        return self._pieces(self._val[name].documents[index].text)
 
     def window_rows(self, indices: Sequence[int], starts: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows of training examples, from the given tokens on."""
@@ -115,9 +135,12 @@ class TextTask:
         """The text of a training example."""
         return self._documents[index].text.decode(errors="replace")
 
+    def elements(self, index: int) -> np.ndarray:
+        return text_elements(self._documents[index].text)
+
     def contents(self) -> dict[str, Any]:
         # With the sizes, as a fingerprint does not see where one set ends and the next begins.
-        val = self._val_tokens.items()
+        val = ((name, list(own.tokens)) for name, own in self._val.items())
         parts = {f"validation set {name}": [len(own), own] for name, own in val}
         return {"training examples": [[e.id for e in self.examples], self._tokens], **parts}
 
@@ -145,13 +168,14 @@ def load_texts(config: TrainConfig) -> TextTask:
         coder = _load_tokenizer(config.tokenizer)
     documents, tokens, more = _encode(coder, documents, "--train")
     skipped += more
-    val_tokens = {}
+    val = {}
     for name, own in val_documents.items():
-        _, val_tokens[name], more = _encode(coder, own, f"validation set {name}")
+        *texts, more = _encode(coder, own, f"validation set {name}")
+        val[name] = Texts(*texts)
         skipped += more
     dtype = jnp.dtype(config.dtype)
     model = GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat)
-    return TextTask(documents, tokens, val_tokens, model, config.positions, coder.pieces, skipped)
+    return TextTask(documents, tokens, val, model, config.positions, coder.pieces, skipped)
 
 
 def _byte_tokens(text: bytes) -> np.ndarray:

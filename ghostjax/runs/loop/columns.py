@@ -7,6 +7,8 @@ import chex
 import jax
 import numpy as np
 
+ROUNDING = 0.01  # more than that of scores in bfloat16
+
 
 def texts_of_ids(ids: Any) -> tuple[np.ndarray, str]:
     """Ids [B] as texts, and what they were.
@@ -84,3 +86,29 @@ def check_finite(name: str, array: np.ndarray, ids: np.ndarray, step: int) -> No
         raise ValueError(
             f"step {step}: {name} of {listed} is not finite; nothing was logged of this step."
         )
+
+
+def parts_by_kind(
+    kinds: Mapping[str, Any], scores: np.ndarray, sets: Sequence[str], ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What each kind of layer has in scores [K, B]: by kind float32 [K, B].
+
+    Raises:
+      ValueError, TypeError: shapes or names do not fit, or they do not add up to the scores.
+    """
+    if not isinstance(kinds, Mapping) or not all(isinstance(kind, str) for kind in kinds):
+        raise TypeError(
+            "kinds must be by the name of a kind of layer, as ghostjax.by_kind gives them."
+        )
+    found = {kind: by_set(f"kinds[{kind!r}]", own, sets, ids.shape) for kind, own in kinds.items()}
+    parts = np.stack([*found.values(), np.zeros_like(scores)]).astype(np.float64)
+    off = np.abs(parts.sum(0) - scores)
+    size = max(np.abs(parts).sum(0).max(initial=0), np.abs(scores).max(initial=0))
+    if not (off <= ROUNDING * size).all():
+        which, row = np.unravel_index(np.argmax(off), off.shape)
+        raise ValueError(
+            f"kinds do not add up to the scores: for {ids[row]} and validation set {sets[which]} "
+            f"to {parts.sum(0)[which, row]:.3g}, its score is {scores[which, row]:.3g}. Give the "
+            "parts of all parameters, in the scale of the scores."
+        )
+    return found

@@ -11,7 +11,14 @@ import numpy as np
 
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.errors import StoppedError, UsageError
-from ghostjax.runs.loop.columns import by_set, check_finite, numbers, outside_jit, texts_of_ids
+from ghostjax.runs.loop.columns import (
+    by_set,
+    check_finite,
+    numbers,
+    outside_jit,
+    parts_by_kind,
+    texts_of_ids,
+)
 from ghostjax.runs.loop.examples import Examples
 from ghostjax.runs.store import files
 from ghostjax.runs.store.begin import begun_now, write_examples
@@ -118,7 +125,9 @@ class RunLog:
         *,
         loss: Any = None,
         losses: Any = None,
+        norms: Any = None,
         errors: Any = None,
+        kinds: Mapping[str, Any] | None = None,
         starts: Any = None,
         learning_rate: Any = None,
         domains: Sequence[str] | None = None,
@@ -137,8 +146,12 @@ class RunLog:
           scores: [B] per validation set; None for a step that was not scored.
           loss: scalar, the mean training loss; by default the mean of ``losses``.
           losses: [B], the rows' own.
+          norms: [B], norms of the gradients of these losses over all parameters, not divided by B:
+            ``jnp.sqrt(aggregate(squared_norms(loss_fn)(params, batch)))``.
           errors: [B] per validation set, standard errors of the scores; without them, nothing is
             claimed of an example.
+          kinds: by kind of layer, [B] per validation set: what its parameters have in the scores,
+            as ``by_kind`` gives it of dots in the scale of the scores. All kinds add up to those.
           starts: [B] integers, the first token of a row's window.
           learning_rate: scalar.
           domains, sizes, excerpts: [B], of the rows' examples.
@@ -153,15 +166,16 @@ class RunLog:
           StoppedError: a part cannot be written. The step is kept, ``flush`` can be called again.
         """
         self._check_step(step)
-        outside_jit("scores", (ids, scores, loss, losses, errors, starts, learning_rate, measured))
+        given = ids, scores, loss, losses, norms, errors, kinds, starts, learning_rate, measured
+        outside_jit("scores", given)
         unknown = sorted(set(measured) - {*MEASURED, *CHECKS})
         if unknown:
             raise TypeError(
                 f"unknown {', '.join(unknown)}: a step can have {', '.join((*MEASURED, *CHECKS))}."
             )
-        if scores is None and (measured or errors is not None):
+        if scores is None and (measured or errors is not None or kinds is not None):
             raise ValueError(f"step {step}: a step without scores has no errors and measurements.")
-        if ids is None and not (scores is None and losses is None and starts is None):
+        if ids is None and any(own is not None for own in (scores, losses, norms, starts)):
             raise ValueError(f"step {step}: ids are missing.")
         names, kind = texts_of_ids([] if ids is None else ids)
         count, sets = (len(names),), self._sets
@@ -169,19 +183,23 @@ class RunLog:
             "score": None if scores is None else by_set("scores", scores, sets, count),
             "error": None if errors is None else by_set("errors", errors, sets, count),
             "loss": None if losses is None else numbers("losses", losses, count),
+            "norm": None if norms is None else numbers("norms", norms, count),
         }
         for what, own in found.items():
             if own is not None:
                 check_finite(f"the {what}", own, names, step)
-        if found["error"] is not None and (found["error"] < 0).any():
-            raise ValueError(f"step {step}: errors must not be negative.")
+        for what in ("error", "norm"):
+            if found[what] is not None and (found[what] < 0).any():
+                raise ValueError(f"step {step}: {what}s must not be negative.")
+        parts = {} if kinds is None else parts_by_kind(kinds, found["score"], sets, names)
         mean = np.mean(found["loss"], dtype=np.float64) if losses is not None and count[0] else None
         rate = self._scalar("learning_rate", learning_rate)
         of_step = {"loss": self._scalar("loss", mean if loss is None else loss)}
         for what in (*MEASURED, *CHECKS):
             of_step[what] = self._measurement(what, measured.get(what))
         known = frozenset(name for name in (*MEASURED, "conservation_error") if name in measured)
-        known |= {"errors"} if errors is not None else frozenset()
+        given = {"errors": errors, "kinds": kinds}
+        known |= {name for name, own in given.items() if own is not None}
         if scores is not None and self._known not in (None, known):
             changed = ", ".join(sorted(self._known ^ known))
             raise ValueError(f"step {step}: give {changed} at all scored steps, or at none.")
@@ -199,9 +217,14 @@ class RunLog:
         nothing = [None] * len(sets)
         common = {"step": step, "learning_rate": rate}
         rows = {name: nothing if own is None else own for name, own in found.items()}
-        rows |= {"loss": found["loss"], "id": names, "start": starts}
+        rows |= {"loss": found["loss"], "norm": found["norm"], "id": names, "start": starts}
         self._writer.append("scores", {**common, **rows})
         self._writer.append("steps", {**common, "undefined": None, **of_step})
+        for kind, part in parts.items():
+            of_sets = (part * np.sign(found["score"])).sum(1)
+            self._writer.append(
+                "kinds", {"step": step, "kind": kind, "set": sets, "score": of_sets}
+            )
         self.step = step + 1
         if self.step % self._flush_every == 0:
             self.flush()
@@ -252,7 +275,7 @@ class RunLog:
                 "flush before a checkpoint is saved, and go on from one that has no more steps"
             )
         # All of it is read before anything is changed.
-        scores, steps, _ = done.scores, done.steps, done.kinds
+        scores, steps, kinds = done.scores, done.steps, done.kinds
         visited = set(scores.slice(0, np.searchsorted(scores["step"], end))["id"].to_pylist())
         if end or (self._out / "examples.parquet").exists():
             given = done.metadata.get("examples")
@@ -267,7 +290,7 @@ class RunLog:
         cut_log(self._out, self._sets, end)
         if options != done.metadata.get("options"):
             files.write_json(self._out / "run.json", {**done.metadata, "options": options})
-        self._known = self._known_of(scores, steps, end)
+        self._known = self._known_of(scores, steps, kinds, end)
         return end
 
     def _check_same(self, done: Run, options: dict[str, Any]) -> None:
@@ -286,14 +309,16 @@ class RunLog:
                     f"{options.get(name)}"
                 )
 
-    def _known_of(self, scores: Any, steps: Any, end: int) -> frozenset[str] | None:
+    def _known_of(self, scores: Any, steps: Any, kinds: Any, end: int) -> frozenset[str] | None:
         """What the scored steps of a log have."""
         which = self._sets[0]
-        scores, steps = (each.filter(np.asarray(each["step"]) < end) for each in (scores, steps))
+        scores, steps, kinds = (
+            each.filter(np.asarray(each["step"]) < end) for each in (scores, steps, kinds)
+        )
         if scores[f"score_{which}"].null_count == len(scores):
             return None
         columns = {name: steps[f"{name}_{which}"] for name in (*MEASURED, "conservation_error")}
-        columns["errors"] = scores[f"error_{which}"]
+        columns |= {"errors": scores[f"error_{which}"], "kinds": kinds["score"]}
         return frozenset(name for name, own in columns.items() if own.null_count < len(own))
 
     def _check_step(self, step: int) -> None:

@@ -107,8 +107,11 @@ def progress_note(run: Run) -> str:
     return f"The run is not over: these are the values after {run.end}{of} steps."
 
 
-def print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
+def print_csv(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] | None = None) -> None:
     """Prints rows, which have the same columns, as UTF-8 CSV with a header.
+
+    Args:
+      columns: The names; where there may be no rows.
 
     Floats have all their digits; None and NaN are empty. Texts go through ``plain``, so that a line
     of the output is a row.
@@ -116,7 +119,7 @@ def print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
+    writer.writerow(rows[0] if columns is None else columns)
     writer.writerows(map(_csv_cell, row.values()) for row in rows)
     _write(text.getvalue())
 

@@ -1,6 +1,6 @@
 """A run as one HTML page that needs no network."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ghostjax.runs.analysis.values import (
     both_ends,
     read_values,
 )
+from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report.charts import (
     by_domain,
@@ -28,11 +29,11 @@ from ghostjax.runs.report.charts import (
 )
 from ghostjax.runs.report.html import Table, render
 from ghostjax.runs.report.output import progress_note
+from ghostjax.runs.report.windows import Window, Windows
 from ghostjax.runs.store.run import Run
 
 MAX_LISTED = 250  # of either end, in the table of examples
 MAX_UNVISITED = 100
-MAX_WINDOWS = 4
 MARKS = {"helps": "▲", "hurts": "▼", "unclear": "●", "few visits": "◦"}
 MARKS |= {"no error bar": "?", "not visited": "○"}
 _COLOURS = (
@@ -57,8 +58,14 @@ _OPTIONAL = {
 }
 
 
-def make_report(source: Run, count: int = 10) -> str:
+def make_report(
+    source: Run, count: int = 10, task: TextTask | None = None, note: str | None = None
+) -> str:
     """The page, with ``count`` examples of either end per validation set.
+
+    Args:
+      task: the data of a run on texts, for the windows that counted most.
+      note: what is to be told of the data.
 
     Raises:
       UsageError: the log holds no visits yet, or a table cannot be read.
@@ -72,7 +79,7 @@ def make_report(source: Run, count: int = 10) -> str:
     headings = {which: f"Validation set {which}" if several else "The values" for which in values}
     places = {"trust": "Can the values be trusted?"}
     places |= {f"v{n}": heading for n, heading in enumerate(headings.values(), 1)}
-    windows = _windows(source)
+    windows = Windows(source, task)
     sets = [
         {
             "place": f"v{n}",
@@ -89,7 +96,10 @@ def make_report(source: Run, count: int = 10) -> str:
         lead="How much each training example helped or hurt while the model trained, measured by "
         "what its share of every update did to the loss on the validation "
         f"{'sets' if several else 'set'} {', '.join(source.sets)}.",
-        notice=None if source.is_finished else progress_note(source),
+        notices=[
+            *([] if source.is_finished else [progress_note(source)]),
+            *([note] if note else []),
+        ],
         facts=_facts(source, next(iter(values.values()))),
         places={**places, "about": "The run"},
         judged=_judged(source, measured),
@@ -139,7 +149,7 @@ def _others(source: Run, measured: dict[str, Fidelity]) -> list[str]:
 
 
 def _validation_set(
-    source: Run, which: str, valued: Valued, count: int, place: str, windows: dict[str, str]
+    source: Run, which: str, valued: Valued, count: int, place: str, windows: Windows
 ) -> dict[str, Any]:
     scale = Scale.typical(valued.values)
     ranked = valued.ranked()
@@ -159,18 +169,22 @@ def _validation_set(
         "Single steps": single_steps(place, source, which),
         "Share by kind of layer": by_kind(place, source, which),
     }
+    places = {name: n for n, name in enumerate(valued.ids)}
+
+    def examples(some: Valued, indices: Iterable[int]) -> list[dict[str, Any]]:
+        shown = {n: windows.of(which, places[some.ids[n]]) for n in indices}
+        return _examples(some, scale, shown)
+
     lists = [
-        (f"Examples: {title[0].lower()}{title[1:]}", _examples(ranked, indices, scale, windows))
+        (f"Examples: {title[0].lower()}{title[1:]}", examples(ranked, indices))
         for title, indices in best_and_worst(ranked.values, count)
     ]
     note = f"{scale.within('Value ± its standard error')}."
-    listing = _listing(source, valued, scale, windows)
+    listing = _listing(source, valued, examples)
     return {"intro": intro, "charts": charts, "lists": lists, "note": note, "listing": listing}
 
 
-def _examples(
-    ranked: Valued, indices: Iterable[int], scale: Scale, windows: dict[str, str]
-) -> list[dict[str, Any]]:
+def _examples(ranked: Valued, scale: Scale, windows: dict[int, Window]) -> list[dict[str, Any]]:
     verdicts = ranked.verdicts
     return [
         {
@@ -185,20 +199,21 @@ def _examples(
             "verdict": verdicts[n],
             "mark": MARKS[verdicts[n]],
             "sign": verdicts[n] if verdicts[n] in ("helps", "hurts") else "unclear",
-            "windows": windows.get(ranked.ids[n], ""),
-            "excerpt": ranked.excerpts[n],
+            "windows": window.words,
+            "excerpt": window.text,
         }
-        for n in indices
+        for n, window in windows.items()
     ]
 
 
-def _listing(source: Run, valued: Valued, scale: Scale, windows: dict[str, str]) -> dict[str, Any]:
+def _listing(
+    source: Run, valued: Valued, examples: Callable[[Valued, Iterable[int]], list[dict[str, Any]]]
+) -> dict[str, Any]:
     """The table of examples: all of them, or both ends of the ranking and some not visited."""
     ranked, unvisited = valued.ranked(), valued.select(~valued.visited)
     first, last = both_ends(ranked, MAX_LISTED)
     some = unvisited.select(slice(0, MAX_UNVISITED))
-    rows = _examples(ranked, [*first, *last[::-1]], scale, windows)
-    rows += _examples(some, range(len(some)), scale, windows)
+    rows = examples(ranked, [*first, *last[::-1]]) + examples(some, range(len(some)))
     note = f"{len(rows)} of {len(valued)} examples"
     if len(rows) < len(valued):
         note += (
@@ -213,21 +228,6 @@ def _listing(source: Run, valued: Valued, scale: Scale, windows: dict[str, str])
         )
     columns = ["rank", "id", "domain", "value", "±", "visits", "verdict", "windows", "excerpt"]
     return {"note": f"{note}.", "columns": columns, "rows": rows}
-
-
-def _windows(source: Run) -> dict[str, str]:
-    """By id, where the windows that were scored begin, if the examples are texts."""
-    if source.metadata.get("task") != "text":
-        return {}
-    starts: dict[str, set[int]] = {}
-    for name, start in zip(source.scores["id"].to_pylist(), source.scores["start"].to_pylist()):
-        starts.setdefault(name, set()).add(start)
-    found = {}
-    for name, own in starts.items():
-        text = ", ".join(map(str, sorted(own)[:MAX_WINDOWS]))
-        more = f" and {len(own) - MAX_WINDOWS} more" if len(own) > MAX_WINDOWS else ""
-        found[name] = f"windows from token {text}{more}"
-    return found
 
 
 def _options(source: Run) -> Table:

@@ -5,7 +5,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ghostjax.runs.analysis.domains import by_domain
-from ghostjax.runs.analysis.losses import Visits
 from ghostjax.runs.analysis.mixture import Share
 from ghostjax.runs.analysis.summary import measure_fidelity, run_warnings
 from ghostjax.runs.analysis.values import (
@@ -16,6 +15,7 @@ from ghostjax.runs.analysis.values import (
     both_ends,
     read_values,
 )
+from ghostjax.runs.analysis.visits import Visits
 from ghostjax.runs.report import output
 from ghostjax.runs.store.run import Run
 
@@ -52,27 +52,28 @@ def print_values(
         output.print_text(console, f"{standing(valued)}\n")
 
 
-def print_losses(
-    console: Console, ranked: Valued, losses: Visits, count: int, chosen: str = ""
+def print_visits(
+    console: Console, what: str, ranked: Valued, found: Visits, count: int, chosen: str = ""
 ) -> None:
-    """Prints the examples with the highest losses and those with the lowest.
+    """Prints the examples with the highest losses, or norms, and those with the lowest.
 
     Args:
-      ranked, losses: the examples that have a loss, the highest first.
+      what: loss or norm.
+      ranked, found: the examples that have one, the highest first.
       chosen: what they were chosen by.
     """
     about = f", {chosen}" if chosen else ""
     right = {"justify": "right"}
     columns = {"rank": right, "id": {"max_width": 32}, "domain": {"max_width": 16}}
-    columns |= {"mean loss": right, "first": right, "last": right, "excerpt": {"ratio": 1}}
+    columns |= {f"mean {what}": right, "first": right, "last": right, "excerpt": {"ratio": 1}}
     for title, indices in zip(("Highest", "Lowest"), both_ends(ranked, count)):
-        table = output.plain_table(f"{title} loss, mean over visits{about}", columns, console)
+        table = output.plain_table(f"{title} {what}, mean over visits{about}", columns, console)
         for n in indices:
             table.add_row(
                 str(n + 1),
                 output.plain_cell(ranked.ids[n], console),
                 output.plain_cell(ranked.domains[n], console),
-                *(f"{own[n]:.3f}" for own in losses),
+                *(f"{own[n]:.3f}" if what == "loss" else f"{own[n]:.2e}" for own in found),
                 output.plain_cell(ranked.excerpts[n], console),
             )
         if len(indices):

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DIGESTS_SINCE = 2
 
 LOG_TABLES = ("scores", "steps", "kinds")
@@ -53,6 +53,13 @@ _FIELDS = {
         ("id", pa.string(), "Id of the training example, as in examples.parquet."),
         ("start", pa.int64(), "First token of the window that this visit saw; 0 for arrays."),
         ("loss", pa.float32(), "The row's own loss before the update."),
+        (
+            "norm",
+            pa.float32(),
+            "Norm of the gradient of the row's own loss (not divided by the size of the batch), "
+            "over all parameters, before the update and before any clipping; in the unit of the "
+            "loss per unit of the parameters. Null where it was not measured.",
+        ),
         ("learning_rate", pa.float32(), "Learning rate of the step."),
         (
             "score_{}",
@@ -136,7 +143,7 @@ _FIELDS = {
 # Null where a step was not scored, or where a loop of one's own does not know it.
 _NULLABLE = {
     "examples": ("size",),
-    "scores": ("start", "loss", "learning_rate", "score_{}", "error_{}"),
+    "scores": ("start", "loss", "norm", "learning_rate", "score_{}", "error_{}"),
     "steps": (
         *("loss", "learning_rate", "undefined"),
         *("val_loss_{}", "predicted_{}", "actual_{}", "correlation_{}"),
@@ -146,7 +153,7 @@ _NULLABLE = {
 }
 # The schema version that a column came with, by table and name, where it is not the first. A table
 # that was written before is read with nulls in it, so it is nullable.
-_SINCE: dict[tuple[str, str], int] = {}
+_SINCE: dict[tuple[str, str], int] = {("scores", "norm"): 3}
 
 
 def table_schema(table: str, sets: Sequence[str], version: int | None = None) -> pa.Schema:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from ghostjax import directions, fidelity
+from ghostjax._aggregate import aggregate
+from ghostjax._norms import squared_norms
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 
@@ -47,6 +49,21 @@ def gradient_in_parts(
 
     total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
     return losses.reshape(-1), jax.tree.map(lambda leaf: leaf / len(losses), total)
+
+
+def make_norms(row_losses: Callable[[Any, Any], jax.Array], microbatches: int):
+    """``(params, rows) -> [B]``, the norms of the gradients of the rows' own losses, to be jitted.
+
+    A forward and a backward pass of their own.
+    """
+    squared = squared_norms(row_losses)
+
+    def norms(params, rows):
+        parts = in_parts(rows, microbatches)
+        squares = jax.lax.map(lambda part: aggregate(squared(params, part)), parts)
+        return jnp.sqrt(jnp.maximum(squares.reshape(-1), 0))  # below zero by rounding
+
+    return norms
 
 
 @contextlib.contextmanager

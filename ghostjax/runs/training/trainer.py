@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ghostjax._kinds import KINDS, kind_of
 from ghostjax.runs.analysis.judgement import TOLERANCES, broken_check
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import VisitOrder, generator
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
-from ghostjax.runs.models import KINDS, kind_of
-from ghostjax.runs.training.gradients import PARTS
+from ghostjax.runs.training.gradients import PARTS, make_norms
 from ghostjax.runs.training.optimizers import check_optimizer, make_optimizer, make_schedule
 from ghostjax.runs.training.preflight import GATHERING, micro_step
 from ghostjax.runs.training.step import StepRecord, TrainState, make_plain_step, make_step
@@ -149,6 +149,8 @@ class Trainer:
             remat=config.remat,
         )
 
+        self._norms = jax.jit(make_norms(task.row_losses, config.microbatches))
+
     def init_state(self, params: Any) -> TrainState:
         """The state before the first step; ``params`` are used up."""
         return TrainState(params, jax.jit(self.optimizer.init)(params))
@@ -166,7 +168,11 @@ class Trainer:
             begin = time.perf_counter()
             audited = self._audited(number)
             if self.is_scored(number):
+                norms = {}
+                if config.norms:  # first, as the step uses the state up
+                    norms["norm"] = self._norms(state.params, batch.train_rows)
                 state, record = self._step(state, batch.train_rows, batch.val_rows, audited)
+                record = record._replace(scores={**record.scores, **norms})
             else:
                 state, losses = self._plain_step(state, batch.train_rows)
                 record = self._unscored(losses)
@@ -226,7 +232,8 @@ class Trainer:
     def _check(self, step: Step) -> None:
         record = step.record
         rows, steps = record.scores, record.steps
-        by_row = np.isfinite([rows["loss"], *rows["score"], *rows["error"]]).all(axis=0)
+        norms = [rows["norm"]] if "norm" in rows else []
+        by_row = np.isfinite([rows["loss"], *rows["score"], *rows["error"], *norms]).all(axis=0)
         others = [steps["loss"], *steps["val_loss"], *steps["actual"], *steps["predicted"]]
         if not self.is_scored(step.number):
             by_row, others = np.isfinite(rows["loss"]), [steps["loss"]]
@@ -236,7 +243,9 @@ class Trainer:
             if ids:
                 listed = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if ids[4:] else "")
                 where = f"the loss or score of {listed}"
-            if np.isfinite(rows["loss"]).all() and np.isfinite(others).all():
+            if not np.isfinite(norms).all():
+                where = f"the norm of the gradient of {listed}"
+            elif np.isfinite(rows["loss"]).all() and np.isfinite(others).all():
                 where = f"the score, but not the loss, of {listed}"
                 remedy = "the optimizer's update has no finite derivative here: take another one"
             raise StoppedError(f"stopped at step {step.number}: {where} is not finite; {remedy}")

@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from ghostjax import RunLog
 from ghostjax.cli import main
 from ghostjax.runs.analysis.values import best_and_worst, read_values
 from ghostjax.runs.commands.rank import RankConfig, run
+from ghostjax.runs.store import schema
+from ghostjax.runs.store.files import write_table
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, SETS, write_run
@@ -62,8 +66,6 @@ def test_csv_and_json_hold_every_example_with_all_digits(made_up, capsys):
 
 
 def test_values_are_those_of_values_parquet(made_up):
-    import pyarrow.parquet as pq
-
     table = pq.read_table(made_up / "values.parquet")
     for name, valued in read_values(read_run(made_up)).items():
         np.testing.assert_allclose(valued.values, table[f"value_{name}"])
@@ -108,22 +110,48 @@ def test_filters_choose_what_fits_all_of_them(long, capsys, options, fits):
     assert "By domain" not in ranked(path, capsys, *options)
 
 
-def test_by_loss_lists_the_losses_of_the_visits(made_up, capsys):
+@pytest.mark.parametrize(("by", "form"), [("loss", ".3f"), ("norm", ".2e")])
+def test_by_loss_and_norm_list_those_of_the_visits(made_up, capsys, by, form):
     scores = read_run(made_up).scores.to_pylist()
-    rows = json.loads(ranked(made_up, capsys, "--by", "loss", "--json", "--set", "prose"))
+    rows = json.loads(ranked(made_up, capsys, "--by", by, "--json", "--set", "prose"))
     for row in rows:
-        own = [visit["loss"] for visit in scores if visit["id"] == row["id"]]
-        assert row["loss"] == pytest.approx(np.mean(own), rel=1e-6)
-        assert (row["first_loss"], row["last_loss"]) == (own[0], own[-1])
-    losses = [row["loss"] for row in rows]
-    assert losses == sorted(losses, reverse=True)
+        own = [visit[by] for visit in scores if visit["id"] == row["id"]]
+        assert row[by] == pytest.approx(np.mean(own), rel=1e-6)
+        assert (row[f"first_{by}"], row[f"last_{by}"]) == (own[0], own[-1])
+    found = [row[by] for row in rows]
+    assert found == sorted(found, reverse=True)
 
-    highest, lowest = ranked(made_up, capsys, "--by", "loss", "--domain", "wiki").split("Lowest")
+    highest, lowest = ranked(made_up, capsys, "--by", by, "--domain", "wiki").split("Lowest")
     own = [row for row in rows if row["domain"] == "wiki"]
-    assert "Highest loss, mean over visits, domain wiki" in highest
+    assert f"Highest {by}, mean over visits, domain wiki" in highest
     for text, row in ((highest, own[0]), (lowest, own[-1])):
         assert row["id"] in text
-        assert f"{row['loss']:.3f}" in text
+        assert f"{row[by]:{form}}" in text
+
+
+def test_a_mean_norm_is_of_the_visits_that_have_one(tmp_path, capsys):
+    with RunLog(tmp_path / "run") as log:
+        log.add(0, ["a", "b"], [1.0, 1.0], norms=[3.0, 2.0])
+        log.add(1, ["a", "c"], norms=[5.0, 9.0], losses=[1.0, 1.0])
+        log.add(2, ["a", "b"], [1.0, 1.0])
+    rows = json.loads(ranked(tmp_path / "run", capsys, "--by", "norm", "--json"))
+    assert [(row["id"], row["norm"], row["visits"]) for row in rows] == [
+        *(("c", 9, 0), ("a", 4, 2), ("b", 2, 2)),
+    ]
+
+
+def test_a_log_from_before_there_were_norms_is_read_and_has_none(tmp_path, capsys):
+    path = write_run(tmp_path / "run")
+    values = ranked(path, capsys, "--csv")
+    for part in (path / "log").glob("*.parquet"):
+        table = part.name.partition("-")[0]
+        fields = schema.table_schema(table, SETS, version=2)
+        write_table(part, pq.read_table(part).select(fields.names).cast(fields))
+    rows, before = (rows_of_csv(text) for text in (ranked(path, capsys, "--csv"), values))
+    norms = ("norm", "first_norm", "last_norm")
+    assert rows == [{**row, **dict.fromkeys(norms, "")} for row in before]
+    message = fails(["rank", path, "--by", "norm"], capsys)
+    assert f"--by norm: the log of {path} has no norms of gradients: train with --norms" in message
 
 
 def test_no_example_is_at_both_ends(made_up, capsys):

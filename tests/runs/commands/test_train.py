@@ -210,7 +210,7 @@ def all_warnings(done):
 
 @pytest.mark.usefixtures("not_ignored")
 def test_some_steps_are_scored(micro_config, micro_run, tmp_path, monkeypatch):
-    config = dataclasses.replace(micro_config, out=tmp_path / "run", score_every=2)
+    config = dataclasses.replace(micro_config, out=tmp_path / "run", score_every=2, norms=True)
     with monkeypatch.context() as patch:
         interrupted_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -223,9 +223,11 @@ def test_some_steps_are_scored(micro_config, micro_run, tmp_path, monkeypatch):
     for table in ("scores", "steps"):
         losses = done.numbers(table, "loss")
         np.testing.assert_allclose(losses, micro_run.numbers(table, "loss"), rtol=1e-3)
-    by_step = np.reshape(done.numbers("scores", "score_held"), (STEPS, BATCH_SIZE))
-    assert np.isfinite(by_step).all(1).tolist() == [False, True] * 3
-    assert np.isnan(by_step).all(1).tolist() == [True, False] * 3
+    for column in ("score_held", "norm"):
+        by_step = np.reshape(done.numbers("scores", column), (STEPS, BATCH_SIZE))
+        assert np.isfinite(by_step).all(1).tolist() == [False, True] * 3
+        assert np.isnan(by_step).all(1).tolist() == [True, False] * 3
+    assert micro_run.scores["norm"].null_count == STEPS * BATCH_SIZE
     for column in ("val_loss", "predicted", "actual", "correlation", "conservation_error"):
         assert done.steps[f"{column}_held"].null_count == 3
     assert sorted(set(done.kinds["step"].to_pylist())) == [1, 3, 5]

@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import hashlib
 import html.parser
+import json
 import re
 from itertools import pairwise
 
@@ -14,7 +15,9 @@ from ghostjax.runs.analysis.scale import Scale, number
 from ghostjax.runs.analysis.summary import measure_fidelity
 from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.commands.report import ReportConfig
+from ghostjax.runs.commands.sources import read_task
 from ghostjax.runs.report.page import make_report
+from ghostjax.runs.report.windows import Windows
 from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
@@ -86,9 +89,12 @@ def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
     assert after.pop("report.html")
     assert after == before
     text = (path / "report.html").read_text(encoding="utf-8")
-    assert text == make_report(read_run(path))
+    note = "Texts are shown from their beginning, not in windows: "
+    assert note in text
+    (told,) = re.findall(f"<p>{note}.*?</p>\n", text)
+    assert text.replace(told, "") == make_report(read_run(path))
 
-    assert main(["report", str(path), "--quiet", "--count", "3"]) == 0
+    assert main(["report", str(path), "--quiet", "--count", "3", "--no-windows"]) == 0
     assert capsys.readouterr() == ("", "")
     shorter = (path / "report.html").read_text(encoding="utf-8")
     assert shorter.count('<p class="excerpt"') == 2 * 3 * len(SETS)
@@ -97,7 +103,7 @@ def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
 def test_out_names_the_file_and_nothing_else_is_written(tmp_path, capsys):
     path, out = write_run(tmp_path / "run"), tmp_path / "page.html"
     before = files(path)
-    assert main(["report", str(path), "--out", str(out)]) == 0
+    assert main(["report", str(path), "--out", str(out), "--no-windows"]) == 0
     assert capsys.readouterr() == (f"{out}\n", "")
     assert out.read_text(encoding="utf-8") == make_report(read_run(path))
     assert files(path) == before
@@ -325,7 +331,8 @@ def test_help_has_examples_and_every_option(capsys):
     text = capsys.readouterr().out
     assert "ghostjax report run" in text
     for field in dataclasses.fields(ReportConfig):
-        assert field.name == "run" or "--" + field.name in text
+        option = "no-windows" if field.name == "windows" else field.name
+        assert field.name == "run" or "--" + option in text
 
 
 def listed(text):
@@ -349,6 +356,39 @@ def test_every_example_is_listed_with_its_verdict_also_those_not_visited(tmp_pat
         str(n + 1) for n in range(valued.visited.sum())
     ]
     assert shown[valued.ids[valued.visited][0]][7] == "windows from token 0"
+
+
+@pytest.mark.parametrize("most", [300, 8])
+def test_of_a_long_text_the_window_that_counted_most_is_shown(
+    micro_run, tmp_path, capsys, monkeypatch, most
+):
+    monkeypatch.setattr("ghostjax.runs.report.windows.MAX_CHARACTERS", most)
+    assert main(["show", str(micro_run.path), "forum:4", "--json", "--set", "held"]) == 0
+    visits = json.loads(capsys.readouterr().out)
+    value = read_values(micro_run)["held"].values[4]
+    assert micro_run.examples["id"][4].as_py() == "forum:4"
+    ends = max if value > 0 else min
+    visit = ends(visits, key=lambda visit: visit["weight"] * visit["score"])
+    assert len({visit["start"] for visit in visits}) > 1
+
+    out = tmp_path / "page.html"
+    assert main(["report", str(micro_run.path), "--out", str(out), "--quiet"]) == 0
+    text = out.read_text()
+    assert "Texts are shown from their beginning" not in text
+    rows = {re.sub("<.*?>", "", row[1]): row for row in listed(text)}
+    window = visit["window"] if most == 300 else visit["window"][:7] + "…"
+    assert rows["forum:4"][8] == window
+    words = f"shown is the one from {visit['start']}, step {visit['step']}, which counted most"
+    assert rows["forum:4"][7].endswith(f"; {words}")
+    assert text.count(f'<p class="excerpt" dir="auto">{window}</p>') >= 1
+    task = read_task(micro_run)[1]
+    task.length = 200  # so that every text fits into a window
+    assert Windows(micro_run, task).of("held", 4).text == ("line 4 of the forum, " * 5).strip()
+
+    assert main(["report", str(micro_run.path), "--out", str(out), "--no-windows", "--quiet"]) == 0
+    rows = {re.sub("<.*?>", "", row[1]): row for row in listed(out.read_text())}
+    assert rows["forum:4"][8] == ("line 4 of the forum, " * 5).strip()
+    assert "shown" not in rows["forum:4"][7]
 
 
 def test_a_long_table_says_what_it_leaves_out(made_up, monkeypatch):

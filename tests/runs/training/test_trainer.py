@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ghostjax.runs.data.load import load_task
@@ -118,6 +119,11 @@ STOPS = {
         {},
         "the score, but not the loss, of {2} is not finite; the opt",
     ),
+    "norm": (
+        {"norm": np.array([1, 1, np.inf, 1])},
+        {},
+        "the norm of the gradient of {2} is not finite; lower --learning-rate",
+    ),
     "all": ({"loss": np.full(4, np.inf)}, {}, "the loss or score of {0}, {1}, {2}, {3} is"),
 }
 
@@ -169,6 +175,34 @@ def test_audits_are_at_their_steps_and_of_different_rows(micro_config, task):
     # Of every second step, every third.
     some = Trainer(dataclasses.replace(config, score_every=2), task)
     assert [n for n in range(14) if some._audited(n) is not None] == [1, 7, 13]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_norms_are_those_of_the_gradients_of_rows_alone(micro_config, task, microbatches):
+    config = dataclasses.replace(
+        micro_config, norms=True, steps=4, score_every=2, microbatches=microbatches
+    )
+    trainer = Trainer(config, task)
+
+    @jax.jit
+    def expected(params, rows):
+        def of_row(row):
+            one = jax.tree.map(lambda leaf: leaf[None], row)
+            grads = jax.grad(lambda params: task.row_losses(params, one)[0])(params)
+            return optax.tree.norm(grads)
+
+        return jax.lax.map(of_row, rows)
+
+    first = trainer.init_state(task.init_params(0))
+    before = [jax.tree.map(jnp.copy, first.params)]
+    for state, step in trainer.steps(first, 0):
+        if step.number % 2:
+            norms = expected(before[-1], step.batch.train_rows)
+            np.testing.assert_allclose(step.record.scores["norm"], norms, rtol=1e-5)
+        else:
+            assert "norm" not in step.record.scores
+        before.append(jax.tree.map(jnp.copy, state.params))
+    assert len(before) == 5
 
 
 def test_kinds_of_layers(micro_config, task):

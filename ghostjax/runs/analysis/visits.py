@@ -1,4 +1,4 @@
-"""What rows of the training examples were at their visits, whatever the validation set: losses."""
+"""What the log has of every visit, whatever the validation set: losses and norms of gradients."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from ghostjax.runs.store.run import Run
 
 
 class Visits(NamedTuple):
-    """A number that every visit has, over the visits of each of n examples, scored or not.
+    """A number of visits, over those visits of each of n examples that have it, scored or not.
 
     Attributes:
-      mean, first, last: float64 [n], NaN without a visit.
+      mean, first, last: float64 [n], NaN where no visit has it.
     """
 
     mean: np.ndarray
