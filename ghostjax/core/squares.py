@@ -121,6 +121,9 @@ class RowMeeting:
         if self.use is not None and pairs_cost_less([self.use]):
             squares = pair_squares([self.use.factors(arrays, *cotangents)])
             return dict.fromkeys(self.moving, squares)
+        if isinstance(whole, Product) and not self.in_branch:
+            squares = whole.squares(arrays[1 - whole.parameter], *cotangents)
+            return dict.fromkeys(self.moving, squares)
 
         def of_row(row):
             found = self.gradient(row, kept, cotangents)
