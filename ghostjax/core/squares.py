@@ -169,6 +169,7 @@ class OfRows(AtOnce):
     """
 
     follows = True
+    constant = False
     by_weights = False
     padded = True
     no_shard_map = (

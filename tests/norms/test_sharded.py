@@ -131,19 +131,3 @@ def test_loops_over_rows_stay_on_their_devices(name):
     grads = testing.per_example_grads(row_losses, *jax.device_get((params, x)))
     squares = jax.tree.map(lambda leaf: jnp.square(leaf).reshape(16, -1).sum(1), grads)
     testing.assert_dots_close(compiled(params, x), squares)
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_derivatives_by_the_data(name):
-    """Of several batches at once."""
-    row_losses, params = LOOPS[name]
-    x = draw(2, 3, 12, 8, seed=3)
-
-    def derivatives(norms):
-        return jax.jit(jax.vmap(jax.grad(lambda x: norms(params, x)["w"].sum())))(x)
-
-    def plain(params, x):
-        rows = jax.vmap(jax.grad(lambda p, row: row_losses(p, row[None])[0]), (None, 0))(params, x)
-        return {"w": jnp.square(rows["w"])}
-
-    testing.assert_dots_close(derivatives(squared_norms(row_losses)), derivatives(plain))
