@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 LAYERS, FEATURES, HEADS, POSITIONS, VOCABULARY = 4, 256, 4, 128, 2048
 
@@ -24,19 +25,24 @@ class GPT(nn.Module):
     """(tokens, positions), both [N, T] -> logits [N, T, VOCABULARY].
 
     ``stacked``: "unrolled", or a loop over stacked layers, "scan", or "scan+remat".
+    ``placed``: where activations are to be on a mesh, between layers that are unrolled.
     """
 
     layers: int
     positions: int
     stacked: str = "unrolled"
+    placed: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, tokens, positions):
+        def place(x):
+            return x if self.placed is None else jax.lax.with_sharding_constraint(x, self.placed)
+
         embed = nn.Embed(VOCABULARY, FEATURES)
-        x = embed(tokens) + nn.Embed(self.positions, FEATURES)(positions)
+        x = place(embed(tokens) + nn.Embed(self.positions, FEATURES)(positions))
         if self.stacked == "unrolled":
             for _ in range(self.layers):
-                x = Block()(x)
+                x = place(Block()(x))
         else:
             block = nn.remat(Block, prevent_cse=False) if "remat" in self.stacked else Block
             x, _ = nn.scan(
@@ -54,6 +60,7 @@ def setup(
     layers: int | None = None,
     positions: int | None = None,
     stacked: str = "unrolled",
+    placed: NamedSharding | None = None,
 ):
     """``(row_losses, params, batch)``; ``row_losses(params, batch) -> [N]``."""
     layers, positions = layers or LAYERS, positions or POSITIONS
@@ -67,7 +74,8 @@ def setup(
     }
 
     def row_losses(params, batch):
-        logits = model.apply({"params": params}, batch["tokens"], batch["positions"])
+        on_mesh = model.clone(placed=placed)
+        logits = on_mesh.apply({"params": params}, batch["tokens"], batch["positions"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return jnp.mean(losses, axis=1)
 

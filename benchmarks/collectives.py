@@ -10,10 +10,12 @@ replicated   parameters on every device, rows split
 fsdp         matrices split over the data axis as well; vectors are on every device
 tensor       matrices split over the model axis, of two devices, by Megatron's rules
 both         fsdp and tensor
+placed       the same, and between layers the model says that activations are split by rows alone
 
 XLA's partitioner for the CPU decides what is sent; for other devices it has other passes behind.
-In "both" it moves activations in the plain step already, as nothing in the model says where they
-should lie.
+In "both" nothing says where activations should lie, and it splits their features like the matrices
+over the data axis: all rows are moved through that axis, in the plain step already. One
+``with_sharding_constraint`` a layer ("placed") takes three quarters of that away.
 Gradients and direction come out like the parameters, and dots like the rows.
 """
 
@@ -37,6 +39,7 @@ MESHES = {  # data, model
     "fsdp": ((2, 1), (4, 1), (8, 1)),
     "tensor": ((1, 2), (2, 2), (4, 2)),
     "both": ((2, 2), (4, 2)),
+    "placed": ((2, 2), (4, 2)),
 }
 # Dense_0 and Dense_2 are split by outputs, Dense_1 and Dense_3 by inputs; Embed_0 by tokens.
 BY_FIRST_AXIS = ("Dense_1", "Dense_3", "Embed_0")
@@ -46,12 +49,12 @@ BY_LAST_AXIS = ("Dense_0", "Dense_2")
 def spec_of(layout, path, leaf):
     name = jax.tree_util.keystr(path)
     axes = [None] * leaf.ndim
-    if layout in ("tensor", "both"):
+    if layout in ("tensor", "both", "placed"):
         if any(part in name for part in BY_LAST_AXIS):
             axes[-1] = "model"
         elif any(part in name for part in BY_FIRST_AXIS) and leaf.ndim == 2:
             axes[0] = "model"
-    if layout in ("fsdp", "both") and leaf.ndim == 2:
+    if layout in ("fsdp", "both", "placed") and leaf.ndim == 2:
         axes[axes.index(None)] = "data"
     return PartitionSpec(*axes)
 
@@ -96,11 +99,12 @@ def measure(layout, sizes):
         devices=jax.devices()[: sizes[0] * sizes[1]],
     )
     num_rows = ROWS_PER_DEVICE * sizes[0]
-    row_losses, params, both = setup(2 * num_rows, layers=1)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    placed = rows if layout == "placed" else None
+    row_losses, params, both = setup(2 * num_rows, layers=1, placed=placed)
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec_of(layout, path, leaf)), params
     )
-    rows = NamedSharding(mesh, PartitionSpec("data"))
     train = jax.device_put(jax.tree.map(lambda leaf: leaf[:num_rows], both), rows)
     val = jax.device_put(jax.tree.map(lambda leaf: leaf[num_rows:], both), rows)
     table, dots = {}, {}
@@ -116,6 +120,7 @@ def measure(layout, sizes):
         table[name] = summary(compiled)
         if name != "plain + validation":
             dots[name] = compiled(jax.device_put(params, shardings), train, val)[2]
+    row_losses, _, _ = setup(2 * num_rows, layers=1)
     alone = jax.jit(steps(row_losses)["value_grad_and_dots"])(
         params, *jax.tree.map(np.asarray, (train, val))
     )[2]

@@ -42,6 +42,19 @@ def fidelity() -> str:
     return rows_of(["direction", *found], rows)
 
 
+def staleness() -> str:
+    """Correlation of scores with the effect of leaving out a row, by the gradient's age."""
+    found = result("staleness")
+
+    def cell(run, age):
+        figures = found[run]["validation gradient"][age]
+        return "{mean:.2f} ({10%:.2f})".format(**figures["with effect"])
+
+    ages = next(iter(found.values()))["validation gradient"]
+    rows = [[age, *(cell(run, age) for run in found)] for age in ages]
+    return rows_of(["steps old", *found], rows)
+
+
 def cost() -> str:
     """Of one step on a GPT-2 shape."""
     found = result("dots_cost")["B 8, V 8"]
@@ -57,7 +70,7 @@ def cost() -> str:
     return rows_of(["", "GFLOP", "scratch MiB", "time / plain step"], rows)
 
 
-TABLES = {"fidelity": fidelity, "cost": cost}
+TABLES = {"fidelity": fidelity, "staleness": staleness, "cost": cost}
 
 
 def filled(markdown: str) -> str:

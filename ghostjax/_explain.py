@@ -9,12 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from ghostjax._explained_memory import device_bytes, memory_of
 from ghostjax._explanation import Explanation, Use
 from ghostjax._flops import equation_flops, flops, flops_after, rounds_unknown
 from ghostjax._jaxprs import describe_operation
 from ghostjax._late import harvesting
 from ghostjax._loss import Arrays, Loss, check_coupled, check_reduction, trace_loss
+from ghostjax._step_memory import StepMemory
 from ghostjax.core import Meeting, Regrouped, Rows
+
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
 
 
 def explain(
@@ -27,6 +31,7 @@ def explain(
     loss_reduction: str = "mean",
     coupled: str = "error",
     directions: int | None = None,
+    budget: int | None = None,
 ) -> Callable[..., Explanation]:
     """Where parameters meet data, how their dots are made there, and what that costs.
 
@@ -39,10 +44,13 @@ def explain(
         ``value_grad_and_dots``.
       directions: K, where the direction is to have a leading axis of K directions; None where it
         has none. Static.
+      budget: how many bytes a device has; by default what the device says, which a CPU does not.
 
     Returns:
       ``fn(*args, **kwargs) -> Explanation``, with arguments as for ``loss_fn``: arrays, or
-      ``jax.ShapeDtypeStruct`` in the place of any array.
+      ``jax.ShapeDtypeStruct`` in the place of any array. A ``NamedSharding`` of either tells how
+      they are to be split over a mesh. Where the step takes more than the budget, the explanation
+      says so, and what to change.
 
     Guarantees: routes are told by the rule that ``value_grad_and_dots`` and ``value_and_dots_fn``
     ask, for the backend that JAX uses here. FLOPs are counted in the programs that they run:
@@ -50,7 +58,7 @@ def explain(
 
     Raises:
       What ``value_grad_and_dots`` raises for the loss and its arguments.
-      ValueError: ``directions`` is less than one.
+      ValueError: ``directions`` or ``budget`` is less than one, or arguments are on several meshes.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -71,42 +79,41 @@ def explain(
             f"{directions}."
         )
 
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget must be a positive number of bytes, got {budget}.")
+
     @functools.wraps(loss_fn)
     def fn(*args: Any, **kwargs: Any) -> Explanation:
-        loss, arrays = _in_shapes(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-            coupled=coupled,
-        )
-        return _explained(loss, arrays, directions)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, _ARRAYS)]
+        found: list[Loss] = []
+
+        def opened(arrays):
+            remaining = iter(arrays)
+            filled = [next(remaining) if isinstance(leaf, _ARRAYS) else leaf for leaf in leaves]
+            loss, arrays = trace_loss(
+                loss_fn,
+                *jax.tree.unflatten(treedef, filled),
+                argnums=argnums,
+                batch_argnums=batch_argnums,
+                has_aux=has_aux,
+                per_example=per_example,
+                loss_reduction=loss_reduction,
+                coupled=coupled,
+            )
+            found.append(loss)
+            return arrays
+
+        arrays = jax.eval_shape(opened, given)
+        memory = memory_of(lambda leaves: (opened(leaves), found[-1]), given, directions)
+        return _explained(found[0], arrays, directions, memory, budget or device_bytes())
 
     return fn
 
 
-def _in_shapes(loss_fn, args, kwargs, **options) -> tuple[Loss, Arrays]:
-    """What ``trace_loss`` gives, with shapes for arrays."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    kinds = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
-    found: list[Loss] = []
-
-    def traced(arrays):
-        remaining = iter(arrays)
-        filled = [next(remaining) if isinstance(leaf, kinds) else leaf for leaf in leaves]
-        loss, arrays = trace_loss(loss_fn, *jax.tree.unflatten(treedef, filled), **options)
-        found.append(loss)
-        return arrays
-
-    arrays = jax.eval_shape(traced, [leaf for leaf in leaves if isinstance(leaf, kinds)])
-    return found[0], arrays
-
-
-def _explained(loss: Loss, arrays: Arrays, directions: int | None) -> Explanation:
+def _explained(
+    loss: Loss, arrays: Arrays, directions: int | None, memory: StepMemory, budget: int | None
+) -> Explanation:
     def plain(arrays):
         def objective(params):
             return loss.outputs_of(loss.evaluate(params, arrays))
@@ -137,6 +144,8 @@ def _explained(loss: Loss, arrays: Arrays, directions: int | None) -> Explanatio
         plain_flops=flops(step),
         push_flops=flops_after(pushed.jaxpr, pushed.jaxpr.invars[: len(vectors)]),
         uncounted=tuple(sorted({describe_operation(eqn) for eqn in rounds_unknown(step)})),
+        memory=memory,
+        budget=budget,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from ghostjax._step_memory import StepMemory, in_units
 from ghostjax.core import Route
 
 HEADER = (
@@ -70,6 +71,8 @@ class Explanation:
       push_flops: of pushing the directions through what is made of parameters alone, such as casts.
       uncounted: operations of the plain step whose work shapes do not tell, such as while loops:
         one round of them is in ``plain_flops``.
+      memory: a ``StepMemory``: bytes on each device, and what is sent.
+      budget: bytes that one device has, as given or as it says itself; or None.
 
     Two things are bounds: of branches that are chosen from at run time, ``plain_flops`` has the
     largest and ``uses`` has all; and what a custom_vjp rule does for the dots counts in full, where
@@ -85,6 +88,8 @@ class Explanation:
     plain_flops: int
     push_flops: int
     uncounted: tuple[str, ...]
+    memory: StepMemory
+    budget: int | None
 
     @property
     def flops(self) -> int:
@@ -110,6 +115,14 @@ class Explanation:
     def late_bytes(self) -> int:
         """Bytes of all factors that ``value_and_dots_fn`` keeps."""
         return sum(use.late_bytes for use in self.uses)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a step of ``value_grad_and_dots`` takes no more than the budget, if there is one.
+
+        Optimizer state and what else there is on the device is not in it.
+        """
+        return None if self.budget is None else self.memory.bytes <= self.budget
 
     def __str__(self) -> str:
         table = [HEADER, *self._cells()]
@@ -173,17 +186,7 @@ class Explanation:
         if self.uncounted:
             places = ", ".join(map(_shortened, self.uncounted))
             lines.append(f"counted once, however often they run: {places}")
-        return lines
-
-
-def in_units(amount: int, base: int = 1000) -> str:
-    """Three digits and a unit: 1.23 G, or with a base of 1024 1.15 Gi."""
-    prefixes = ("", "k", "M", "G", "T", "P") if base == 1000 else ("", "Ki", "Mi", "Gi", "Ti", "Pi")
-    size, power = float(amount), 0
-    while size >= 999.5 and power < len(prefixes) - 1:
-        size, power = size / base, power + 1
-    digits = 0 if not power or size >= 99.95 else 1 if size >= 9.995 else 2
-    return f"{size:.{digits}f} {prefixes[power]}"
+        return [*lines, *self.memory.lines(self.budget, self.num_rows, count)]
 
 
 def _shortened(operation: str) -> str:

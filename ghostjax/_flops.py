@@ -54,6 +54,11 @@ def equation_flops(eqn: Any) -> int:
     return _of_equation(eqn, [True] * len(eqn.outvars))
 
 
+def is_product(eqn: Any) -> bool:
+    """Whether an equation is a product of arrays, or a convolution."""
+    return eqn.primitive.name in _PRODUCTS
+
+
 def rounds_unknown(jaxpr: core.Jaxpr) -> list[Any]:
     """The equations whose work shapes do not tell: it is counted once where it may be more."""
     found = []

@@ -186,7 +186,7 @@ def value_and_dots_fn(
             coupled=coupled,
         )
         found = check_labels(loss, labels, num_labels)
-        dots = (_without_factors if remat else _with_factors)(loss, arrays, found)
+        dots = (_without_factors if remat else with_factors)(loss, arrays, found)
         return (dots.value, dots.aux) if has_aux else dots.value, dots.grads, dots
 
     fn.__signature__ = with_keywords(loss_fn, LABELS)
@@ -202,7 +202,7 @@ def _without_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateD
     return LateDots(None, arrays, value, aux, grads, labels, None, Program(loss, {}))
 
 
-def _with_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
+def with_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
     run, program = harvesting(loss, arrays, positions_of(labels))
     slots = empty_slots(run, arrays.params)
 

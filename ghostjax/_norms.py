@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from ghostjax._dots import LABELS, with_keywords
 from ghostjax._labels import check_labels
@@ -119,6 +120,7 @@ def value_and_clipped_grad(
     Raises:
       ValueError: ``max_norm`` is not positive, weights do not fit or are known to be negative or
         NaN, or a parameter's gradient belongs to no row, as that of weight decay inside the loss.
+      NotImplementedError: the result is differentiated by the parameters.
       What ``value_grad_and_dots`` raises.
 
     >>> import jax.numpy as jnp
@@ -157,11 +159,36 @@ def value_and_clipped_grad(
         if found is not None and found.ids.ndim == 1:
             is_own = (found.ids >= 0) & (found.ids < found.count)
             own = jnp.where(is_own, own[jnp.clip(found.ids, 0, found.count - 1)], 0)
+        value = (left.value, left.aux) if has_aux else left.value
         grads = jax.tree.unflatten(loss.params, weighted(own))
-        return ((left.value, left.aux) if has_aux else left.value), grads
+        return _undifferentiated((value, grads), arrays.params)
 
     fn.__signature__ = with_keywords(loss_fn, LABELS)
     return fn
+
+
+@jax.custom_jvp
+def _undifferentiated(result: Any, params: list[Any]) -> Any:
+    """``result``; an error where it is to be differentiated by ``params``."""
+    del params
+    return result
+
+
+def _derivative(primals, tangents):
+    if not all(map(_is_symbolic, tangents[1])):
+        raise NotImplementedError(
+            "what value_and_clipped_grad returns cannot be differentiated by the parameters, which "
+            "are constants in its pass. Clip the gradients of jax.vmap(jax.grad(...)) instead, or "
+            "stop_gradient the parameters that go in."
+        )
+    return primals[0], tangents[0]
+
+
+def _is_symbolic(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+_undifferentiated.defjvp(_derivative, symbolic_zeros=True)
 
 
 def _weighted(own: jax.Array, weights: Any) -> jax.Array:

@@ -22,6 +22,7 @@ from ghostjax._pairs import pairwise_dots as pairwise_dots
 from ghostjax._rowwise import register_row_rule as register_row_rule
 from ghostjax._rowwise import rowwise as rowwise
 from ghostjax._run import run as run
+from ghostjax._step_memory import StepMemory as StepMemory
 from ghostjax._task import Task as Task
 from ghostjax._types import EngineResult as EngineResult
 from ghostjax.values import InRunValues as InRunValues

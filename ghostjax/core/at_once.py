@@ -51,7 +51,12 @@ class AtOnce(Walk):
       slots: by meeting that has to wait, zeros like the cotangents of its outputs. None in a walk
         in shapes, which finds them.
       at_once: meetings that have not.
+
+    Attributes:
+      constant: whether parameters are constants to derivatives of the results, too.
     """
+
+    constant = True
 
     def __init__(self, loss, slots=None, at_once=frozenset()):
         super().__init__(loss.names, loss.walked_rows, loss.named_meetings)
@@ -77,9 +82,10 @@ class AtOnce(Walk):
         self.found.direct[key] = len(paths) == len(moving) == len(set(paths)) and all(
             value.direct for value in moving
         )
+        is_constant = [self.constant and bool(value.tangents) for value in operands]
         primals = [
-            jax.lax.stop_gradient(value.primal) if value.tangents else value.primal
-            for value in operands
+            jax.lax.stop_gradient(value.primal) if fixed else value.primal
+            for value, fixed in zip(operands, is_constant)
         ]
         outputs = self.evaluate(function, primals)
         if self.slots is None:
@@ -91,7 +97,7 @@ class AtOnce(Walk):
         kept = self.keep(meeting, operands, outputs)
         if key in self.keys_at_once:
             return self.through(key, meeting, outputs, operands, kept)
-        self.emitted[key] = jax.lax.stop_gradient(kept)
+        self.emitted[key] = jax.lax.stop_gradient(kept) if self.constant else kept
         return self.waiting(key, meeting, outputs, operands, kept)
 
     def evaluate(self, function, primals) -> list[Any]:

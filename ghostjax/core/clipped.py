@@ -18,6 +18,8 @@ class Clipped(Squares):
       loss, taps, by_weights, others: as for ``Squares``.
     """
 
+    constant = True  # the gradient comes through the ports alone
+
     def __init__(self, padded, loss, taps, by_weights, **others):
         super().__init__(loss, taps, by_weights, **others)
         self.padded = padded

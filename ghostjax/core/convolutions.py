@@ -14,6 +14,7 @@ from ghostjax.core.gram import squares_cost_less
 from ghostjax.core.meeting import Meeting, wide_dtype
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import Sizes
+from ghostjax.core.row_map import map_rows
 
 
 def is_unfolded(meeting: Meeting) -> bool:
@@ -65,7 +66,7 @@ def conv_squares(meeting: Meeting, inputs: jax.Array, cotangent: jax.Array) -> j
 
     own = groups * (sizes.t * (sizes.i + sizes.o) + min(sizes.t**2, sizes.i * sizes.o))
     block = max(1, min(sizes.b, (inputs.size + cotangent.size) // (4 * own)))
-    return jax.lax.map(of_row, (inputs, cotangent), batch_size=block)
+    return map_rows(of_row, (inputs, cotangent), block)
 
 
 def _windows(x: jax.Array, params: dict[str, Any], window, places) -> jax.Array:

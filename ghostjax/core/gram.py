@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ghostjax.core.meeting import wide_dtype
 from ghostjax.core.routes import Sizes, operations_per_number
+from ghostjax.core.row_map import map_rows
 
 
 def gram_costs_less(train: tuple[int, int, int], val: tuple[int, int, int]) -> bool:
@@ -58,4 +59,4 @@ def gram_squares(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         return jnp.prod(jnp.stack([jnp.sum(jnp.square(array), axis=(1, 2)) for array in pair]), 0)
     if positions <= features:
         return jax.vmap(of_row)(pair)
-    return jax.lax.map(of_row, pair)
+    return map_rows(of_row, pair)

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from ghostjax.core.meeting import Meeting, Route, wide_dtype
 from ghostjax.core.places import Rows, rows_first
-from ghostjax.core.row_loop import row_loop
+from ghostjax.core.row_loop import row_loop, row_squares
+from ghostjax.core.row_map import splits_rows
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}
@@ -114,6 +114,10 @@ class Product(Meeting):
         dots = jnp.split(dots, len(vectors))
         sums = {path: part if stacked else part[0] for path, part in zip(vectors, dots)}
         return sums, self._parameter_like(total)
+
+    def squares(self, data, cotangent):
+        """The squared norm of the parameter's gradient by every row, [B], row by row."""
+        return row_squares(self.eqn.params["precision"], *self.factors(data, cotangent))
 
     @property
     def contracted(self) -> list[int]:
@@ -221,12 +225,9 @@ class Repeated(Meeting):
 
 def _loops_over_rows(eqn, operands) -> bool:
     """Whether ``row_loop`` can take this product."""
-    meshes = [jax.typeof(value.primal).sharding.mesh for value in operands]
-    automatic = all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
     precision = eqn.params["precision"]  # else a DotAlgorithm, with accumulators of its own
-    # XLA's older partitioner ends the process at operations that only the newer one can split.
-    splits = getattr(jax.config, "jax_use_shardy_partitioner", True)
-    return automatic and splits and (precision is None or isinstance(precision, tuple))
+    splits = splits_rows(*(value.primal for value in operands))
+    return splits and (precision is None or isinstance(precision, tuple))
 
 
 def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -> Meeting:

@@ -19,6 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ghostjax.core.meeting import wide_dtype
+from ghostjax.core.row_map import differentiable, splits_rows
 
 
 def _products(a, c, precision):
@@ -65,6 +66,24 @@ def _plain(precision, a, c, directions):
 def _partition(precision, mesh, operands, results):
     """Rows, positions and features stay where they are, each mesh axis with the first of them."""
     del results
+    rows, positions, inputs, outputs = _axes(*operands[:2])
+
+    def local(a, c, directions):
+        total, dots = _loop(a, c, directions, precision)
+        if rows or positions:
+            total = jax.lax.psum(total, rows + positions)
+        if positions or inputs or outputs:
+            dots = jax.lax.psum(dots, positions + inputs + outputs)
+        return total, dots
+
+    placed = functools.partial(_placed, mesh)
+    operands = placed(rows, positions, inputs), placed(rows, positions, outputs)
+    results = placed(inputs, outputs), placed((), rows)
+    return mesh, local, results, (*operands, placed((), inputs, outputs))
+
+
+def _axes(a, c):
+    """Of the mesh, those of rows, positions, inputs and outputs: each with the first of them."""
     taken: set[str] = set()
 
     def axes(operand, number):
@@ -75,23 +94,11 @@ def _partition(precision, mesh, operands, results):
         taken.update(found)
         return found
 
-    a, c, _ = operands
-    rows, positions, inputs, outputs = axes(a, 0), axes(a, 1), axes(a, 2), axes(c, 2)
+    return axes(a, 0), axes(a, 1), axes(a, 2), axes(c, 2)
 
-    def local(a, c, directions):
-        total, dots = _loop(a, c, directions, precision)
-        if rows or positions:
-            total = jax.lax.psum(total, rows + positions)
-        if positions or inputs or outputs:
-            dots = jax.lax.psum(dots, positions + inputs + outputs)
-        return total, dots
 
-    def placed(*spec):
-        return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
-
-    operands = placed(rows, positions, inputs), placed(rows, positions, outputs)
-    results = placed(inputs, outputs), placed((), rows)
-    return mesh, local, results, (*operands, placed((), inputs, outputs))
+def _placed(mesh, *spec):
+    return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
 
 _partitioned = custom_partitioning(_loop, static_argnums=(3,))
@@ -119,3 +126,31 @@ def row_loop(
 def _(precision, operands, tangents):
     plain = functools.partial(_plain, precision)
     return row_loop(precision, *operands), jax.jvp(plain, operands, tangents)[1]
+
+
+def row_squares(precision: Any, a: jax.Array, c: jax.Array) -> jax.Array:
+    """sum_io (sum_t a_bti c_bto)^2, [B]: one row's part of the weight gradient at a time."""
+
+    def loop(a, c, positions=(), features=()):
+        def of_row(row):
+            part = _products(*row, precision)
+            if positions:
+                part = jax.lax.psum(part, positions)
+            square = jnp.sum(jnp.square(part))
+            return jax.lax.psum(square, features) if features else square
+
+        return jax.lax.map(of_row, (a, c))
+
+    if not splits_rows(a, c):
+        return loop(a, c)
+
+    def partition(mesh, operands, results):
+        del results
+        rows, positions, inputs, outputs = _axes(*operands)
+        local = functools.partial(loop, positions=positions, features=inputs + outputs)
+        operands = _placed(mesh, rows, positions, inputs), _placed(mesh, rows, positions, outputs)
+        return mesh, local, _placed(mesh, rows), operands
+
+    partitioned = custom_partitioning(lambda a, c: loop(a, c))
+    partitioned.def_partition(partition=partition, sharding_rule="b t i, b t o -> b")
+    return differentiable(partitioned, loop)(a, c)

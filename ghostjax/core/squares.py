@@ -120,6 +120,9 @@ class RowMeeting:
         if self.use is not None and pairs_cost_less([self.use]):
             squares = pair_squares([self.use.factors(arrays, *cotangents)])
             return dict.fromkeys(self.moving, squares)
+        if isinstance(whole, Product) and not self.in_branch:
+            squares = whole.squares(arrays[1 - whole.parameter], *cotangents)
+            return dict.fromkeys(self.moving, squares)
 
         def of_row(row):
             found = self.gradient(row, kept, cotangents)
@@ -158,6 +161,7 @@ class OfRows(AtOnce):
     """
 
     follows = True
+    constant = False
     by_weights = False
     padded = True
     no_shard_map = (

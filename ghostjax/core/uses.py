@@ -20,6 +20,7 @@ from ghostjax.core.meeting import Meeting, wide_dtype
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.places import rows_first
 from ghostjax.core.routes import Product, operations_per_number
+from ghostjax.core.row_map import map_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def pair_squares(factors: Sequence[tuple[Any, Any]]) -> jax.Array:
 
     wide = wide_dtype(*(right for _, right in factors))
     factors = [(_as_float(left, wide), right.astype(wide)) for left, right in factors]
-    return jax.lax.map(of_row, factors)
+    return map_rows(of_row, factors)
 
 
 def _as_float(left: jax.Array, wide: Any) -> jax.Array:

@@ -8,10 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
+from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
 from tests.dots.checks import draw, expected_dots, mean_squares
 
 WIDTH, HIDDEN, B, T = 16, 32, 24, 64
@@ -127,6 +128,78 @@ def test_explicit_axes_send_the_same(expected):
     testing.assert_dots_close(own(*args), expected)
     floor = testing.collectives(compiled(plain, "replicated", AxisType.Explicit)[0])
     assert traffic(testing.collectives(own)) == traffic(floor)
+
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_directions_lie_like_parameters(layout, expected, standard_promotion):
+    """A whole step, that says nowhere how its results are to be split; several directions."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    shardings = {
+        name: NamedSharding(mesh, LAYOUTS[layout].get(name, PartitionSpec())) for name in PARAMS
+    }
+    rows = NamedSharding(mesh, ROWS)
+    params, x, val = jax.device_put((PARAMS, X, VAL), (shardings, rows, rows))
+
+    def step(params, state, x, val):
+        _, grads, dots = value_and_dots_fn(loss_fn)(params, x)
+        val_grads = jax.grad(loss_fn)(params, val)
+        direction = directions.through_optimizer(TX, state, params, grads, val_grads)
+        updates, state = TX.update(grads, state, params)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), val_grads, direction)
+        return optax.apply_updates(params, updates), direction, dots(stacked)
+
+    state = jax.jit(TX.init)(params)
+    own = jax.jit(step).lower(params, state, x, val).compile()
+    after, direction, dots = own(params, state, x, val)
+    testing.assert_dots_close({name: leaf[0] for name, leaf in dots.items()}, expected[2])
+    products = expected_dots(losses, PARAMS, X, jax.device_get(direction))
+    testing.assert_dots_close({name: leaf[1] for name, leaf in dots.items()}, products)
+    by_row = NamedSharding(mesh, PartitionSpec(None, "data"))
+    for name, sharding in shardings.items():
+        ndim = PARAMS[name].ndim
+        assert direction[name].sharding.is_equivalent_to(sharding, ndim)
+        assert after[name].sharding.is_equivalent_to(sharding, ndim)
+        assert dots[name].sharding.is_equivalent_to(by_row, 2)
+    for collective in testing.collectives(own):
+        assert all(shape[:1] != (B,) for shape in collective.shapes)
+        if collective.kind == "all-gather":  # both directions at once, where parameters are split
+            assert layout.startswith("fsdp")
+            assert collective.bytes <= 2 * 4 * WIDTH * HIDDEN
+
+
+@pytest.mark.parametrize("form", [early, late])
+def test_a_loop_gathers_one_layer_at_a_time(form):
+    layers = 3
+    params = {"w": draw(layers, WIDTH, WIDTH) / 4}
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = NamedSharding(mesh, ROWS)
+
+    def row_losses(params, x):
+        h, _ = jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, params["w"])
+        return mean_squares(h)
+
+    def step(params, x, direction):
+        if form is early:
+            result = value_grad_and_dots(mean_of_rows)(params, x, direction=direction)
+            return result.grads, result.dots
+        _, grads, dots = value_and_dots_fn(mean_of_rows)(params, x)
+        return grads, dots(direction)
+
+    def mean_of_rows(params, x):
+        return jnp.mean(row_losses(params, x))
+
+    args = jax.device_put((params, X, params), ({"w": split}, rows, {"w": split}))
+    own = jax.jit(step, out_shardings=({"w": split}, rows)).lower(*args).compile()
+    products = expected_dots(row_losses, params, X, params)
+    testing.assert_dots_close(own(*args)[1], products)
+    gathered = [found for found in testing.collectives(own) if found.kind == "all-gather"]
+    assert gathered
+    for collective in gathered:
+        assert all(math.prod(shape) <= WIDTH * WIDTH for shape in collective.shapes)
 
 
 class Program:

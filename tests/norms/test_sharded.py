@@ -1,11 +1,14 @@
 """Norms, pairs and clipped gradients of rows on several devices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import pairwise_dots, squared_norms, testing, value_and_clipped_grad
+from tests.dots import test_collectives as blocks
 from tests.dots.checks import draw, mean_squares
 from tests.dots.test_sharded import mesh_of
 
@@ -74,3 +77,57 @@ def test_inside_of_shard_map(expected):
 def test_inside_of_a_shard_map_that_checks(function):
     with pytest.raises(NotImplementedError, match=r"Pass check_vma=False"):
         inside(function, ROWS, True)
+
+
+@pytest.mark.parametrize("layout", blocks.LAYOUTS)
+@pytest.mark.parametrize("name", ["norms", "clipped"])
+def test_no_row_is_sent(name, layout):
+    """What is gathered is no larger than a parameter; but one number a row."""
+    mesh = mesh_of(AxisType.Auto)
+    specs = blocks.LAYOUTS[layout]
+    shardings = {key: NamedSharding(mesh, specs.get(key, WHOLE)) for key in blocks.PARAMS}
+    x = jax.device_put(blocks.X, NamedSharding(mesh, ROWS))
+    params = jax.device_put(blocks.PARAMS, shardings)
+    function = jax.jit(FUNCTIONS[name](blocks.losses))
+    compiled = function.lower(params, x).compile()
+    testing.assert_dots_close(compiled(params, x), function(blocks.PARAMS, blocks.X))
+    largest = max(leaf.size for leaf in blocks.PARAMS.values())
+    shapes = [
+        (found.kind, shape) for found in testing.collectives(compiled) for shape in found.shapes
+    ]
+    assert all(math.prod(shape) <= largest for kind, shape in shapes if kind == "all-gather")
+    assert all(shape[:1] != (blocks.B,) for _, shape in shapes)
+
+
+def of_images(params, x):
+    found = jax.lax.conv_general_dilated(
+        x[..., None], params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return mean_squares(found)
+
+
+def of_tied_tables(params, x):
+    ids = (10 * jnp.abs(x[..., 0])).astype(jnp.int32)
+    return mean_squares(jnp.tanh(params["w"][ids]) @ params["w"].T)
+
+
+# By loops of their own: convolutions, pairs of positions of one use and of several.
+LOOPS = {
+    "convolution": (of_images, {"w": draw(3, 3, 1, 4)}),
+    "tied": (of_tied_tables, {"w": draw(64, 8)}),
+    "pairs": (lambda params, x: mean_squares(x[..., :2] @ params["w"]), {"w": draw(2, 64)}),
+    "row_by_row": (lambda params, x: mean_squares(x @ params["w"]), {"w": draw(8, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_over_rows_stay_on_their_devices(name):
+    row_losses, params = LOOPS[name]
+    mesh = mesh_of(AxisType.Auto)
+    x = jax.device_put(draw(16, 12, 8, seed=3), NamedSharding(mesh, ROWS))
+    params = jax.device_put(params, NamedSharding(mesh, WHOLE))
+    compiled = jax.jit(squared_norms(row_losses)).lower(params, x).compile()
+    assert testing.collectives(compiled) == []
+    grads = testing.per_example_grads(row_losses, *jax.device_get((params, x)))
+    squares = jax.tree.map(lambda leaf: jnp.square(leaf).reshape(16, -1).sum(1), grads)
+    testing.assert_dots_close(compiled(params, x), squares)

@@ -18,6 +18,7 @@ from ghostjax import (
     InRunValues,
     LateDots,
     RunLog,
+    StepMemory,
     Task,
     aggregate,
     aggregate_and_log,
@@ -57,13 +58,14 @@ def use(params: Params, batch: jax.Array, optimizer: Any) -> None:
     engine = GradDotProdEngine(row_losses, val_batch_size=2)
     of_engine: EngineResult = engine(params, batch)
     assert_dots_close(of_engine.dots, late.dots)
-    explained: Explanation = explain(loss_fn)(params, batch)
+    explained: Explanation = explain(loss_fn, budget=2**30)(params, batch)
+    memory: StepMemory = explained.memory
     values: InRunValues = InRunValues.zeros(8).add(jnp.arange(4), aggregate(result.dots))
     direction = directions.through_optimizer(
         optimizer, optimizer.init(params), params, result.grads, params
     )
     weights: jax.Array = top_k(total, 2)
-    print(explained, values.of("val"), weights, conservation_error(result, direction))
+    print(explained, memory.bytes, values.of("val"), weights, conservation_error(result, direction))
     print(squared_norms(loss_fn)(params, batch), pairwise_dots(loss_fn)(params, batch))
     print(value_and_clipped_grad(loss_fn, 1.0)(params, batch), layernorm_dot_products)
     print(

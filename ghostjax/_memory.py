@@ -1,0 +1,182 @@
+"""What a jaxpr needs beside its inputs and outputs: scratch memory, and what a mesh makes it send.
+
+Values live from the equation that makes them to the last that needs them. Elementwise results that
+are needed once, and what is only moved, are made where they are needed, as compilers fuse them.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from ghostjax._flops import MOVING, is_product
+from ghostjax._jaxprs import inner_jaxprs, is_var, live_equations, scan_counts
+from ghostjax._placement import Spec, local_bytes, placed, whole
+
+_WRITTEN = frozenset(
+    """
+    concatenate cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice gather pad
+    random_bits random_wrap rev scatter sort threefry2x32 top_k
+    """.split()  # noqa: SIM905
+)
+_VIEWS = (MOVING - _WRITTEN) | {"convert_element_type"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Of a jaxpr, on one device.
+
+    Attributes:
+      specs: how its outputs are split.
+      scratch: bytes, at most at a time, beside inputs and outputs.
+      sent: by kind of collective, bytes of the results.
+    """
+
+    specs: tuple[Spec, ...]
+    scratch: int
+    sent: Mapping[str, int]
+
+
+def needs(jaxpr: core.Jaxpr, specs: Sequence[Spec], sizes: Mapping[str, int]) -> Needs:
+    """Of a jaxpr whose inputs are split like ``specs`` over a mesh with axes of these sizes."""
+    equations, _ = live_equations(jaxpr, [True] * len(jaxpr.outvars))
+    split = {var: whole(var.aval) for var in jaxpr.constvars}
+    split.update(zip(jaxpr.invars, specs, strict=True))
+    sent: collections.Counter[str] = collections.Counter()
+    inside: list[int] = []  # by equation, bytes
+    gathered: dict[Any, int] = {}  # by variable and what it is needed for, the copy of all of it
+    sources: dict[core.Var, frozenset[core.Var]] = {}
+    for eqn in equations:
+        own = [split[a] if is_var(a) else whole(a.aval) for a in eqn.invars]
+        if _bodies(eqn):
+            found = _of_call(eqn, own, sizes)
+            outputs, transient = found.specs, found.scratch
+            sent.update(found.sent)
+        else:
+            at = placed(eqn, own, sizes)
+            # What a device has of a sum stands beside the sum.
+            outputs, transient = at.specs, at.sent.get("all-reduce", 0)
+            sent.update(at.sent)
+            for k, size in at.gathered.items():
+                (source,) = sources.get(eqn.invars[k], {eqn.invars[k]}) or {None}
+                copy = source, eqn.primitive.name
+                if gathered.setdefault(copy, 0) < size:
+                    sent["all-gather"] += size - gathered[copy]
+                    gathered[copy] = size
+        inside.append(transient)
+        split.update(zip(eqn.outvars, outputs, strict=True))
+        if eqn.primitive.name in _VIEWS and eqn.invars and is_var(eqn.invars[0]):
+            origin = sources.get(eqn.invars[0], frozenset([eqn.invars[0]]))
+            sources.update((var, origin) for var in eqn.outvars)
+    outputs = [split[var] if is_var(var) else whole(var.aval) for var in jaxpr.outvars]
+    bytes_of = {var: local_bytes(var.aval, spec, sizes) for var, spec in split.items()}
+    scratch = _peak(jaxpr, equations, bytes_of, inside) + sum(gathered.values())
+    return Needs(tuple(outputs), scratch, sent)
+
+
+def _peak(jaxpr, equations, bytes_of: dict[Any, int], inside: Sequence[int]) -> int:
+    """The largest sum of what lives at a time."""
+    uses: dict[Any, list[int]] = collections.defaultdict(list)
+    for number, eqn in enumerate(equations):
+        for atom in filter(is_var, eqn.invars):
+            uses[atom].append(number)
+    results = set(filter(is_var, jaxpr.outvars))
+    kinds = [_kind(eqn) for eqn in equations]
+    roots: dict[Any, frozenset[Any]] = {}
+    born: dict[Any, int] = {}
+    last: dict[Any, int] = {}
+    for number, (eqn, kind) in enumerate(zip(equations, kinds)):
+        reached = frozenset().union(
+            *(roots.get(a, frozenset([a])) for a in eqn.invars if is_var(a))
+        )
+        last.update(dict.fromkeys(reached, number))
+        for var in eqn.outvars:
+            is_fused = kind == "view" or (
+                kind == "elementwise"
+                and len(uses[var]) <= 1
+                and all(kinds[use] != "written" for use in uses[var])
+            )
+            if is_fused and var not in results:
+                roots[var] = reached
+            elif var not in results:
+                born[var] = number
+                last.setdefault(var, number)
+    ends: dict[int, list[Any]] = collections.defaultdict(list)
+    for var in born:
+        ends[last[var]].append(var)
+    live = peak = 0
+    for number, (eqn, kind) in enumerate(zip(equations, kinds)):
+        new = sum(bytes_of[var] for var in eqn.outvars if var in born)
+        ending = sum(bytes_of[var] for var in ends[number] if born[var] < number)
+        in_place = min(new, ending) if kind == "elementwise" else 0
+        peak = max(peak, live + new - in_place + inside[number])
+        live += new - sum(bytes_of[var] for var in ends[number])
+    return peak
+
+
+def _kind(eqn) -> str:
+    name = eqn.primitive.name
+    if name in _VIEWS:
+        return "view"
+    is_written = is_product(eqn) or name in _WRITTEN or _bodies(eqn)
+    if is_written or name.startswith(("scatter", "reduce_window", "select_and")):
+        return "written"
+    return "reduction" if name.startswith(("reduce", "arg")) else "elementwise"
+
+
+def _bodies(eqn) -> list[tuple[core.Jaxpr, int | None]]:
+    """The jaxprs that an equation runs, but for the sum of two numbers that it has of its own."""
+    has_sum = eqn.primitive.name.startswith(("scatter", "reduce", "select_and"))
+    return [] if has_sum else inner_jaxprs(eqn)
+
+
+def _of_call(eqn, specs: Sequence[Spec], sizes) -> Needs:
+    """Of an equation that runs other jaxprs."""
+    name = eqn.primitive.name
+    bodies = _bodies(eqn)
+    if name == "scan":
+        return _of_scan(eqn, bodies[0][0], specs, sizes)
+    if name == "shard_map":  # of what one device has, already
+        found = [needs(jaxpr, [whole(v.aval) for v in jaxpr.invars], {}) for jaxpr, _ in bodies]
+    else:
+        found = [
+            needs(
+                jaxpr,
+                [whole(v.aval) for v in jaxpr.invars] if offset is None else specs[offset:],
+                sizes,
+            )
+            for jaxpr, offset in bodies
+        ]
+    scratch = max(own.scratch for own in found)
+    outputs = tuple(
+        next(
+            (own.specs[k] for own in found if _fits(own.specs, eqn.outvars)),
+            whole(var.aval),
+        )
+        for k, var in enumerate(eqn.outvars)
+    )
+    sent = max((own.sent for own in found), key=lambda own: sum(own.values()))
+    return Needs(outputs, scratch, sent)
+
+
+def _fits(specs, outvars) -> bool:
+    ranks = [len(getattr(var.aval, "shape", ())) for var in outvars]
+    return [len(spec) for spec in specs] == ranks
+
+
+def _of_scan(eqn, body, specs, sizes) -> Needs:
+    consts, carries = scan_counts(eqn)
+    each = [spec[1:] for spec in specs[consts + carries :]]
+    carried = list(specs[consts : consts + carries])
+    for _ in range(2):  # what begins as zeros is split as it comes out
+        found = needs(body, [*specs[:consts], *carried, *each], sizes)
+        carried = [
+            after if not any(before) else before for before, after in zip(carried, found.specs)
+        ]
+    stacked = [((), *spec) for spec in found.specs[carries:]]
+    sent = {kind: eqn.params["length"] * size for kind, size in found.sent.items()}
+    # The carry of the next round beside that of this one.
+    again = sum(local_bytes(var.aval, spec, sizes) for var, spec in zip(body.outvars, carried))
+    return Needs((*carried, *stacked), found.scratch + again, sent)
