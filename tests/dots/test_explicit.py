@@ -1,5 +1,7 @@
 """Meshes whose axes are explicit, which is what ``jax.make_mesh`` gives."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,3 +189,42 @@ def test_the_engine_refuses_look_ups():
     message = r"gather at .*table.* are auto that are explicit around .*Take value_grad_and_dots"
     with pytest.raises(NotImplementedError, match=message):
         engine(placed(PARAMS, specs), batch)
+
+
+def traffic(compiled):
+    totals = collections.Counter()
+    for found in testing.collectives(compiled):
+        totals[found.kind] += found.bytes
+    return totals
+
+
+# The direction is gathered where the parameters are; a product split over its inputs is summed.
+ADDED = {
+    "data": set(),
+    "tensor": {"all-reduce"},
+    "fsdp": {"all-gather"},
+    "fsdp_tensor": {"all-gather", "all-reduce"},
+}
+
+
+@pytest.mark.usefixtures("on_mesh")
+@pytest.mark.parametrize("case", CASES)
+def test_what_dots_add_to_what_is_sent(case):
+    specs, mesh = CASES[case]
+
+    def loss_fn(params, batch):
+        return jnp.mean(rows_of(params, batch, mesh))
+
+    def plain(params, batch, direction):
+        return jax.grad(loss_fn)(params, batch)
+
+    def with_dots(params, batch, direction):
+        result = value_grad_and_dots(loss_fn)(params, batch, direction=direction)
+        return result.grads, result.dots
+
+    batch = placed(BATCH, dict.fromkeys(BATCH, ROWS))
+    args = placed(PARAMS, specs), batch, placed(PARAMS, specs)
+    own, base = (jax.jit(step).lower(*args).compile() for step in (with_dots, plain))
+    assert set(traffic(own) - traffic(base)) == ADDED[case]
+    for found in testing.collectives(own):
+        assert all(shape[:1] != (B,) for shape in found.shapes)  # nothing has all rows
