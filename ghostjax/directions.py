@@ -129,7 +129,12 @@ def count_undefined(
 
 
 def midpoint(
-    loss_fn: Callable[..., jax.Array], params: Any, updates: Any, *args: Any, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    params: Any,
+    updates: Any,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """The gradient of the validation loss half-way along the update.
 
@@ -146,10 +151,12 @@ def midpoint(
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
       updates: what will be added to ``params``, such as the updates of optax; of any floating-point
         dtypes.
+      has_aux: whether ``loss_fn`` gives ``(scalar, aux)``, such as the rows' own losses there.
 
     Returns:
       A tree like ``params``, in its dtypes, to be used like ``val_grads``: in
-      ``through_optimizer``, or times the learning rate as a direction of its own.
+      ``through_optimizer``, or times the learning rate as a direction of its own. With ``has_aux``,
+      ``(tree, aux)``.
 
     Guarantees: the point is summed in float32 (float64, where either summand is) and rounded to the
     dtypes of ``params`` once, as ``optax.apply_updates`` would round it; in bfloat16, a parameter
@@ -171,11 +178,16 @@ def midpoint(
     ``val_grads + 1/2 H updates``, the Taylor series of this gradient cut off. It is the same for a
     quadratic loss, and can be far too large where curvature is high.
     """
-    return jax.grad(loss_fn)(_along(params, updates, 0.5), *args, **kwargs)
+    return jax.grad(loss_fn, has_aux=has_aux)(_along(params, updates, 0.5), *args, **kwargs)
 
 
 def look_ahead(
-    loss_fn: Callable[..., jax.Array], params: Any, updates: Any, *args: Any, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    params: Any,
+    updates: Any,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """The gradient of the validation loss where the update leads.
 
@@ -186,9 +198,11 @@ def look_ahead(
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
       updates: what will be added to ``params``.
+      has_aux: whether ``loss_fn`` gives ``(scalar, aux)``.
 
     Returns:
-      A tree like ``params``, in its dtypes, to be used like ``val_grads``.
+      A tree like ``params``, in its dtypes, to be used like ``val_grads``. With ``has_aux``,
+      ``(tree, aux)``.
 
     Guarantees: the point is that of ``optax.apply_updates``, bit for bit.
 
@@ -201,7 +215,7 @@ def look_ahead(
     >>> look_ahead(loss_fn, jnp.array([1.0, 2.0]), jnp.array([-0.5, 0.0]))
     Array([0.5, 2. ], dtype=float32)
     """
-    return jax.grad(loss_fn)(_along(params, updates, 1.0), *args, **kwargs)
+    return jax.grad(loss_fn, has_aux=has_aux)(_along(params, updates, 1.0), *args, **kwargs)
 
 
 def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:

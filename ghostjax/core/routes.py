@@ -24,7 +24,8 @@ from ghostjax.core.row_map import splits_rows
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}
 OPERATIONS_ELSEWHERE = 400
-# The gradient of the rows route is equal to rounding only, so it has to win clearly.
+# The gradient of the rows route is equal to rounding only, so where it makes the gradient it has to
+# win clearly.
 MARGIN = 1.5
 _ELEMENTWISE = frozenset({"add", "mul", "sub"})
 
@@ -55,9 +56,9 @@ def rows_cost_less(sizes: Sizes, directions: int, *, gradient: bool) -> bool:
     tangents = directions * (sizes.b * sizes.t * matrix + per_number * matrix)
     passes = (4 if gradient else 2) + directions
     rows = sizes.b * matrix * passes * per_number
-    if not gradient:
-        rows += sizes.b * sizes.t * matrix
-    return MARGIN * rows < tangents
+    if gradient:
+        return MARGIN * rows < tangents
+    return rows + sizes.b * sizes.t * matrix < tangents
 
 
 class Product(Meeting):

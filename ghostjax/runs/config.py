@@ -94,8 +94,8 @@ class TrainConfig:
         model's own; 0.001 with --task.
       clip: The largest norm of the gradient; a larger one is scaled down. 0: do not clip.
       order: Where the validation gradient is taken. 2: at the midpoint of the update, so that
-        scores know about curvature. 1: at the parameters; it saves a forward pass over the
-        validation rows.
+        scores know about curvature. 1: at the parameters; it saves a forward pass over a quarter
+        of the validation rows.
       score_every: Score every so many steps; those between are plain training steps, whose rows
         have losses in the log but no scores, and which cost nothing extra. A value sums the scored
         visits.
@@ -104,7 +104,8 @@ class TrainConfig:
       dtype: What is computed in. Parameters, sums and scores are float32.
       remat: Recompute activations in the backward pass, to save memory; takes a second pass for the
         scores.
-      audit_every: Every so many scored steps, two rows are redone by plain autodiff. 0: never.
+      audit_every: Every so many scored steps, two rows are redone by plain autodiff, and scores are
+        compared with plain inner products. 0: never.
       checkpoint_every: Every so many steps, the log and a checkpoint are written to disk.
       seed: Seed of the initial parameters, the order of the examples and all sampling.
       compilation_cache: Keep compiled programs in the user's cache directory

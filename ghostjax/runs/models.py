@@ -73,15 +73,18 @@ class GPT(nn.Module):
             name="positions",
         )
         x = embed(tokens) + where(jnp.arange(tokens.shape[1]))[None]
+        block = nn.remat(Block) if self.remat else Block
         blocks = nn.scan(
-            nn.remat(Block) if self.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=size.layers,
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=size.layers
+        )(size, self.dtype, name="blocks")
+        if size.layers > FEW_LAYERS or self.is_initializing():
+            x, _ = blocks(x, None)
+        else:
             # A loop stacks what its backward pass needs: more memory and time, if layers are few.
-            unroll=size.layers if size.layers <= FEW_LAYERS else 1,
-        )
-        x, _ = blocks(size, self.dtype, name="blocks")(x, None)
+            stacked = self.get_variable("params", "blocks")
+            for layer in range(size.layers):
+                own = {"params": jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)}
+                x, _ = block(size, self.dtype, parent=None).apply(own, x, None)
         return embed.attend(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
 
 

@@ -227,7 +227,8 @@ def _findings(fidelity: Fidelity) -> list[str]:
     if math.isfinite(fidelity.plain_correlation):
         found.append(
             "Plain inner products of gradients, which leave out the optimizer, have a median "
-            f"correlation of {number(fidelity.plain_correlation, 2)} with the scores."
+            f"correlation of {number(fidelity.plain_correlation, 2)} with the scores, at the steps "
+            "where it was measured."
         )
     return found
 

@@ -20,8 +20,8 @@ from ghostjax.runs.store.schema import SCHEMA_VERSION, table_schema
 def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
     """What ``summary.json`` and ``values.parquet`` hold.
 
-    Losses are those of the last step, before its update; on validation sets, of the last one that
-    was scored.
+    The loss is that of the last step, before its update; losses on validation sets are those of the
+    last step that was scored, where its gradients were taken.
     """
     valued = read_values(run)
     found = {name: measure_fidelity(run, name, own) for name, own in valued.items()}

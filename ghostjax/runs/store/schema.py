@@ -12,8 +12,9 @@
 A part of the log holds the steps first <= step < end, in order, eight digits each, and is there as
 a whole or not at all. The parts of a table follow each other without gaps. Columns whose name ends
 in ``_<set>`` are there once per validation set; they are null at steps that were not scored, and
-only there (but for audit_error, which most steps do not have). What a loop of one's own does not
-know (``RunLog``) is null in the whole log. Every file holds its own digest; see ``seal``.
+only there (but for audit_error and correlation, which only audited steps have). What a loop of
+one's own does not know (``RunLog``) is null in the whole log. Every file holds its own digest; see
+``seal``.
 """
 
 import re
@@ -81,15 +82,26 @@ _FIELDS = {
             pa.int64(),
             "Coordinates of the update that have no finite derivative and count as constants.",
         ),
-        ("val_loss_{}", pa.float32(), "Mean loss of the validation rows before the update."),
+        (
+            "val_loss_{}",
+            pa.float32(),
+            "Mean loss of the step's validation rows where their gradient is taken: of order 2 "
+            "half-way along the update, of order 1 before it.",
+        ),
         (
             "predicted_{}",
             pa.float32(),
-            "Predicted decrease of val_loss by the whole update: minus the inner product of the "
-            "validation gradient (of order 2: half-way along the update; of order 1: before it) "
-            "with the update.",
+            "Predicted decrease of the mean loss of some validation rows by the whole update: "
+            "minus the inner product of their gradient (of order 2: half-way along the update; of "
+            "order 1: before it) with the update. The rows are one of four groups of the step's "
+            "validation rows, or of two where four would not be equal: that with the largest "
+            "prediction.",
         ),
-        ("actual_{}", pa.float32(), "What val_loss of the same rows did decrease by."),
+        (
+            "actual_{}",
+            pa.float32(),
+            "What the mean loss of the same rows decreased by from before the update to after it.",
+        ),
         (
             "conservation_error_{}",
             pa.float32(),
@@ -107,7 +119,8 @@ _FIELDS = {
             "correlation_{}",
             pa.float32(),
             "Pearson correlation, over the rows of the step, of the scores with plain inner "
-            "products of the rows' gradients and the same validation gradient.",
+            "products of the rows' gradients and the same validation gradient; null where the step "
+            "was not audited.",
         ),
     ],
     "kinds": [

@@ -14,6 +14,7 @@ from ghostjax._aggregate import aggregate
 from ghostjax._norms import squared_norms
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
+GROUPS = 2  # of a part's rows
 
 
 def mean_and_losses(row_losses: Callable[[Any, Any], jax.Array]):
@@ -74,24 +75,45 @@ def silent_micro_steps() -> Iterator[None]:
         yield
 
 
+def in_groups(val_rows: Any) -> Any:
+    """Validation rows [K, PARTS, n, ...] as groups of a set, [K, groups, rows of a group, ...].
+
+    What an update does to the loss is measured for one group of each set.
+    """
+
+    def split(leaf):
+        sets, parts, count, *shape = leaf.shape
+        groups = parts * (GROUPS if count % GROUPS == 0 else 1)
+        return leaf.reshape(sets, groups, -1, *shape)
+
+    return jax.tree.map(split, val_rows)
+
+
 class Directed(NamedTuple):
     """An update, and what its rows' gradients are multiplied with; K validation sets.
 
     Attributes:
       updates, opt_state: what the optimizer makes of the gradient.
-      directions: trees like the parameters, [K * PARTS + K] of each: those of the parts of the
-        validation sets, through the optimizer; then the sets' own validation gradients.
-      predicted: [K], the decreases of the validation losses that the update is predicted to cause.
+      directions: trees like the parameters, [K * PARTS]: the gradients of the parts of the
+        validation sets, through the optimizer.
+      val_grads: these gradients themselves, [K * PARTS].
+      val_loss: [K], where the gradients are taken.
+      group: [K], the group of each set of which the update is predicted to change the loss most.
+      predicted: [K], the decrease of that group's loss that is predicted.
+      before: [K, rows of a group], that group's losses before the update, of order 1; else None, as
+        they take a pass of their own.
       undefined: as ``directions.count_undefined``.
-      val_losses: [K, V] before the update, of order 1; else None, as they take a pass of their own.
     """
 
     updates: Any
     opt_state: Any
     directions: Any
+    val_grads: Any
+    val_loss: jax.Array
+    group: jax.Array
     predicted: jax.Array
+    before: jax.Array | None
     undefined: jax.Array
-    val_losses: jax.Array | None
 
 
 def make_directed(
@@ -107,30 +129,38 @@ def make_directed(
     loss_fn = mean_and_losses(row_losses)
 
     def directed(params, opt_state, grads, val_rows):
-        sets = jax.tree.leaves(val_rows)[0].shape[0]
-        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
+        val_rows = in_groups(val_rows)
+        sets, groups = jax.tree.leaves(val_rows)[0].shape[:2]
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
 
-        def of_part(rows):
+        def of_group(rows):
             if order == 1:
-                (_, losses), part = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
-                return part, losses
-            mean_loss = mean_of(row_losses)
-            return directions.midpoint(mean_loss, params, updates, rows), None
+                return jax.grad(loss_fn, has_aux=True)(params, rows)
+            return directions.midpoint(loss_fn, params, updates, rows, has_aux=True)
 
-        part_grads, losses = jax.lax.map(of_part, parts)
-        val_grads = jax.tree.map(
-            lambda leaf: leaf.reshape(sets, PARTS, *leaf.shape[1:]).mean(1), part_grads
-        )
+        def of_parts(leaf):
+            leaf = leaf.reshape(sets * PARTS, -1, *leaf.shape[1:])
+            # XLA's reduction along so short an axis takes several times as long as a sum.
+            return sum(leaf[:, n] for n in range(leaf.shape[1])) / leaf.shape[1]
+
+        each = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
+        by_group, losses = jax.lax.map(of_group, each)
+        predicted = jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))(by_group, updates)
+        predicted, losses = predicted.reshape(sets, groups), losses.reshape(sets, groups, -1)
+        of_set, group = jnp.arange(sets), jnp.argmax(jnp.abs(predicted), axis=1)
+        val_grads = jax.tree.map(of_parts, by_group)
         with silent_micro_steps():
-            by_part = directions.through_optimizer(optimizer, opt_state, params, grads, part_grads)
+            by_part = directions.through_optimizer(optimizer, opt_state, params, grads, val_grads)
         return Directed(
             updates,
             new_opt_state,
-            jax.tree.map(lambda *leaves: jnp.concatenate(leaves), by_part, val_grads),
-            jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))(val_grads, updates),
+            by_part,
+            val_grads,
+            losses.mean((1, 2)),
+            group,
+            predicted[of_set, group],
+            losses[of_set, group] if order == 1 else None,
             directions.count_undefined(optimizer, opt_state, params, grads),
-            None if losses is None else losses.reshape(sets, -1),
         )
 
     return directed

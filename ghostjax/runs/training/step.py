@@ -1,8 +1,8 @@
 """One update, the scores of its rows, and how good they are.
 
 A step is a handful of jitted functions, called one after another: they compile faster than they
-would as one, the validation losses before and after the update are one of them called twice, and
-the audit is compiled only where one is due.
+would as one, validation losses before and after the update are one of them called twice, and the
+audit is compiled only where one is due.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from ghostjax._late import value_and_dots_fn
 from ghostjax.runs.training.gradients import (
     PARTS,
     gradient_in_parts,
+    in_groups,
     in_parts,
     make_directed,
     mean_and_losses,
@@ -37,13 +38,16 @@ class TrainState:
     opt_state: Any
 
 
+AUDITED_ONLY = ("audit_error", "correlation")  # NaN at the other steps
+
+
 class StepRecord(NamedTuple):
     """What a step adds to the tables of the log: their columns by name, as ``schema`` describes
     them; K validation sets, G kinds of layers.
 
     Attributes:
       scores: arrays over the rows, [B], or [K, B] where a column is there per validation set.
-      steps: scalars, or [K]; ``audit_error`` is NaN without an audit.
+      steps: scalars, or [K]; ``AUDITED_ONLY`` are NaN without an audit.
       kinds: the score of each kind of layer, [K, G].
     """
 
@@ -76,6 +80,11 @@ def make_step(
     the scores are made of when it is known. With ``remat`` or several parts a second pass is made
     instead: factors kept of all layers and rows would need the memory that is to be saved.
 
+    What the update did to the validation loss is measured at every step, for the group of each
+    validation set (``in_groups``) of which most is predicted: a row that predicts far too much is
+    there, and all rows would cost four times as much. Plain inner products, for ``correlation``,
+    take directions of their own, so they are there at audits alone.
+
     ``train_rows`` are [B, ...], ``val_rows`` [K, PARTS, V / PARTS, ...]; ``audited`` are the rows
     to be redone by plain autodiff, [n], for all validation sets.
     """
@@ -83,34 +92,48 @@ def make_step(
     directed = jax.jit(make_directed(row_losses, optimizer, order), donate_argnums=1)
     score = jax.jit(_make_score(row_losses, kinds, microbatches))
     audit = jax.jit(_make_audit(row_losses))
+    correlation = jax.jit(fidelity.correlation)
     apply = jax.jit(optax.apply_updates, donate_argnums=0)
 
     @jax.jit
-    def val_losses(params, val_rows):
-        sets = jax.tree.leaves(val_rows)[0].shape[0]
-        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), val_rows)
+    def group_losses(params, val_rows, group):
+        sets = len(group)
+        rows = jax.tree.map(lambda leaf: leaf[jnp.arange(sets), group], in_groups(val_rows))
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
         return row_losses(params, rows).reshape(sets, -1)
 
     @jax.jit
     def decrease(before, after):
-        return {"val_loss": before.mean(1), "actual": (before - after).mean(1)}
+        return (before - after).mean(1)
 
     def step(state, train_rows, val_rows, audited=None):
         params = state.params
+        train_rows, val_rows = jax.device_put((train_rows, val_rows))
         losses, grads, late = differentiate(params, train_rows)
         found = directed(params, state.opt_state, grads, val_rows)
-        before = found.val_losses
+        if audited is None:
+            found = found._replace(val_grads=None)  # gives their memory back
+        before = found.before
         if before is None:
-            before = val_losses(params, val_rows)
+            before = group_losses(params, val_rows, found.group)
         record, dots = score(params, train_rows, losses, grads, late, found.directions)
-        audit_error = np.full(before.shape[0], np.nan, np.float32)
+        audited_only = dict.fromkeys(AUDITED_ONLY, np.full(len(before), np.nan, np.float32))
         if audited is not None:
-            audit_error = audit(params, train_rows, audited, found.directions, *dots)
+            plain, _ = score(params, train_rows, losses, grads, late, found.val_grads)
+            scores = record.scores["score"], plain.scores["score"]
+            audited_only = {
+                "audit_error": audit(params, train_rows, audited, found.directions, *dots),
+                "correlation": correlation(*scores),
+            }
         del late  # it refers to the parameters, whose buffers are given up
         params = apply(params, found.updates)
-        measured = decrease(before, val_losses(params, val_rows))
-        measured |= {"predicted": found.predicted, "undefined": found.undefined}
-        record = record._replace(steps={**record.steps, **measured, "audit_error": audit_error})
+        measured = {
+            "val_loss": found.val_loss,
+            "predicted": found.predicted,
+            "actual": decrease(before, group_losses(params, val_rows, found.group)),
+            "undefined": found.undefined,
+        }
+        record = record._replace(steps=record.steps | measured | audited_only)
         return TrainState(params, found.opt_state), record
 
     return step
@@ -150,7 +173,8 @@ def _differentiate(row_losses, microbatches: int, remat: bool):
 
 def _make_score(row_losses, kinds: Sequence[int], microbatches: int):
     """``(params, rows, losses, grads, late, directions)`` to a ``StepRecord`` of all that needs the
-    dots, and for an audit the dots [K * PARTS, B] and their parts of no row [K * PARTS].
+    dots with [K * PARTS] directions, and for an audit the dots [K * PARTS, B] and their parts of no
+    row [K * PARTS].
     """
 
     def dots(params, rows, losses, grads, late, direction):
@@ -170,28 +194,22 @@ def _make_score(row_losses, kinds: Sequence[int], microbatches: int):
     def score(params, train_rows, losses, grads, late, direction):
         result = dots(params, train_rows, losses, grads, late, direction)
         rows = losses.shape[0]
-        sets = jax.tree.leaves(direction)[0].shape[0] // (PARTS + 1)
         total = result.total()
-        parts, plain = jnp.split(total / rows, [sets * PARTS])
-        parts = parts.reshape(sets, PARTS, rows)
-        own = parts.mean(1)
+        parts = total.reshape(-1, PARTS, rows) / rows
         errors = jnp.stack(jax.tree.leaves(conservation_error(result, direction)))
-        by_part = errors.max(0)[: sets * PARTS].reshape(sets, PARTS)
         record = StepRecord(
             scores={
                 "loss": losses,
-                "score": own,
+                "score": parts.mean(1),
                 "error": jax.vmap(fidelity.standard_error)(parts),
             },
             steps={
                 "loss": jnp.mean(losses),
-                "correlation": fidelity.correlation(own, plain),
-                "conservation_error": by_part.max(1),
+                "conservation_error": errors.max(0).reshape(-1, PARTS).max(1),
             },
-            kinds=_by_kind(result.dots, kinds, own),
+            kinds=_by_kind(result.dots, kinds, parts.mean(1)),
         )
-        shared = sum(jax.tree.leaves(result.shared))
-        return record, (total[: sets * PARTS], shared[: sets * PARTS])
+        return record, (total, sum(jax.tree.leaves(result.shared)))
 
     return score
 
@@ -212,8 +230,7 @@ def _make_audit(row_losses):
                 row_weights=jnp.ones(dots.shape),
             )
 
-        by_part = jax.tree.map(lambda leaf: leaf[: len(dots)], direction)
-        return jax.vmap(of_part)(by_part, dots, shared).reshape(-1, PARTS).max(1)
+        return jax.vmap(of_part)(direction, dots, shared).reshape(-1, PARTS).max(1)
 
     return audit
 
@@ -221,7 +238,7 @@ def _make_audit(row_losses):
 def _by_kind(dots: Any, kinds: Sequence[int], scores: jax.Array) -> jax.Array:
     """[K, G]: what each kind of layer has in the size of the rows' scores [K, B]."""
     sets, rows = scores.shape
-    leaves = jnp.stack([leaf[: sets * PARTS] for leaf in jax.tree.leaves(dots)]) / rows
+    leaves = jnp.stack(jax.tree.leaves(dots)) / rows
     groups = np.zeros((max(kinds) + 1, len(kinds)), np.float32)
     groups[list(kinds), range(len(kinds))] = 1
     by_kind = jnp.einsum("gp,pkb->gkb", groups, leaves).reshape(-1, sets, PARTS, rows).mean(2)

@@ -228,8 +228,11 @@ def test_some_steps_are_scored(micro_config, micro_run, tmp_path, monkeypatch):
         assert np.isfinite(by_step).all(1).tolist() == [False, True] * 3
         assert np.isnan(by_step).all(1).tolist() == [True, False] * 3
     assert micro_run.scores["norm"].null_count == STEPS * BATCH_SIZE
-    for column in ("val_loss", "predicted", "actual", "correlation", "conservation_error"):
+    for column in ("val_loss", "predicted", "actual", "conservation_error"):
         assert done.steps[f"{column}_held"].null_count == 3
+    for column in ("audit_error", "correlation"):  # at every other one that was scored
+        is_there = np.isfinite(done.numbers("steps", f"{column}_held"))
+        assert is_there.tolist() == [False, True, False, False, False, True]
     assert sorted(set(done.kinds["step"].to_pylist())) == [1, 3, 5]
     visits, values, _, _ = sum_visits(done)
     assert visits.sum() == 3 * BATCH_SIZE
