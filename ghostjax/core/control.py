@@ -121,7 +121,7 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
                 else v
                 for v, shape in zip(carry, shapes[num_consts:])
             ]
-        outputs = inner.run(params["jaxpr"], [*consts, *carry, *sliced])
+        outputs = inner.one_round(params["jaxpr"], [*consts, *carry, *sliced])
         after = outputs[:num_carry]
         if step is not None:
             after = [dataclasses.replace(v, where=Where(v.where.rows)) for v in after]

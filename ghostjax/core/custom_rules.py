@@ -249,14 +249,18 @@ def _split(eqn, program, places, path, num_rows):
     try:
         return split_at_sums(program, places, num_rows)
     except NotLinearError as error:
-        raise RowAxisError(
-            f"{_function(eqn)}: what its backward rule gives parameter {path} must be a sum over "
-            f"rows, or linear in such sums. Found {_found(error)}, which is not, so that no row "
-            "has a part of its own. Write the loss for one row and pass per_example=True, which "
-            "takes any rule, or change the rule."
-        ) from None
+        raise not_a_sum(eqn, path, error) from None
     except RowAxisError as error:
-        raise _in_rule(eqn, "backward", error) from None
+        raise in_rule(eqn, "backward", error) from None
+
+
+def not_a_sum(eqn: Any, path: str, error: NotLinearError) -> RowAxisError:
+    return RowAxisError(
+        f"{_function(eqn)}: what its backward rule gives parameter {path} must be a sum over "
+        f"rows, or linear in such sums. Found {_found(error)}, which is not, so that no row "
+        "has a part of its own. Write the loss for one row and pass per_example=True, which "
+        "takes any rule, or change the rule."
+    )
 
 
 def _found(error: NotLinearError) -> str:
@@ -280,7 +284,7 @@ def _check_linear(eqn, program, cotangents, path):
         ) from None
 
 
-def _in_rule(eqn, which: str, error: RowAxisError) -> RowAxisError:
+def in_rule(eqn, which: str, error: RowAxisError) -> RowAxisError:
     return RowAxisError(f"in the {which} rule of {_function(eqn)}: {error}")
 
 
@@ -322,7 +326,7 @@ def _check_rule(eqn, which, program, infos, active, moving, expected, num_rows) 
         for _ in follow(program.steps, places, num_rows):
             pass
     except RowAxisError as error:
-        raise _in_rule(eqn, which, error) from None
+        raise in_rule(eqn, which, error) from None
     for atom, wanted in zip(program.outputs, expected, strict=True):
         found = places.infos.get(atom) if _is_number(atom) and atom in places.moving else None
         if found is not None and found != wanted:
@@ -330,7 +334,7 @@ def _check_rule(eqn, which, program, infos, active, moving, expected, num_rows) 
                 f"rows mixed ({found.reason})" if isinstance(found, Mixed) else f"them at {found}"
             )
             kind = "cotangent of an operand" if which == "backward" else "tangent of an output"
-            raise _in_rule(
+            raise in_rule(
                 eqn,
                 which,
                 RowAxisError(

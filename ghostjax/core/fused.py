@@ -15,12 +15,13 @@ from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import cells_of, labels_of, localized
-from ghostjax.core.linear import is_real_or_complex
-from ghostjax.core.meeting import Cells, Meeting
+from ghostjax.core.linear import NotLinearError, is_real_or_complex
+from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.mixing import several_axes, without_position
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import SUMMING
 from ghostjax.core.values import Value
+from ghostjax.core.walked_rules import WalkedRule
 
 
 def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Meeting | None:
@@ -34,7 +35,7 @@ def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Me
     if not apart:
         return None
     try:
-        meeting = _meeting(walk, eqn, operands, outputs, apart)
+        meeting = _split_or_walked(walk, eqn, operands, outputs, apart)
     except RowAxisError as error:
         if not walk.shares:
             raise
@@ -44,6 +45,20 @@ def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Me
         ) from None
     meeting.in_rows.update(dict.fromkeys(meeting.moving, True))
     return meeting
+
+
+def _split_or_walked(walk, eqn, operands, outputs, apart) -> Meeting:
+    try:
+        return _meeting(walk, eqn, operands, outputs, apart)
+    except RowAxisError as error:
+        has_rows = any(is_inexact(output) and output.shape for output in outputs)
+        if has_rows or not walk.takes_shared:
+            raise
+        try:
+            return WalkedRule(walk, eqn, operands, outputs)
+        except NotLinearError:  # nothing in it is a sum over rows
+            pass
+        raise error
 
 
 def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
+from ghostjax._jaxprs import inner_jaxprs, is_var, live_equations, scan_counts
 
 
 class Kind(enum.Enum):
@@ -59,6 +59,7 @@ def kinds_after(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
     name = eqn.primitive.name
     if Kind.LINEAR not in kinds:
         zero = name in _KEEPS_ZERO and set(kinds[_TOGETHER[name]]) == {Kind.ZERO}
+        zero = zero or (name in _PRODUCTS and Kind.ZERO in kinds)
         return [Kind.ZERO if zero else Kind.FIXED] * len(eqn.outvars)
     if name == "optimization_barrier":
         return list(kinds)
@@ -86,6 +87,12 @@ def kinds_after(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
     if not is_linear or not all(is_real_or_complex(var) for var in eqn.outvars):
         raise NotLinearError(eqn)
     return [Kind.LINEAR] * len(eqn.outvars)
+
+
+def kinds_of_outputs(jaxpr: core.Jaxpr, kinds: Sequence[Kind], count: int) -> list[Kind]:
+    """The kinds of a jaxpr's first outputs, by those of its inputs."""
+    needed, _ = live_equations(jaxpr, [k < count for k in range(len(jaxpr.outvars))])
+    return _jaxpr(jaxpr.replace(eqns=needed, outvars=jaxpr.outvars[:count]), kinds)
 
 
 def kind_of_literal(value: Any) -> Kind:

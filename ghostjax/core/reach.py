@@ -18,6 +18,9 @@ from ghostjax.core.inside import is_container, is_number
 
 _CALLS = frozenset(["closed_call", "core_call", "jit", "pjit", "remat2", "checkpoint"])
 
+# Of a function with a backward rule, what the rule keeps may be no part of its outputs.
+_MARKED = _CALLS | {"scan", "cond", "custom_vjp_call"}
+
 
 def marked_where_unused(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> core.Jaxpr:
     """The jaxpr with what the ``wanted`` outputs do not need marked, in calls and loops too."""
@@ -50,7 +53,7 @@ def _mark() -> Any:
 
 
 def _marked_inside(eqn: Any, flags: list[bool]) -> Any:
-    if eqn.primitive.name not in _CALLS | {"scan", "cond"} or not is_container(eqn):
+    if eqn.primitive.name not in _MARKED or not is_container(eqn):
         return eqn
     if eqn.primitive.name == "scan":
         flags = _of_scan(eqn, flags)[0]
@@ -92,7 +95,8 @@ def _reaching(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> tuple[list[list[bool
     return found[::-1], live
 
 
-def _inputs(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> list[bool]:
+def inputs_of(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs the gradient of a wanted output flows back to."""
     live = _reaching(jaxpr, wanted)[1]
     return [var in live for var in jaxpr.invars]
 
@@ -107,11 +111,11 @@ def _operands(eqn: Any, flags: list[bool]) -> list[bool]:
     if name == "scan":
         return _of_scan(eqn, flags)[1]
     if name == "cond":
-        found = [_inputs(jaxpr, flags) for jaxpr, _ in inner_jaxprs(eqn)]
+        found = [inputs_of(jaxpr, flags) for jaxpr, _ in inner_jaxprs(eqn)]
         return [True, *map(any, zip(*found))]
     if name in _CALLS:
         ((jaxpr, _),) = inner_jaxprs(eqn)
-        return _inputs(jaxpr, flags)
+        return inputs_of(jaxpr, flags)
     return every
 
 
@@ -122,7 +126,7 @@ def _of_scan(eqn: Any, flags: list[bool]) -> tuple[list[bool], list[bool]]:
     carry = flags[:count]
     while True:
         wanted = [*carry, *flags[count:]]
-        used = _inputs(body, wanted)
+        used = inputs_of(body, wanted)
         joined = [a or b for a, b in zip(carry, used[consts : consts + count])]
         if joined == carry:
             return wanted, [*used[:consts], *carry, *used[consts + count :]]

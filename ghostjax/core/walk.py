@@ -132,6 +132,10 @@ class Walk(Tracking):
         """The values of a jaxpr's outputs."""
         return self.open(closed.jaxpr, [Value(const) for const in closed.consts], operands)
 
+    def one_round(self, body: core.ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
+        """The same of a loop's body."""
+        return self.run(body, operands)
+
     def open(self, jaxpr: core.Jaxpr, consts: Sequence[Value], operands: Sequence[Value]):
         variables = [*jaxpr.constvars, *jaxpr.invars]
         env = dict(zip(variables, [*consts, *operands], strict=True))

@@ -33,6 +33,8 @@ SPARSE = {
     "megablox": False,  # ragged_dot: megablox is for TPUs
     "load_balance_loss_weight": 0.0,  # that loss couples rows: no row has a gradient of its own
 }
+# The loss in two tiles of the batch's positions, each of a row and a half; the head is tied.
+TILED = {"num_vocab_tiling": 2, "logits_via_embedding": True, "z_loss_multiplier": 1e-2}
 EXACT = {
     "dtype": "float32",
     "weight_dtype": "float32",
@@ -84,7 +86,7 @@ def apart(batch, labels):
         yield kept
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "tiled"])
 def test_maxtext(kind):
     package("maxtext")
     package("pathwaysutils")
@@ -96,7 +98,7 @@ def test_maxtext(kind):
     from maxtext.utils import maxtext_utils, model_creation_utils
 
     base = os.path.join(os.path.dirname(pyconfig.__file__), "base.yml")
-    options = DENSE | EXACT | QUIET | (SPARSE if kind == "sparse" else {})
+    options = DENSE | EXACT | QUIET | {"sparse": SPARSE, "tiled": TILED}.get(kind, {})
     config = pyconfig.initialize(["", base], **options)
     mesh = maxtext_utils.get_mesh_from_config(config)
     model = model_creation_utils.from_config(config, mesh=mesh, rngs=nnx.Rngs(0))
