@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ghostjax.core.channel import set_aside
 from ghostjax.core.directed import through_channel
-from ghostjax.core.meeting import Meeting, one_per_row
+from ghostjax.core.meeting import Meeting, one_per_row, where_taken
 from ghostjax.core.types import on_this_mesh, typed_as, varying_as, zeros_of
 from ghostjax.core.walk import Walk
 
@@ -103,11 +103,7 @@ def sums_of_left(meeting: Meeting, route, stacked: bool, kept, cotangents, vecto
     if meeting.keeps_row_gradients:
         return meeting.sums_of_rows(*cotangents, vectors, stacked)
     sums = meeting.sums(kept, vectors, cotangents, stacked, route)
-    if not meeting.in_branch:
-        return sums
-    # Where the branch is not taken, operands are zeros too, by which there may be a division.
-    is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
-    return jax.tree.map(lambda leaf: jnp.where(is_taken, leaf, jnp.zeros_like(leaf)), sums)
+    return where_taken(sums, cotangents) if meeting.in_branch else sums
 
 
 def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:

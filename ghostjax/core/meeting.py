@@ -257,6 +257,13 @@ class SummedCells:
         return zeros.at[numbers].add(jnp.sum(product, axis=others).ravel())
 
 
+def where_taken(found: Any, cotangents: Sequence[Any]) -> Any:
+    """Zeros where a branch is not taken: operands are zeros there too, by which there may be a
+    division."""
+    is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
+    return jax.tree.map(lambda leaf: jnp.where(is_taken, leaf, jnp.zeros_like(leaf)), found)
+
+
 def is_inexact(output: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
 

@@ -19,7 +19,7 @@ from ghostjax.core.channel import set_aside
 from ghostjax.core.convolutions import conv_squares, is_unfolded
 from ghostjax.core.directed import Directed, through_channel
 from ghostjax.core.gram import gram_squares, squares_cost_less
-from ghostjax.core.meeting import one_per_row, wide_dtype
+from ghostjax.core.meeting import one_per_row, where_taken, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
 from ghostjax.core.row_parts import Part, has_split_rows
 from ghostjax.core.types import cotangent_as
@@ -86,11 +86,7 @@ class RowMeeting:
         return self.by_parameter(self._where_taken(found, cotangents))
 
     def _where_taken(self, found: dict[int, Any], cotangents) -> dict[int, Any]:
-        if not self.in_branch:
-            return found
-        # Where the branch is not taken, operands are zeros too.
-        is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
-        return {k: jnp.where(is_taken, own, jnp.zeros_like(own)) for k, own in found.items()}
+        return where_taken(found, cotangents) if self.in_branch else found
 
     def by_parameter(self, gradients: dict[int, Any]) -> dict[int, list[Any]]:
         return {path: [gradients[k] for k in own] for path, own in self.moving.items()}

@@ -22,14 +22,16 @@ from jax.extend import core
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind
 from ghostjax.core.custom_rules import in_rule, not_a_sum
+from ghostjax.core.examples import Regrouped
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex, kinds_of_outputs
-from ghostjax.core.meeting import Meeting, Route, wide_dtype
+from ghostjax.core.meeting import Cells, Meeting, Route, weighted, where_taken, wide_dtype
 from ghostjax.core.mixing import WAY_OUT
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.program import is_literal, run
 from ghostjax.core.reach import inputs_of
 from ghostjax.core.rule_walk import RuleWalk
 from ghostjax.core.rules import pullback
+from ghostjax.core.squares import square
 from ghostjax.core.tracks import merged, numbers
 from ghostjax.core.values import Value
 
@@ -42,6 +44,7 @@ class WalkedRule(Meeting):
     """
 
     in_branch = False
+    use = None
     _every = False
 
     def __init__(self, walk: Any, eqn: Any, operands: Sequence[Value], outputs: Sequence[Any]):
@@ -244,3 +247,40 @@ class WalkedRule(Meeting):
         _, pull = jax.vjp(outputs_of, taps, shared)
         taps, shared = (jax.vmap(pull) if stacked else pull)(vectors)
         return {path: (taps[path], shared[path]) for path in vectors}
+
+    def weighted(self, weights, kept, cotangents) -> dict[int, Any]:
+        """By position, the gradient of the moving operands by all examples times their weights."""
+        walk = self._walk(kept)
+        walk.weigh = functools.partial(_weighed, weights)
+        outputs = self._walked(walk, kept, cotangents)
+        found = {k: outputs[k].primal.astype(self._avals[k].dtype) for k in self._moving}
+        return where_taken(found, cotangents) if self.in_branch else found
+
+    def gradient(self, example, kept, cotangents) -> dict[int, list[Any]]:
+        """By parameter, that of one example, or of all times the weights ``example``."""
+        weights = example if jnp.ndim(example) else jnp.arange(self.count) == example
+        found = self.weighted(weights, kept, cotangents)
+        return {path: [found[k] for k in own] for path, own in self.moving.items()}
+
+    def squares(self, kept, cotangents) -> dict[int, Any]:
+        """By parameter, squared norms; one example after another."""
+
+        def of_example(number):
+            found = self.gradient(number, kept, cotangents)
+            return {path: sum(map(square, own)) for path, own in found.items()}
+
+        return jax.lax.map(of_example, jnp.arange(self.count))
+
+
+def _weighed(weights, key, meeting, operands) -> list[Any]:
+    """A value whose examples are multiplied with their weights."""
+    del key
+    array = operands[0].primal
+    if not isinstance(meeting, Regrouped):
+        return [weighted(array, meeting.rows[0], meeting.num_rows, weights)]
+    _, ids = meeting.keep(operands)
+    is_own = (ids >= 0) & (ids < meeting.count)
+    places = weights[jnp.clip(ids, 0, meeting.count - 1)]
+    places = jnp.where(is_own, places, jnp.zeros_like(places))
+    cells = Cells(tuple(axis for axis, size in enumerate(ids.shape) if size > 1))
+    return [weighted(array, cells, None, places)]
