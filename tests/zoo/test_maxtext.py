@@ -33,8 +33,8 @@ SPARSE = {
     "megablox": False,  # ragged_dot: megablox is for TPUs
     "load_balance_loss_weight": 0.0,  # that loss couples rows: no row has a gradient of its own
 }
-# The loss in two tiles of the batch's positions, each of a row and a half; the head is tied.
-TILED = {"num_vocab_tiling": 2, "logits_via_embedding": True, "z_loss_multiplier": 1e-2}
+# The loss in two tiles of the batch's positions, each of a row and a half.
+TILED = {"num_vocab_tiling": 2, "z_loss_multiplier": 1e-2}
 EXACT = {
     "dtype": "float32",
     "weight_dtype": "float32",
