@@ -37,14 +37,15 @@ class RuleWalk(Directed):
     rows again.
 
     Args:
-      walk: that of the loss.
       paths: the parameters of the function.
       place: the function, for messages.
-      weigh: ``weigh(key, meeting, operands)`` gives the weighted values of a meeting of values
-        with their weights; None to leave the meeting to the taps.
-      owners: by key, the parameter to which what is weighted there contributes.
       every: whether rows without gradient are weighted where they are summed, too.
-      others: as for ``Directed``.
+      names, num_rows, labels: as for ``Directed``.
+
+    Attributes:
+      weigh: ``weigh(key, meeting, operands)`` gives the first operand weighted, where the second is
+        its weight; None to leave that to the taps.
+      owners: by key, the parameter to which what is weighted there contributes.
     """
 
     takes_sums = False
