@@ -207,3 +207,48 @@ def test_rows_that_do_not_come_back_are_a_conflict_or_an_error():
     loss_fn = loss_of(added, reduced=True, check_vma=True)
     result = jax.jit(lambda p, x: value_grad_and_dots(loss_fn)(p, x, direction=p))(PARAMS, X)
     assert int(result.conflicts) > 0
+
+
+def rowwise_loss(rule):
+    """A fused loss; ``rule`` does something to the gradient of its parameter."""
+
+    @jax.custom_vjp
+    def fused(h, w):
+        return jnp.sum(jnp.square(h @ w))
+
+    def backward(kept, c):
+        h, w = kept
+        d = 2 * (h @ w) * c
+        return d @ w.T, rule(jnp.einsum("btd,bte->de", h, d))
+
+    fused.defvjp(lambda h, w: (fused(h, w), (h, w)), backward)
+
+    def inside(p, x):
+        h = jax.lax.ppermute(jnp.tanh(x @ p["in"]), "data", AHEAD)
+        w = p["in"] if rule is over_devices else jax.lax.pcast(p["in"], "data", to="varying")
+        return jax.lax.psum(fused(h, w), "data") / (4 * T)
+
+    run = jax.shard_map(inside, mesh=MESH, in_specs=(SPECS, P("data")), out_specs=P())
+    return lambda p, x: run(p, x)
+
+
+def over_devices(gradient):
+    return jax.lax.psum(gradient, "data")
+
+
+def test_a_rule_that_adds_up_over_devices_of_one_row_each():
+    """Its dots were those of all rows, without a word; the way out that the error names works."""
+    few, direction = X[:4], direction_like(PARAMS)
+    with pytest.raises(ValueError, match=r"which have one row each.*jax\.lax\.pcast"):
+        jax.eval_shape(
+            value_grad_and_dots(rowwise_loss(over_devices)), PARAMS, few, direction=direction
+        )
+    fn = value_grad_and_dots(rowwise_loss(lambda gradient: gradient))
+    result = jax.jit(lambda p, x: fn(p, x, direction=direction))(PARAMS, few)
+    expected = expected_dots(
+        lambda p, x: jnp.mean(jnp.sum(jnp.square(jnp.tanh(x @ p["in"]) @ p["in"]), 2), 1),
+        PARAMS,
+        few,
+        direction,
+    )
+    testing.assert_dots_close(result.dots, expected)
