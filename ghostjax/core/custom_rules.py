@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
-from ghostjax.core.devices import as_many, is_single
+from ghostjax.core.devices import as_many, crosses, is_single
 from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
 from ghostjax.core.lookups import as_run
@@ -73,6 +73,8 @@ class RuleMeeting(Meeting):
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
             self._split = _split(eqn, program, places, paths, self.num_rows)
+        if self._split is None:
+            _check_alone(eqn, program, paths, self.num_rows)
 
     def take_consts(self):
         consts = list(self._consts.values())
@@ -214,6 +216,19 @@ def _check_shared_outputs(eqn: Any, program: Program, are_data: Sequence[bool]) 
             "backward rule brings together with rows. JAX does not differentiate that right under "
             "jax.vmap. With per_example=True, compute that output outside of the function."
         )
+
+
+def _check_alone(eqn: Any, program: Program, paths: str, num_rows: int | None) -> None:
+    """Where a device has one row, a sum over devices is one over rows, which cannot be split."""
+    for step in program.steps:
+        if crosses(step.eqn, num_rows):
+            raise RowAxisError(
+                f"{_function(eqn)}: in what its backward rule gives parameter {paths}, "
+                f"{step.eqn.primitive.name} goes over the devices that rows are on, which have "
+                "one row each. Leave that to jax.shard_map, which adds up the gradient of what all "
+                "devices have alike (with check_vma=True make the parameter varying before the "
+                "function, by jax.lax.pcast)."
+            )
 
 
 def _function(eqn: Any) -> str:

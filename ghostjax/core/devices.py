@@ -39,8 +39,8 @@ def split_axes(num_rows: int | None) -> tuple[str, ...]:
 
 
 def as_many(count: int, num_rows: int | None) -> int:
-    """``count`` places of rows, which lie on the devices where the rows do."""
-    axes = split_axes(num_rows)
+    """``count`` places of rows, which lie on the devices where the rows do, sent or not."""
+    axes = split_axes(num_rows) or getattr(num_rows, "sent", ())
     return LocalRows(count, axes) if axes else count
 
 

@@ -4,6 +4,7 @@ Elsewhere every device numbers its own rows. Here numbers are those of all devic
 start, and are sent along with what they number.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,11 @@ def has_exchange(
 def sends(eqn: Any, num_rows: int | None) -> bool:
     """Whether it goes over the devices that rows are sent to, so that their numbers differ."""
     return eqn.primitive.name in _SENT and goes_over(eqn, getattr(num_rows, "sent", ()))
+
+
+def adds_numbers_up(eqn: Any) -> bool:
+    """Whether it adds up one number a device, as losses of rows: the sum has no rows."""
+    return eqn.primitive.name in _SUMS and math.prod(shape_of(eqn.invars[0])) == 1
 
 
 def sent(eqn: Any, ids: Any, conflicts: list[Any]) -> Any:
@@ -121,20 +127,31 @@ def _all_gather(eqn, ids):
 
 def _agreed(eqn, ids, conflicts):
     """The numbers of what devices add up, of which but one may have somebody at a place."""
-    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-    most = lax.pmax(ids, names)
-    least = lax.pmin(jnp.where(ids >= 0, ids, np.iinfo(np.int32).max), names)
-    is_strange = lax.pmin(ids, names) == STRANGER
+    most = _of_devices(eqn, ids, jnp.max, lax.pmax)
+    owners = jnp.where(ids >= 0, ids, np.iinfo(np.int32).max)
+    least = _of_devices(eqn, owners, jnp.min, lax.pmin)
+    is_strange = _of_devices(eqn, ids, jnp.min, lax.pmin) == STRANGER
     conflicts.append(jnp.sum((most >= 0) & ((least != most) | is_strange), dtype=jnp.int32))
     return jnp.where(is_strange & (most < 0), STRANGER, most)
+
+
+def _of_devices(eqn, ids, reduce, over_all):
+    """``reduce`` over the devices that an equation goes over, all along its axes or groups."""
+    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+    groups = eqn.params.get("axis_index_groups")
+    if groups is None:
+        return over_all(ids, names)
+    return reduce(lax.all_gather(ids, names, axis_index_groups=groups), axis=0)
 
 
 def _reduce_scatter(eqn, ids):
     axis, count = eqn.params["scatter_dimension"], eqn.params["axis_size"]
     ids = jnp.asarray(repeated(ids, shape_of(eqn.invars[0]), [axis]))
     part = ids.shape[axis] // count
-    start = part * lax.axis_index(eqn.params["axis_name"])
-    own = lax.dynamic_slice_in_dim(ids, start, part, axis)
+    index, groups = lax.axis_index(eqn.params["axis_name"]), eqn.params["axis_index_groups"]
+    if groups is not None:  # places in the groups, by device
+        index = jnp.asarray(np.argsort(np.ravel(groups)) % count, np.int32)[index]
+    own = lax.dynamic_slice_in_dim(ids, part * index, part, axis)
     return own if eqn.params["tiled"] else own.squeeze(axis)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ghostjax.core.devices import crosses
-from ghostjax.core.exchange import sends, sent
+from ghostjax.core.exchange import adds_numbers_up, sends, sent
 from ghostjax.core.moves import Others, move
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
 from ghostjax.core.places import propagate
@@ -56,6 +56,8 @@ def moved(
     shape = shape_of(eqn.invars[position])
     ids = numbers(track, shape, count)
     if sends(eqn, count):
+        if adds_numbers_up(eqn):
+            return [Track(Mixed("the rows of several devices are added up", is_sum=True))]
         found = [sent(eqn, ids, conflicts)]
     else:
         found = move(eqn, position, ids, operands, others)

@@ -67,6 +67,21 @@ def ring(p, x):
     return jnp.sum(jnp.square(h + x), axis=2)
 
 
+def sent_in_groups(p, x):
+    """Gathered from all devices, and added up in groups of two of them."""
+    h = jax.lax.all_gather(jnp.tanh(x @ p["in"]), "data", axis=0, tiled=True)
+    h = jnp.tanh(h @ p["in"]) / 2
+    groups = [[2, 1], [0, 3]]
+    h = jax.lax.psum_scatter(h, "data", scatter_dimension=0, axis_index_groups=groups, tiled=True)
+    return jnp.sum(jnp.square(jnp.tanh(h @ p["in"])), axis=2)
+
+
+def alone_in_groups(p, x):
+    return jnp.sum(
+        jnp.square(jnp.tanh(jnp.tanh(jnp.tanh(x @ p["in"]) @ p["in"]) @ p["in"])), axis=2
+    )
+
+
 def alone(p, x):
     return jnp.sum(jnp.square(jnp.tanh(jnp.tanh(x @ p["in"]) @ p["in"]) + x), axis=2)
 
@@ -110,6 +125,32 @@ def test_rows_that_go_to_other_devices_and_come_back(name, check_vma):
     testing.assert_dots_close(result.dots, expected)
     assert int(result.conflicts) == 0
     assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_groups_of_devices(check_vma):
+    loss_fn = loss_of(sent_in_groups, reduced=True, check_vma=check_vma)
+    direction = direction_like(PARAMS)
+    result = jax.jit(lambda p, x: value_grad_and_dots(loss_fn)(p, x, direction=direction))(
+        PARAMS, X
+    )
+    expected = expected_dots(
+        lambda p, x: jnp.mean(alone_in_groups(p, x), axis=1), PARAMS, X, direction
+    )
+    testing.assert_dots_close(result.dots, expected)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_one_row_on_every_device(check_vma):
+    """Its loss is a number there, and that of all devices a sum as any other."""
+    loss_fn = loss_of(ring, reduced=True, check_vma=check_vma)
+    direction, few = direction_like(PARAMS), X[:4]
+    result = jax.jit(lambda p, x: value_grad_and_dots(loss_fn)(p, x, direction=direction))(
+        PARAMS, few
+    )
+    expected = expected_dots(lambda p, x: jnp.mean(alone(p, x), axis=1), PARAMS, few, direction)
+    testing.assert_dots_close(result.dots, expected)
+    assert int(result.conflicts) == 0
 
 
 def test_late_directions_and_labels():
@@ -166,3 +207,48 @@ def test_rows_that_do_not_come_back_are_a_conflict_or_an_error():
     loss_fn = loss_of(added, reduced=True, check_vma=True)
     result = jax.jit(lambda p, x: value_grad_and_dots(loss_fn)(p, x, direction=p))(PARAMS, X)
     assert int(result.conflicts) > 0
+
+
+def rowwise_loss(rule):
+    """A fused loss; ``rule`` does something to the gradient of its parameter."""
+
+    @jax.custom_vjp
+    def fused(h, w):
+        return jnp.sum(jnp.square(h @ w))
+
+    def backward(kept, c):
+        h, w = kept
+        d = 2 * (h @ w) * c
+        return d @ w.T, rule(jnp.einsum("btd,bte->de", h, d))
+
+    fused.defvjp(lambda h, w: (fused(h, w), (h, w)), backward)
+
+    def inside(p, x):
+        h = jax.lax.ppermute(jnp.tanh(x @ p["in"]), "data", AHEAD)
+        w = p["in"] if rule is over_devices else jax.lax.pcast(p["in"], "data", to="varying")
+        return jax.lax.psum(fused(h, w), "data") / (4 * T)
+
+    run = jax.shard_map(inside, mesh=MESH, in_specs=(SPECS, P("data")), out_specs=P())
+    return lambda p, x: run(p, x)
+
+
+def over_devices(gradient):
+    return jax.lax.psum(gradient, "data")
+
+
+def test_a_rule_that_adds_up_over_devices_of_one_row_each():
+    """Its dots were those of all rows, without a word; the way out that the error names works."""
+    few, direction = X[:4], direction_like(PARAMS)
+    with pytest.raises(ValueError, match=r"which have one row each.*jax\.lax\.pcast"):
+        jax.eval_shape(
+            value_grad_and_dots(rowwise_loss(over_devices)), PARAMS, few, direction=direction
+        )
+    fn = value_grad_and_dots(rowwise_loss(lambda gradient: gradient))
+    result = jax.jit(lambda p, x: fn(p, x, direction=direction))(PARAMS, few)
+    expected = expected_dots(
+        lambda p, x: jnp.mean(jnp.sum(jnp.square(jnp.tanh(x @ p["in"]) @ p["in"]), 2), 1),
+        PARAMS,
+        few,
+        direction,
+    )
+    testing.assert_dots_close(result.dots, expected)

@@ -1,5 +1,7 @@
 """Losses whose ``custom_vjp`` sums over rows itself, with the head's weights inside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,52 @@ def test_dots_are_those_of_rows(name, coupled):
     testing.assert_dots_close(late, jax.tree.map(lambda rows: np.stack([rows, 2 * rows]), expected))
     plain = jax.jit(jax.grad(lambda p, b: jnp.mean(losses(p, b))))(P, BATCH)
     testing.assert_dots_close(result.grads, plain)
+
+
+@jax.custom_vjp
+def weighted_sum(h, weights, head, y):
+    """Of two operands with gradient."""
+    return jnp.sum(losses_of(h, head, y) * weights)
+
+
+def weighted_rule(kept, c):
+    h, weights, head, y = kept
+    d = (jax.nn.softmax(h @ head) - jax.nn.one_hot(y, V)) * (weights * c)[..., None]
+    to_h, to_head, _ = gradients(h, head, d)
+    return to_h, losses_of(h, head, y) * c, to_head, None
+
+
+weighted_sum.defvjp(lambda *args: (weighted_sum(*args), args), weighted_rule)
+
+
+@pytest.mark.parametrize("is_head_trained", [True, False])
+def test_several_operands_with_gradient(is_head_trained):
+    def head_of(p):
+        return p["head"] if is_head_trained else P["head"]
+
+    def loss_fn(p, batch, order=slice(None)):
+        h = hidden(p, batch)
+        return weighted_sum(h, jnp.sin(h[..., 0])[order], head_of(p), batch["y"]) / B
+
+    def losses(p, batch):
+        h = hidden(p, batch)
+        return jnp.sum(losses_of(h, head_of(p), batch["y"]) * jnp.sin(h[..., 0]), 1)
+
+    direction = direction_like(P)
+
+    @jax.jit
+    def run(p, batch):
+        late = value_and_dots_fn(loss_fn)(p, batch)[2](direction)
+        mixed = functools.partial(loss_fn, order=jnp.argsort(batch["x"][:, 0, 0]))
+        found = [value_grad_and_dots(fn)(p, batch, direction=direction) for fn in (loss_fn, mixed)]
+        return *found, late
+
+    result, mixed, late = run(P, BATCH)
+    expected = expected_dots(losses, P, BATCH, direction)
+    testing.assert_dots_close(result.dots, expected)
+    testing.assert_dots_close(late, expected)
+    assert int(mixed.conflicts) > 0
+    assert bool(jnp.isnan(mixed.total()).all())
 
 
 LABELS = jnp.array([[0, 0, 2], [2, 1, -1], [1, 1, 1], [0, 2, 2]])
