@@ -15,7 +15,7 @@ from ghostjax._task import IN_PYTHON, Task
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
 from ghostjax.runs.commands.unchanged import check_data, check_params, check_programs
-from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.config import CHANGEABLE, TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
@@ -28,6 +28,7 @@ from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
 from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.store.weights import read_weights
+from ghostjax.runs.training import placement as placements
 from ghostjax.runs.training import preflight
 from ghostjax.runs.training.trainer import Step, Trainer, batches
 
@@ -66,9 +67,10 @@ def run(
         files.check_out(config.out)
     config.check()
     use_compilation_cache(config.compilation_cache)
+    placement = placements.make_placement(config)
     task = load_task(config, own, folders)
     _check_optimizer_given(config, task, given)
-    params, trainer, started = _prepare(config, task, resumed)
+    params, trainer, started = _prepare(config, task, resumed, placement)
     if resumed is None:
         files.create_out(config.out)
     elif not config.quiet:
@@ -78,8 +80,8 @@ def run(
     with files.lock(config.out), files.disk_errors(config.out, lambda: _way_out(config)):
         if resumed is None:
             files.write_json(config.out / "run.json", started)
-        elif resumed["options"].get("steps") != config.steps:
-            _change_length(config, resumed)
+        else:
+            _note_changes(config, resumed, placement)
         write_examples(config.out, zip(*task.examples))
         begin = time.perf_counter()
         cost = _train(read_run(config.out), config, task, trainer, params)
@@ -90,7 +92,10 @@ def run(
 
 
 def _prepare(
-    config: TrainConfig, task: LoadedTask, resumed: dict[str, Any] | None
+    config: TrainConfig,
+    task: LoadedTask,
+    resumed: dict[str, Any] | None,
+    placement: placements.Placement,
 ) -> tuple[Any, Trainer, dict[str, Any]]:
     """Initial parameters, trainer and metadata, once all of them are known to be usable.
 
@@ -112,16 +117,19 @@ def _prepare(
             check_params(resumed, fingerprint(params), what, config.out)
     elif resumed is not None and is_own and not is_begun:
         check_params(resumed, fingerprint(params), "what the task's init gives", config.out)
-    trainer = Trainer(config, task, params)
+    placements.check_params(placement, params)
+    trainer = Trainer(config, task, params, placement)
     metadata = _metadata(config, task, trainer, data, fingerprint(params))
+    metadata["devices"] = [{"at": 0, **placement.as_json()}]
+    if not is_begun:
+        params = placement.state(params)
     metadata["data"] = digests
     if is_own:
         batch = next(batches(config, task))
-        state = trainer.init_state(params)
         if resumed is None:
-            preflight.check_losses(task, params, batch)
+            preflight.check_losses(task, params, batch, placement)
             preflight.check_micro_steps(trainer.optimizer, params, config.score_every)
-        metadata["programs"] = preflight.programs(task, state, batch.train_rows)
+        metadata["programs"] = preflight.programs(task, trainer.like(params), batch.train_rows)
         metadata["folder"] = os.getcwd()
         if resumed is not None:
             check_programs(resumed, metadata["programs"], metadata["versions"], config.out)
@@ -163,14 +171,26 @@ def _check_length(done: Run, config: TrainConfig) -> None:
         raise UsageError(f"--steps {config.steps}: the run has made {made} steps already")
 
 
-def _change_length(config: TrainConfig, started: dict[str, Any]) -> None:
-    """Has the run go on to ``config.steps``. Stopped anywhere, it leaves one that can go on."""
-    for name in ("summary.json", "values.parquet"):
-        (config.out / name).unlink(missing_ok=True)
-    change = {"at": checkpoints.latest(config.out) or 0, "from": started["options"].get("steps")}
-    lengths = [*started.get("lengths", []), {**change, "to": config.steps}]
-    options = {**started["options"], "steps": config.steps}
-    files.write_json(config.out / "run.json", {**started, "options": options, "lengths": lengths})
+def _note_changes(
+    config: TrainConfig, started: dict[str, Any], placement: placements.Placement
+) -> None:
+    """Has the run go on to ``config.steps``, on these devices. Stopped anywhere, it leaves one that
+    can go on."""
+    begun, at = started["options"], checkpoints.latest(config.out) or 0
+    value = {
+        **started,
+        "options": {**begun, **{name: getattr(config, name) for name in CHANGEABLE}},
+    }
+    devices = started.get("devices", [])
+    if devices and {**devices[-1], "at": 0} != {**placement.as_json(), "at": 0}:
+        value["devices"] = [*devices, {"at": at, **placement.as_json()}]
+    if begun.get("steps") != config.steps:
+        for name in ("summary.json", "values.parquet"):
+            (config.out / name).unlink(missing_ok=True)
+        change = {"at": at, "from": begun.get("steps"), "to": config.steps}
+        value["lengths"] = [*started.get("lengths", []), change]
+    if value != started:
+        files.write_json(config.out / "run.json", value)
 
 
 def _way_out(config: TrainConfig) -> str:
@@ -220,9 +240,11 @@ def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, 
     """
     out, sets = config.out, list(task.val_sizes)
     start = checkpoints.latest(out) or 0
-    initial = trainer.init_state(params)
     if start:
-        initial = checkpoints.restore(out, start, initial, begun.identity)
+        initial = checkpoints.restore(out, start, trainer.like(params), begun.identity)
+        del params
+    else:
+        initial = trainer.init_state(params)
     # Last, as it drops what the log has beyond the checkpoint.
     writer = LogWriter.resume(out, sets, start)
     console = None if config.quiet else make_console(sys.stderr)
