@@ -25,6 +25,7 @@ FOR_OTHER_DATA = (
 )
 # What a resumed run may have anew: neither changes the steps that were made.
 CHANGEABLE = ("steps", "mesh", "fsdp")
+OF_THE_PROCESS = ("coordinator", "num_processes", "process_id", "distributed")
 
 
 def check_set_name(name: Any, where: str) -> None:
@@ -113,6 +114,11 @@ class TrainConfig:
         the built-in models' matrices over model. None: all devices that there are, along data.
       fsdp: Split parameters and optimizer state over data, too, each along its largest axis that
         can be divided.
+      coordinator: HOST:PORT of the first of several processes that make the run together, one a
+        host; all are given the same options but --process-id.
+      num_processes: How many processes there are.
+      process_id: Which of them this is, from 0.
+      distributed: Several processes, as the cluster says: TPU pods, SLURM, Open MPI, Kubernetes.
       seed: Seed of the initial parameters, the order of the examples and all sampling.
       compilation_cache: Keep compiled programs in the user's cache directory
         (XDG_CACHE_HOME or ~/.cache, ghostjax/compiled), so that the next run starts at once.
@@ -147,6 +153,10 @@ class TrainConfig:
     checkpoint_every: int = 64
     mesh: str | None = None
     fsdp: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    distributed: bool = False
     seed: int = 0
     compilation_cache: bool = True
     quiet: bool = False
@@ -187,6 +197,25 @@ class TrainConfig:
                 "data=4,model=2"
             )
         return sizes
+
+    def check_processes(self) -> None:
+        """Raises ``UsageError`` for options of several processes that cannot be used together."""
+        own = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        missing = [f"--{name.replace('_', '-')}" for name, value in own.items() if value is None]
+        if 0 < len(missing) < len(own):
+            raise UsageError(f"several processes need {' and '.join(missing)}, too")
+        if self.coordinator is None:
+            return
+        if self.distributed:
+            raise UsageError("--coordinator and --distributed exclude each other")
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UsageError(f"--coordinator {self.coordinator}: expected HOST:PORT")
+        if not 0 <= self.process_id < self.num_processes:
+            raise UsageError(
+                f"--process-id {self.process_id} must be from 0 to {self.num_processes - 1}, one "
+                f"less than --num-processes {self.num_processes}"
+            )
 
     def check(self) -> None:
         """Raises ``UsageError`` for the first option that cannot be used."""
@@ -239,7 +268,7 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """The options that make the run what it is, as ``run.json`` keeps them."""
         options = dataclasses.asdict(self)
-        for name in ("out", "resume", "compilation_cache", "quiet"):
+        for name in ("out", "resume", "compilation_cache", "quiet", *OF_THE_PROCESS):
             del options[name]
         # Absolute, so that the run goes on from any directory.
         options["train"] = [os.path.abspath(path) for path in self.train]

@@ -1,24 +1,28 @@
 """``ghostjax train``: examples in, a trained model and the examples' values out."""
 
 import contextlib
+import dataclasses
+import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ghostjax._task import IN_PYTHON, Task
+from ghostjax.runs import processes
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
+from ghostjax.runs.commands.signals import SIGNALS, noted
 from ghostjax.runs.commands.unchanged import check_data, check_params, check_programs
 from ghostjax.runs.config import CHANGEABLE, TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import LoadedTask
-from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
+from ghostjax.runs.errors import StoppedError, UsageError
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
@@ -55,6 +59,17 @@ def run(
       KeyboardInterrupt: after the step at which it came was written; ``TerminatedError`` for
         SIGTERM.
     """
+    config.check_processes()
+    own_process = (config.coordinator, config.num_processes, config.process_id, config.distributed)
+    with processes.together(*own_process):
+        if not processes.is_first():
+            config = dataclasses.replace(config, quiet=True)
+        return _run(config, given, own)
+
+
+def _run(
+    config: TrainConfig, given: Collection[str] | None, own: Task | Callable[[], Task] | None
+) -> dict[str, Any]:
     resumed, folders = None, []
     if config.resume:
         done = read_run(config.out)
@@ -71,24 +86,46 @@ def run(
     task = load_task(config, own, folders)
     _check_optimizer_given(config, task, given)
     params, trainer, started = _prepare(config, task, resumed, placement)
+    options = {"the options": fingerprint(json.dumps(started["options"], sort_keys=True))}
+    processes.check_same(options | {f"the {n}": own for n, own in started["fingerprints"].items()})
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            _begin(config, task, resumed, started, placement, stack)
+        processes.meet("the run has begun")
+        stack.enter_context(files.disk_errors(config.out, lambda: _way_out(config)))
+        begin = time.perf_counter()
+        cost = _train(read_run(config.out), config, task, trainer, params, placement)
+        if processes.is_first():
+            write_summary(config.out, time.perf_counter() - begin, cost=cost)
+        processes.meet("the run is over")
+    run = read_run(config.out)
+    if not config.quiet:
+        print_summary(make_console(sys.stdout), run)
+    return run.summary
+
+
+def _begin(
+    config: TrainConfig,
+    task: LoadedTask,
+    resumed: dict[str, Any] | None,
+    started: dict[str, Any],
+    placement: placements.Placement,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Writes what is there before the first step; the directory stays locked by the stack."""
     if resumed is None:
         files.create_out(config.out)
     elif not config.quiet:
         _tell_new_versions(resumed.get("versions", {}))
     if resumed is None and task.skipped and not config.quiet:
         _tell_skipped(task.skipped)
-    with files.lock(config.out), files.disk_errors(config.out, lambda: _way_out(config)):
+    stack.enter_context(files.lock(config.out))
+    with files.disk_errors(config.out, lambda: _way_out(config)):
         if resumed is None:
             files.write_json(config.out / "run.json", started)
         else:
             _note_changes(config, resumed, placement)
         write_examples(config.out, zip(*task.examples))
-        begin = time.perf_counter()
-        cost = _train(read_run(config.out), config, task, trainer, params)
-        summary = write_summary(config.out, time.perf_counter() - begin, cost=cost)
-    if not config.quiet:
-        print_summary(make_console(sys.stdout), read_run(config.out))
-    return summary
 
 
 def _prepare(
@@ -232,7 +269,14 @@ def _tell_skipped(places: Sequence[str]) -> None:
     make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
-def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, params: Any) -> Any:
+def _train(
+    begun: Run,
+    config: TrainConfig,
+    task: LoadedTask,
+    trainer: Trainer,
+    params: Any,
+    placement: placements.Placement,
+) -> Any:
     """Makes the steps that are still to be made, and writes log and checkpoints.
 
     Returns:
@@ -246,17 +290,18 @@ def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, 
     else:
         initial = trainer.init_state(params)
     # Last, as it drops what the log has beyond the checkpoint.
-    writer = LogWriter.resume(out, sets, start)
+    writer = LogWriter.resume(out, sets, start, jax.process_index(), jax.process_count())
+    processes.meet("the log goes on")
     console = None if config.quiet else make_console(sys.stderr)
     if writer.dropped and console is not None:
         last = start + writer.dropped - 1
         console.print(f"Steps {start} to {last} had no checkpoint and are made again", markup=False)
     show = Progress(console, start, config.steps, config.batch_size)
     end, seconds = start, {True: [], False: []}
-    with show, _signals() as received:
+    with show, noted() as received:
         try:
             for state, step in trainer.steps(initial, start):
-                _append(writer, task, trainer, step)
+                _append(writer, task, trainer, step, placement.own_rows(config.batch_size))
                 if step.seconds is not None:
                     seconds[trainer.is_scored(step.number)].append(step.seconds)
                 show.step(step)
@@ -264,13 +309,16 @@ def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, 
                 if step.fault:
                     raise StoppedError(step.fault)
                 is_last = end == config.steps
-                if end % config.checkpoint_every == 0 or is_last or received():
+                stop = processes.largest(received())
+                if end % config.checkpoint_every == 0 or is_last or stop:
                     writer.flush(end)
                     checkpoints.save(out, end, state, begun.identity)
-                if received() and not is_last:
-                    raise received()
+                if stop and not is_last:
+                    processes.part()
+                    raise SIGNALS[stop]
         except StoppedError:
             writer.flush(end)
+            processes.part()
             raise
     if len(seconds[True]) < COST_STEPS:
         return None
@@ -297,12 +345,17 @@ def measured_cost(
     }
 
 
-def _append(writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step) -> None:
+def _append(
+    writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step, rows: np.ndarray
+) -> None:
+    """Adds a step to the log, and of its ``rows`` these."""
     record, batch, sets = step.record, step.batch, list(task.val_sizes)
     common = {"step": step.number, "learning_rate": np.float32(step.learning_rate)}
-    ids = [task.examples[index].id for index in batch.indices]
-    rows = {"norm": None, **record.scores, "id": ids, "start": batch.starts}
-    writer.append("scores", {**common, **rows})
+    own = {name: found[..., rows] for name, found in record.scores.items()}
+    own |= {"id": [task.examples[index].id for index in batch.indices[rows]]}
+    writer.append("scores", {"norm": None, **common, **own, "start": batch.starts[rows]})
+    if not processes.is_first():
+        return
     writer.append("steps", {**common, **record.steps})
     if not trainer.is_scored(step.number):
         return
@@ -315,30 +368,3 @@ def _append(writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step) -
             "score": record.kinds.reshape(-1),
         },
     )
-
-
-_SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: TerminatedError}
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-    """Ctrl-C and SIGTERM end the run after the step at hand, so that its state is whole; twice, at
-    once. Gives which of them came."""
-    received: list[type[KeyboardInterrupt]] = []
-
-    def note(number, frame):
-        if received:
-            raise _SIGNALS[number]
-        received.append(_SIGNALS[number])
-
-    before = {}
-    try:
-        for number in _SIGNALS:
-            # As in the background of a script, where they are ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                with contextlib.suppress(ValueError):  # not in the main thread
-                    before[number] = signal.signal(number, note)
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

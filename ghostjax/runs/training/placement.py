@@ -12,6 +12,7 @@ this: its losses and its optimizer say where their arrays are, and XLA does the 
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -57,8 +58,8 @@ class Placement:
         """How an array of parameters or optimizer state is split, as the module says.
 
         >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
-        >>> Placement(mesh, fsdp=True).spec("['blocks']['up']['kernel']", (2, 16, 64))
-        PartitionSpec(None, 'data', 'model')
+        >>> tuple(Placement(mesh, fsdp=True).spec("['blocks']['up']['kernel']", (2, 16, 64)))
+        (None, 'data', 'model')
         """
         axes: list[str | None] = [None] * len(shape)
         sizes = self.sizes
@@ -99,11 +100,19 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(placed, tree)
 
-    def rows(self, tree: Any, axis: int = 0) -> Any:
-        """Rows, NumPy arrays that have them along ``axis``, split over ``data``."""
+    def rows(self, tree: Any) -> Any:
+        """Training rows, NumPy arrays [B, ...], split over ``data``."""
+        return self._put(tree, PartitionSpec("data"))
+
+    def val_rows(self, tree: Any) -> Any:
+        """Validation rows, NumPy arrays, whole on every device: a step takes them in parts and
+        groups, each of which ``losses`` splits."""
+        return self._put(tree, PartitionSpec())
+
+    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
         if self.mesh is None:
             return tree
-        place = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "data"))
+        place = NamedSharding(self.mesh, spec)
 
         def put(leaf):
             return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
@@ -145,14 +154,22 @@ class Placement:
         """Results of jitted functions as NumPy arrays, whole in every process."""
         leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
         if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
-            whole = NamedSharding(self.mesh, PartitionSpec())
-            tree = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+            tree = _gather(self.mesh)(tree)
         return jax.tree.map(np.asarray, tree)
+
+    def own_rows(self, count: int) -> np.ndarray:
+        """Which of a batch's rows this process writes to the log: those of its devices along
+        ``data``, each in one process."""
+        if self.mesh is None:
+            return np.arange(count)
+        owners = [device.process_index for device in self.mesh.devices[:, 0]]
+        return np.flatnonzero(np.repeat(owners, count // len(owners)) == jax.process_index())
 
     def as_json(self) -> dict[str, Any]:
         """What ``run.json`` says of it."""
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        return {"mesh": _text(self.sizes), "fsdp": self.fsdp, "kind": device.device_kind}
+        found = {"mesh": _text(self.sizes), "fsdp": self.fsdp, "kind": device.device_kind}
+        return {**found, "processes": jax.process_count()}
 
     def _held(self, tree: Any) -> Any:
         def hold(path, leaf):
@@ -165,6 +182,11 @@ class Placement:
 
 
 ONE_DEVICE = Placement()
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_placement(config: TrainConfig) -> Placement:

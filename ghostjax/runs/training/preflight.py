@@ -107,13 +107,17 @@ def check_micro_steps(optimizer: Any, params: Any, score_every: int) -> None:
     state = optimizer.init(params)
     if micro_step(state) is None:
         return
-    zeros = jax.tree.map(jnp.zeros_like, params)
 
-    def update(_, state):
-        return optimizer.update(zeros, state, params)[1]
+    @jax.jit
+    def after(state, params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
 
-    after = jax.jit(lambda state: jax.lax.fori_loop(0, score_every, update, state))(state)
-    if micro_step(after):
+        def update(_, state):
+            return optimizer.update(zeros, state, params)[1]
+
+        return jax.lax.fori_loop(0, score_every, update, state)
+
+    if micro_step(after(state, params)):
         raise UsageError("task.optimizer: " + GATHERING.format(step=score_every - 1))
 
 

@@ -186,7 +186,7 @@ class Trainer:
                 norms = {}
                 if config.norms:  # first, as the step uses the state up
                     norms["norm"] = self._norms(state.params, train_rows)
-                val_rows = self._placement.rows(batch.val_rows, axis=2)
+                val_rows = self._placement.val_rows(batch.val_rows)
                 state, record = self._step(state, train_rows, val_rows, audited)
                 record = record._replace(scores={**record.scores, **norms})
             else:

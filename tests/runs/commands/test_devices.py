@@ -65,6 +65,9 @@ def assert_same_log(found, expected):
                 assert np.nanmax(numbers) < 1e-4
                 wanted = np.where(np.isnan(wanted), np.nan, numbers)
             atol = TOLERANCE * np.nanmax(abs(wanted))
+            if name.startswith("actual"):  # a difference of losses, whose roundings stay
+                losses = expected.numbers(table, name.replace("actual", "val_loss"))
+                atol += 2**-23 * np.nanmax(losses)
             np.testing.assert_allclose(numbers, wanted, rtol=0, atol=atol, err_msg=name)
 
 
@@ -131,7 +134,7 @@ def make_task():
     import jax.numpy as jnp
 
     rng = np.random.default_rng(0)
-    rows = [{"x": x, "y": y} for x, y in zip(rng.normal(size=(24, 8)), rng.normal(size=24))]
+    rows = [{"x": x, "y": y} for x, y in zip(rng.normal(size=(32, 8)), rng.normal(size=32))]
 
     def init(seed):
         return {"in": jax.random.normal(jax.random.key(seed), (8, 16)) / 4, "out": jnp.zeros(16)}

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 RATE, STEPS, BATCH, VAL = 0.05, 3, 4, 4
 OPTIONS = {"steps": STEPS, "batch_size": BATCH, "val_batch_size": VAL, "order": 1, "quiet": True}
+OPTIONS["mesh"] = "data=1"  # of the tests' eight devices
 
 
 def examples(count, seed, kind="e"):

@@ -67,8 +67,12 @@ def test_state_is_where_its_parameters_are(tmp_path):
 
 
 def test_rows_are_split_over_data(tmp_path):
-    rows = np.arange(16.0).reshape(2, 8)
-    found = placement_of(tmp_path, "data=4,model=2").rows({"x": rows}, axis=1)["x"]
+    rows = np.arange(16.0).reshape(8, 2)
+    placement = placement_of(tmp_path, "data=4,model=2")
+    found = placement.rows({"x": rows})["x"]
+    assert placement.val_rows(rows).sharding.is_fully_replicated
+    loss = jax.jit(placement.losses(lambda params, rows: rows.sum(1)))
+    assert loss({}, placement.val_rows(rows)).sharding.spec == P("data")
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 2)}
     assert (np.asarray(found) == rows).all()
 
