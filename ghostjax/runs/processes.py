@@ -58,6 +58,7 @@ def check_same(digests: Mapping[str, str]) -> None:
     for name, each in zip(digests, np.moveaxis(found, 1, 0)):
         others = np.flatnonzero((each != each[0]).any(1))
         if others.size:
+            part()
             raise UsageError(f"{name} of process {others[0]} are not those of process 0")
 
 

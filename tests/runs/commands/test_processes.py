@@ -1,4 +1,4 @@
-"""A run that several processes make: their log is that of one, and none goes on without the rest."""
+"""A run that several processes make has the log of one process; none goes on without the rest."""
 
 import os
 import pathlib

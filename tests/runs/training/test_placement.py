@@ -73,6 +73,7 @@ def test_rows_are_split_over_data(tmp_path):
     assert placement.val_rows(rows).sharding.is_fully_replicated
     loss = jax.jit(placement.losses(lambda params, rows: rows.sum(1)))
     assert loss({}, placement.val_rows(rows)).sharding.spec == P("data")
+    assert (placement.own_rows(8) == np.arange(8)).all()
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 2)}
     assert (np.asarray(found) == rows).all()
 
