@@ -23,6 +23,7 @@ from ghostjax.runs.errors import UsageError
 
 _FAREWELL = b"\0"
 _NOTICED = 2.0  # seconds, within which the end of another process is
+_CONNECTED = 60.0  # seconds, within which the processes are with each other
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a host that is gone
 _INDEX, _PORT, _NAME = 4, 4, 64  # bytes
 
@@ -123,6 +124,16 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None) -
         raise UsageError(f"jax.distributed.initialize: {reason}; {way_out}") from error
 
 
+def _own_address() -> str:
+    """Of the interface that leads to other hosts; of none, that of the loop."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: nobody's; nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
 class _Watch:
     """Ends this process when another one of the run ends."""
 
@@ -131,29 +142,39 @@ class _Watch:
         self._threads: list[threading.Thread] = []
         self._is_over = False
         self._lock = threading.Lock()
-        name = socket.gethostname() if coordinator is None else coordinator.rpartition(":")[0]
+        _WATCHES.append(self)
+        name = _own_address() if coordinator is None else coordinator.rpartition(":")[0]
         server = socket.create_server(("", 0), backlog=jax.process_count()) if is_first() else None
         port = server.getsockname()[1] if server else 0
         where = np.zeros(_PORT + _NAME, np.uint8)
         encoded = port.to_bytes(_PORT, "big") + name.encode()[:_NAME]
         where[: len(encoded)] = list(encoded)
         where = multihost_utils.broadcast_one_to_all(where).astype(np.uint8).tobytes()
-        if server:
-            with server:
-                for _ in range(jax.process_count() - 1):
-                    connection, _ = server.accept()
-                    index = int.from_bytes(connection.recv(_INDEX, socket.MSG_WAITALL), "big")
-                    self._add(index, connection)
-        else:
-            name = where[_PORT:].rstrip(b"\0").decode().strip("[]")
-            address = name, int.from_bytes(where[:_PORT], "big")
-            connection = socket.create_connection(address, timeout=60)
-            connection.settimeout(None)
-            connection.sendall(jax.process_index().to_bytes(_INDEX, "big"))
-            self._add(0, connection)
-        _WATCHES.append(self)
+        name = where[_PORT:].rstrip(b"\0").decode().strip("[]")
+        address = name, int.from_bytes(where[:_PORT], "big")
+        try:
+            self._accept(server) if server else self._connect(address)
+        except OSError as error:
+            raise UsageError(
+                f"process {jax.process_index()}: no connection of process 0, at {name}:{address[1]}"
+                f", with the others ({error}): open the ports between the hosts"
+            ) from error
+
+    def _accept(self, server: socket.socket) -> None:
+        server.settimeout(_CONNECTED)
+        with server:
+            for _ in range(jax.process_count() - 1):
+                connection, _ = server.accept()
+                index = int.from_bytes(connection.recv(_INDEX, socket.MSG_WAITALL), "big")
+                self._add(index, connection)
+
+    def _connect(self, address: tuple[str, int]) -> None:
+        connection = socket.create_connection(address, timeout=_CONNECTED)
+        connection.sendall(jax.process_index().to_bytes(_INDEX, "big"))
+        self._add(0, connection)
 
     def _add(self, index: int, connection: socket.socket) -> None:
+        connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEP_ALIVE.items():
             if hasattr(socket, name):

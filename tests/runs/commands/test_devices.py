@@ -86,7 +86,8 @@ def test_the_log_is_that_of_one_device(config, one, tmp_path, mesh):
     assert_same_log(run, one)
     assert_same_values(run, one)
     sizes = {"data=4": "data=4,model=1"}.get(mesh, mesh)
-    assert run.metadata["devices"] == [{"at": 0, "mesh": sizes, "fsdp": False, "kind": "cpu"}]
+    about = {"at": 0, "mesh": sizes, "fsdp": False, "kind": "cpu", "processes": 1}
+    assert run.metadata["devices"] == [about]
     assert "nan" not in make_report(run).lower().replace("provenance", "")
 
 
@@ -155,3 +156,19 @@ def test_tasks_of_ones_own_are_split_too(tmp_path):
     ghostjax.run(make_task, tmp_path / "four", mesh="data=2", **more)
     ghostjax.run(make_task, tmp_path / "one", **more)
     assert_same_log(read_run(tmp_path / "four"), read_run(tmp_path / "one"))
+
+
+@pytest.mark.usefixtures("not_ignored")
+def test_the_same_devices_give_the_same_bits(tmp_path, monkeypatch):
+    options = {"steps": 6, "batch_size": 8, "val_batch_size": 8, "quiet": True}
+    split = {"mesh": "data=4", "fsdp": True, **options}
+    ghostjax.run(make_task, tmp_path / "whole", **split)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            ghostjax.run(make_task, tmp_path / "run", **split)
+    ghostjax.run(make_task, tmp_path / "run", resume=True, quiet=True)
+    run, whole = read_run(tmp_path / "run"), read_run(tmp_path / "whole")
+    assert run.metadata["devices"] == whole.metadata["devices"]
+    for table in LOG_TABLES:
+        assert getattr(run, table).equals(getattr(whole, table)), table

@@ -159,6 +159,30 @@ def test_what_is_wrong_in_one_process_is_told_by_all(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
+def test_the_cluster_says_which_processes_there_are(tmp_path, one):
+    """As SLURM does, by its environment."""
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = free.getsockname()[1] % 2**12  # JAX makes a port of it
+    several = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    several["SLURM_STEP_NUM_NODES"] = "1"
+    processes = []
+    for index in ("0", "1"):
+        own = {
+            **several,
+            "SLURM_PROCID": index,
+            "SLURM_LOCALID": index,
+            "SLURM_STEP_NUM_NODES": "1",
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        argv = command(out, "--distributed")
+        processes.append(subprocess.Popen(argv, env={**ENVIRONMENT, **own}, cwd=ROOT, **pipes))
+    assert ends(processes) == [(0, []), (0, [])]
+    assert_same_log(read_run(out), one)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
