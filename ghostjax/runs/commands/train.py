@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from ghostjax._task import IN_PYTHON, Task
-from ghostjax.runs import processes
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
 from ghostjax.runs.commands.signals import SIGNALS, noted
@@ -23,6 +22,7 @@ from ghostjax.runs.config import CHANGEABLE, TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError, UsageError
+from ghostjax.runs.processes import check_same, is_first, largest, meet, part, together
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
@@ -61,8 +61,8 @@ def run(
     """
     config.check_processes()
     own_process = (config.coordinator, config.num_processes, config.process_id, config.distributed)
-    with processes.together(*own_process):
-        if not processes.is_first():
+    with together(*own_process):
+        if not is_first():
             config = dataclasses.replace(config, quiet=True)
         return _run(config, given, own)
 
@@ -87,17 +87,17 @@ def _run(
     _check_optimizer_given(config, task, given)
     params, trainer, started = _prepare(config, task, resumed, placement)
     options = {"the options": fingerprint(json.dumps(started["options"], sort_keys=True))}
-    processes.check_same(options | {f"the {n}": own for n, own in started["fingerprints"].items()})
+    check_same(options | {f"the {n}": own for n, own in started["fingerprints"].items()})
     with contextlib.ExitStack() as stack:
-        if processes.is_first():
+        if is_first():
             _begin(config, task, resumed, started, placement, stack)
-        processes.meet("the run has begun")
+        meet("the run has begun")
         stack.enter_context(files.disk_errors(config.out, lambda: _way_out(config)))
         begin = time.perf_counter()
         cost = _train(read_run(config.out), config, task, trainer, params, placement)
-        if processes.is_first():
+        if is_first():
             write_summary(config.out, time.perf_counter() - begin, cost=cost)
-        processes.meet("the run is over")
+        meet("the run is over")
     run = read_run(config.out)
     if not config.quiet:
         print_summary(make_console(sys.stdout), run)
@@ -291,7 +291,7 @@ def _train(
         initial = trainer.init_state(params)
     # Last, as it drops what the log has beyond the checkpoint.
     writer = LogWriter.resume(out, sets, start, jax.process_index(), jax.process_count())
-    processes.meet("the log goes on")
+    meet("the log goes on")
     console = None if config.quiet else make_console(sys.stderr)
     if writer.dropped and console is not None:
         last = start + writer.dropped - 1
@@ -309,16 +309,16 @@ def _train(
                 if step.fault:
                     raise StoppedError(step.fault)
                 is_last = end == config.steps
-                stop = processes.largest(received())
+                stop = largest(received())
                 if end % config.checkpoint_every == 0 or is_last or stop:
                     writer.flush(end)
                     checkpoints.save(out, end, state, begun.identity)
                 if stop and not is_last:
-                    processes.part()
+                    part()
                     raise SIGNALS[stop]
         except StoppedError:
             writer.flush(end)
-            processes.part()
+            part()
             raise
     if len(seconds[True]) < COST_STEPS:
         return None
@@ -354,7 +354,7 @@ def _append(
     own = {name: found[..., rows] for name, found in record.scores.items()}
     own |= {"id": [task.examples[index].id for index in batch.indices[rows]]}
     writer.append("scores", {"norm": None, **common, **own, "start": batch.starts[rows]})
-    if not processes.is_first():
+    if not is_first():
         return
     writer.append("steps", {**common, **record.steps})
     if not trainer.is_scored(step.number):

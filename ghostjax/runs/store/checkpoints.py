@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ghostjax.runs import processes
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.processes import is_first, meet
 from ghostjax.runs.store.files import read_json, sync_directory, write_json
 
 # Orbax takes half a second to import: only the functions that need it do.
@@ -53,18 +53,18 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
             raise TypeError(f"checkpoint: {name} must be a jax.Array, got {type(leaf).__name__}.")
 
     folder = _folder(out)
-    if processes.is_first():
+    if is_first():
         folder.mkdir(exist_ok=True)
         _remove_leftovers(folder)
-    processes.meet(f"checkpoint {step} begins")
+    meet(f"checkpoint {step} begins")
     aside = folder / f".{step}.partial"
     try:
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             # Orbax refuses empty arrays; restoring takes them from ``like``.
             kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
             checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
-        processes.meet(f"checkpoint {step} is written")
-        if processes.is_first():
+        meet(f"checkpoint {step} is written")
+        if is_first():
             _finish(aside, arrays, run)
     except (OSError, ValueError) as error:
         _remove_leftovers(folder)
@@ -73,14 +73,14 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(aside)) from error
-    if processes.is_first():
+    if is_first():
         if (folder / str(step)).exists():
             _remove(folder, step)
         os.replace(aside, folder / str(step))
         sync_directory(folder)
         for old in _steps(folder)[:-KEPT]:
             _remove(folder, old)
-    processes.meet(f"checkpoint {step} is there")
+    meet(f"checkpoint {step} is there")
 
 
 def _finish(aside: Path, arrays: Mapping[str, Any], run: Mapping[str, Any] | None) -> None:
@@ -183,7 +183,7 @@ def _read_contents(path: Path) -> dict[str, dict[str, Any]]:
     try:
         contents = read_json(path / _CONTENTS)
         files = contents["files"]
-        if not processes.is_first():  # which reads all of them for the others
+        if not is_first():  # which reads all of them for the others
             return contents
         if not all(isinstance(contents[name], dict) for name in ("run", "arrays", "files")):
             raise TypeError

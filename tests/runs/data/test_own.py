@@ -260,6 +260,7 @@ def test_the_command_line_resumes_and_refuses_a_task_that_changed(
 ):
     command = ["train", "--out", str(tmp_path / "run"), "--quiet"]
     begin = ["--task", f"{module}:make", "--batch-size", "4", "--val-batch-size", "4"]
+    begin += ["--mesh", "data=1"]
     assert main([*command, *begin, "--steps", "2", "--order", "1"]) == 0
     assert main([*command, "--resume", "--steps", "3"]) == 0
     ghostjax.run(made(), tmp_path / "python", **OPTIONS)
