@@ -28,20 +28,25 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a ho
 _INDEX, _PORT, _NAME = 4, 4, 64  # bytes
 
 
+def are_several() -> bool:
+    """Whether this is one of several processes. Before there are any, no device is asked for."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_first() -> bool:
     """Whether this process writes what belongs to the whole run."""
-    return jax.process_index() == 0
+    return not are_several() or jax.process_index() == 0
 
 
 def meet(where: str) -> None:
     """Waits for all processes of the run to come to the same place."""
-    if jax.process_count() > 1:
+    if are_several():
         multihost_utils.sync_global_devices(where)
 
 
 def largest(number: int) -> int:
     """The largest of the numbers that the processes give."""
-    if jax.process_count() == 1:
+    if not are_several():
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
@@ -52,7 +57,7 @@ def check_same(digests: Mapping[str, str]) -> None:
     Args:
       digests: hexadecimal, of equal lengths, by what they are of.
     """
-    if jax.process_count() == 1:
+    if not are_several():
         return
     own = np.array([list(bytes.fromhex(digest)) for digest in digests.values()], np.uint8)
     found = multihost_utils.process_allgather(own)  # [processes, digests, bytes]
@@ -78,7 +83,7 @@ def together(
     """
     if (coordinator is not None or detect) and not jax.distributed.is_initialized():
         _initialize(coordinator, count, index)
-    if jax.process_count() == 1:
+    if not are_several():
         yield
         return
     watch = _Watch(coordinator)
@@ -193,10 +198,12 @@ class _Watch:
             if said == _FAREWELL or self._is_over:
                 return
             self._is_over = True
-        text = said.decode(errors="replace") or f"process {index} of the run was lost"
+        text = said.decode(errors="replace") or (
+            f"process {index} of the run was lost: start all of them again, with --resume if the "
+            "run had begun"
+        )
         self._tell(text)
-        line = f"ghostjax: error: {text}; ghostjax train --resume goes on\n"
-        os.write(2, line.encode())
+        os.write(2, f"ghostjax: error: {text}\n".encode())
         self._wait_for_others()
         os._exit(1)
 

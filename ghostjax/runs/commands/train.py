@@ -158,8 +158,8 @@ def _prepare(
     trainer = Trainer(config, task, params, placement)
     metadata = _metadata(config, task, trainer, data, fingerprint(params))
     metadata["devices"] = [{"at": 0, **placement.as_json()}]
-    if not is_begun:
-        params = placement.state(params)
+    # Behind a checkpoint their shapes are enough.
+    params = jax.eval_shape(lambda: params) if is_begun else placement.state(params)
     metadata["data"] = digests
     if is_own:
         batch = next(batches(config, task))
@@ -286,7 +286,6 @@ def _train(
     start = checkpoints.latest(out) or 0
     if start:
         initial = checkpoints.restore(out, start, trainer.like(params), begun.identity)
-        del params
     else:
         initial = trainer.init_state(params)
     # Last, as it drops what the log has beyond the checkpoint.

@@ -195,15 +195,22 @@ def make_placement(config: TrainConfig) -> Placement:
     Raises:
       UsageError: there are not as many devices, or rows or parameters cannot be divided over them.
     """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UsageError(f"this is one of {jax.process_count()} processes: give --distributed")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     wanted = config.mesh_sizes
     model = wanted.get("model", 1)
     sizes = {"data": wanted.get("data", max(len(devices) // model, 1)), "model": model}
     count, found = math.prod(sizes.values()), f"{len(devices)} {devices[0].platform} devices"
-    if count > len(devices) or (jax.process_count() > 1 and count < len(devices)):
+    if count > len(devices):
         raise UsageError(
-            f"--mesh {_text(sizes)} takes {count} devices, found {found}: "
-            + ("give one of at most as many" if count > len(devices) else "processes take them all")
+            f"--mesh {_text(sizes)} takes {count} devices, found {found}: give one of as many or "
+            "fewer"
+        )
+    if jax.process_count() > 1 and count < len(devices):
+        raise UsageError(
+            f"--mesh {_text(sizes)} takes {count} devices, found {found}: several processes take "
+            f"all of theirs, as --mesh model={model} does"
         )
     _check_rows(config, sizes, found)
     if model > 1 and config.task is not None:
