@@ -149,6 +149,7 @@ def make_task():
 
 def test_tasks_of_ones_own_are_split_too(tmp_path):
     options = {"steps": 4, "batch_size": 8, "val_batch_size": 8, "optimizer": "sgd", "quiet": True}
+    options["norms"] = True
     ghostjax.run(make_task, tmp_path / "one", mesh="data=1", **options)
     ghostjax.run(make_task, tmp_path / "four", mesh="data=4", fsdp=True, microbatches=2, **options)
     assert_same_log(read_run(tmp_path / "four"), read_run(tmp_path / "one"))
