@@ -41,7 +41,8 @@ def run(task: Task | Callable[[], Task] | str, out: str | Path, **options: Any) 
     ...     optimizer=optax.sgd(0.1),
     ... )
     >>> out = pathlib.Path(tempfile.mkdtemp()) / "run"
-    >>> summary = run(task, out, steps=4, batch_size=2, val_batch_size=2, quiet=True)
+    >>> options = {"steps": 4, "batch_size": 2, "val_batch_size": 2, "mesh": "data=1"}
+    >>> summary = run(task, out, **options, quiet=True)
     >>> summary["steps"], sorted(path.name for path in out.iterdir())[:3]
     (4, ['checkpoints', 'examples.parquet', 'log'])
     """

@@ -37,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ghostjax {metadata.version('ghostjax')}")
         return 0
     try:
-        return _run(argv)
+        code = _run(argv)
     except KeyboardInterrupt:  # while modules are imported, too
         return _fail("interrupted", 130)
+    if "ghostjax.runs.processes" in sys.modules:
+        sys.modules["ghostjax.runs.processes"].leave(code)
+    return code
 
 
 def _run(argv: list[str]) -> int:

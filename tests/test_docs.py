@@ -57,8 +57,12 @@ def test_a_name_that_is_not_there_would_be_noticed():
 
 
 def commands(text: str) -> list[list[str]]:
+    """The lines that call ghostjax: all of bash blocks, and those of scripts that do."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    found = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    scripts = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    calls = re.findall(r"\bghostjax (train .*)", "\n".join(scripts))
+    return found + [["ghostjax", *call.replace("'", "").split()] for call in calls]
 
 
 def test_options_of_commands_are_real(capsys):
@@ -72,6 +76,11 @@ def test_options_of_commands_are_real(capsys):
             if command[1] == verb:
                 options = [word for word in command if word.startswith("--")]
                 assert [option for option in options if option not in described] == []
+
+
+def test_commands_in_scripts_are_found():
+    script = "```sh\nssh --command '\n  bin/ghostjax train --outt x'\n```\n"
+    assert commands(script) == [["ghostjax", "train", "--outt", "x"]]
 
 
 def test_tables_are_filled_from_the_results():

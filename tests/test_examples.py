@@ -15,7 +15,7 @@ NEEDS = {"equinox_model": "equinox", "grain_loader": "grain", "pretrained": "wor
 MORE = {
     "equinox_model": ["--learning-rate", "0.01"],
     "accumulation": ["--score-every", "2"],
-    "pretrained": ["--batch-size", "2", "--val-batch-size", "2"],
+    "pretrained": ["--batch-size", "2", "--val-batch-size", "2", "--mesh", "data=1"],
 }
 
 

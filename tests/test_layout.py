@@ -58,14 +58,25 @@ RANKS = {
 ROOMS = {
     "errors": (),
     "models": (),
-    "store": ("errors",),
+    "processes": ("errors",),
+    "store": ("errors", "processes"),
     "config": ("errors", "models", "store"),
     "data": ("errors", "models", "config"),
     "training": ("errors", "models", "config", "data", "analysis"),
     "analysis": ("errors", "store"),
     "loop": ("errors", "store", "analysis"),
     "report": ("errors", "config", "store", "data", "training", "analysis"),
-    "commands": ("errors", "config", "store", "data", "training", "analysis", "loop", "report"),
+    "commands": (
+        "errors",
+        "processes",
+        "config",
+        "store",
+        "data",
+        "training",
+        "analysis",
+        "loop",
+        "report",
+    ),
 }
 EXTRAS = (
     "jinja2",

@@ -23,6 +23,9 @@ FOR_OTHER_DATA = (
     "tokenizer",
     "length",
 )
+# What a resumed run may have anew: neither changes the steps that were made.
+CHANGEABLE = ("steps", "mesh", "fsdp")
+OF_THE_PROCESS = ("coordinator", "num_processes", "process_id", "distributed")
 
 
 def check_set_name(name: Any, where: str) -> None:
@@ -61,7 +64,7 @@ class TrainConfig:
       out: The run directory to write. It must be new or empty, but for --resume.
       resume: Go on with the run in --out from its last checkpoint, with the options it was started
         with. --steps may be given to change its length, that of a complete run too: the learning
-        rate goes on as in a run of so many steps.
+        rate goes on as in a run of so many steps. So may --mesh and --fsdp, for other devices.
       task: module:function, which returns a ghostjax.Task: your own data, model and losses, and
         optimizer if you like. The module is looked for in the working directory, too. Options for
         other models and data are refused beside it; --dtype then says what it computes in.
@@ -107,6 +110,15 @@ class TrainConfig:
       audit_every: Every so many scored steps, two rows are redone by plain autodiff, and scores are
         compared with plain inner products. 0: never.
       checkpoint_every: Every so many steps, the log and a checkpoint are written to disk.
+      mesh: Devices along the axes data and model, as "data=4,model=2". Rows are split over data,
+        the built-in models' matrices over model. None: all devices that there are, along data.
+      fsdp: Split parameters and optimizer state over data, too, each along its largest axis that
+        can be divided.
+      coordinator: HOST:PORT of the first of several processes that make the run together, one a
+        host; all are given the same options but --process-id.
+      num_processes: How many processes there are.
+      process_id: Which of them this is, from 0.
+      distributed: Several processes, as the cluster says: TPU pods, SLURM, Open MPI, Kubernetes.
       seed: Seed of the initial parameters, the order of the examples and all sampling.
       compilation_cache: Keep compiled programs in the user's cache directory
         (XDG_CACHE_HOME or ~/.cache, ghostjax/compiled), so that the next run starts at once.
@@ -139,6 +151,12 @@ class TrainConfig:
     remat: bool = False
     audit_every: int = 64
     checkpoint_every: int = 64
+    mesh: str | None = None
+    fsdp: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    distributed: bool = False
     seed: int = 0
     compilation_cache: bool = True
     quiet: bool = False
@@ -165,6 +183,39 @@ class TrainConfig:
             check_set_name(name, f"--val {text}")
             files.setdefault(name, []).append(Path(path))
         return files
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """Devices along each axis that ``mesh`` names."""
+        if self.mesh is None:
+            return {}
+        pairs = [text.strip().partition("=") for text in self.mesh.split(",")]
+        sizes = {name: int(size) for name, _, size in pairs if size.isdecimal() and int(size)}
+        if len(sizes) < len(pairs) or not sizes.keys() <= {"data", "model"}:
+            raise UsageError(
+                f"--mesh {self.mesh}: expected numbers of devices along data and model, such as "
+                "data=4,model=2"
+            )
+        return sizes
+
+    def check_processes(self) -> None:
+        """Raises ``UsageError`` for options of several processes that cannot be used together."""
+        own = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        missing = [f"--{name.replace('_', '-')}" for name, value in own.items() if value is None]
+        if 0 < len(missing) < len(own):
+            raise UsageError(f"several processes need {' and '.join(missing)}, too")
+        if self.coordinator is None:
+            return
+        if self.distributed:
+            raise UsageError("--coordinator and --distributed exclude each other")
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UsageError(f"--coordinator {self.coordinator}: expected HOST:PORT")
+        if not 0 <= self.process_id < self.num_processes:
+            raise UsageError(
+                f"--process-id {self.process_id} must be from 0 to {self.num_processes - 1}, one "
+                f"less than --num-processes {self.num_processes}"
+            )
 
     def check(self) -> None:
         """Raises ``UsageError`` for the first option that cannot be used."""
@@ -205,7 +256,7 @@ class TrainConfig:
         if bool(self.train) != bool(self.val):
             given, missing = ("--train", "--val") if self.train else ("--val", "--train")
             raise UsageError(f"{given} needs {missing}: own data takes files for both")
-        _ = self.val_files
+        _ = self.val_files, self.mesh_sizes
 
     def _check_own(self) -> None:
         defaults = TrainConfig(self.out)
@@ -217,7 +268,7 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """The options that make the run what it is, as ``run.json`` keeps them."""
         options = dataclasses.asdict(self)
-        for name in ("out", "resume", "compilation_cache", "quiet"):
+        for name in ("out", "resume", "compilation_cache", "quiet", *OF_THE_PROCESS):
             del options[name]
         # Absolute, so that the run goes on from any directory.
         options["train"] = [os.path.abspath(path) for path in self.train]
@@ -237,8 +288,8 @@ class TrainConfig:
         """The configuration of a run that was started with ``options``, to go on with it.
 
         Args:
-          given: The names of the options that were given; of these, ``steps`` is taken over. None:
-            those that are not as by default.
+          given: The names of the options that were given; of these, those of ``CHANGEABLE`` are
+            taken over. None: those that are not as by default.
 
         Raises:
           UsageError: an option was given that the run does not have.
@@ -248,14 +299,13 @@ class TrainConfig:
             given = [name for name, value in own.items() if value != defaults[name]]
         known = {name: options.get(name, default) for name, default in defaults.items()}
         for name in own.keys() & set(given):
-            if name != "steps" and own[name] != known[name]:
+            if name not in CHANGEABLE and own[name] != known[name]:
                 option = name.replace("_", "-")
                 raise UsageError(
                     f"--resume goes on with the options of the run in {self.out}: it has "
                     f"--{option} {known[name]}, not {own[name]}"
                 )
-        if "steps" in given:
-            known["steps"] = own["steps"]
+        known |= {name: own[name] for name in CHANGEABLE if name in given}
         known["train"] = tuple(Path(path) for path in known["train"])
         known["val"] = tuple(known["val"])
         for name in ("tokenizer", "init_from"):

@@ -55,6 +55,7 @@ def micro_config(tmp_path_factory, write_data):
         order=1,  # compiles faster
         audit_every=2,
         checkpoint_every=4,
+        mesh="data=1",  # of the tests' eight devices
         quiet=True,
     )
 

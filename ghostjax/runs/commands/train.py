@@ -1,24 +1,28 @@
 """``ghostjax train``: examples in, a trained model and the examples' values out."""
 
 import contextlib
+import dataclasses
+import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ghostjax._task import IN_PYTHON, Task
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
+from ghostjax.runs.commands.signals import SIGNALS, noted
 from ghostjax.runs.commands.unchanged import check_data, check_params, check_programs
-from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.config import CHANGEABLE, TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import LoadedTask
-from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
+from ghostjax.runs.errors import StoppedError, UsageError
+from ghostjax.runs.processes import check_same, is_first, largest, meet, part, together
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
@@ -28,6 +32,7 @@ from ghostjax.runs.store.fingerprint import fingerprint
 from ghostjax.runs.store.log import LogWriter
 from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.store.weights import read_weights
+from ghostjax.runs.training import placement as placements
 from ghostjax.runs.training import preflight
 from ghostjax.runs.training.trainer import Step, Trainer, batches
 
@@ -54,6 +59,17 @@ def run(
       KeyboardInterrupt: after the step at which it came was written; ``TerminatedError`` for
         SIGTERM.
     """
+    config.check_processes()
+    own_process = (config.coordinator, config.num_processes, config.process_id, config.distributed)
+    with together(*own_process):
+        if not is_first():
+            config = dataclasses.replace(config, quiet=True)
+        return _run(config, given, own)
+
+
+def _run(
+    config: TrainConfig, given: Collection[str] | None, own: Task | Callable[[], Task] | None
+) -> dict[str, Any]:
     resumed, folders = None, []
     if config.resume:
         done = read_run(config.out)
@@ -66,31 +82,57 @@ def run(
         files.check_out(config.out)
     config.check()
     use_compilation_cache(config.compilation_cache)
+    placement = placements.make_placement(config)
     task = load_task(config, own, folders)
     _check_optimizer_given(config, task, given)
-    params, trainer, started = _prepare(config, task, resumed)
+    params, trainer, started = _prepare(config, task, resumed, placement)
+    options = {"the options": fingerprint(json.dumps(started["options"], sort_keys=True))}
+    check_same(options | {f"the {n}": own for n, own in started["fingerprints"].items()})
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            _begin(config, task, resumed, started, placement, stack)
+        meet("the run has begun")
+        stack.enter_context(files.disk_errors(config.out, lambda: _way_out(config)))
+        begin = time.perf_counter()
+        cost = _train(read_run(config.out), config, task, trainer, params, placement)
+        if is_first():
+            write_summary(config.out, time.perf_counter() - begin, cost=cost)
+        meet("the run is over")
+    run = read_run(config.out)
+    if not config.quiet:
+        print_summary(make_console(sys.stdout), run)
+    return run.summary
+
+
+def _begin(
+    config: TrainConfig,
+    task: LoadedTask,
+    resumed: dict[str, Any] | None,
+    started: dict[str, Any],
+    placement: placements.Placement,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Writes what is there before the first step; the directory stays locked by the stack."""
     if resumed is None:
         files.create_out(config.out)
     elif not config.quiet:
         _tell_new_versions(resumed.get("versions", {}))
     if resumed is None and task.skipped and not config.quiet:
         _tell_skipped(task.skipped)
-    with files.lock(config.out), files.disk_errors(config.out, lambda: _way_out(config)):
+    stack.enter_context(files.lock(config.out))
+    with files.disk_errors(config.out, lambda: _way_out(config)):
         if resumed is None:
             files.write_json(config.out / "run.json", started)
-        elif resumed["options"].get("steps") != config.steps:
-            _change_length(config, resumed)
+        else:
+            _note_changes(config, resumed, placement)
         write_examples(config.out, zip(*task.examples))
-        begin = time.perf_counter()
-        cost = _train(read_run(config.out), config, task, trainer, params)
-        summary = write_summary(config.out, time.perf_counter() - begin, cost=cost)
-    if not config.quiet:
-        print_summary(make_console(sys.stdout), read_run(config.out))
-    return summary
 
 
 def _prepare(
-    config: TrainConfig, task: LoadedTask, resumed: dict[str, Any] | None
+    config: TrainConfig,
+    task: LoadedTask,
+    resumed: dict[str, Any] | None,
+    placement: placements.Placement,
 ) -> tuple[Any, Trainer, dict[str, Any]]:
     """Initial parameters, trainer and metadata, once all of them are known to be usable.
 
@@ -112,16 +154,19 @@ def _prepare(
             check_params(resumed, fingerprint(params), what, config.out)
     elif resumed is not None and is_own and not is_begun:
         check_params(resumed, fingerprint(params), "what the task's init gives", config.out)
-    trainer = Trainer(config, task, params)
+    placements.check_params(placement, params)
+    trainer = Trainer(config, task, params, placement)
     metadata = _metadata(config, task, trainer, data, fingerprint(params))
+    metadata["devices"] = [{"at": 0, **placement.as_json()}]
+    # Behind a checkpoint their shapes are enough.
+    params = jax.eval_shape(lambda: params) if is_begun else placement.state(params)
     metadata["data"] = digests
     if is_own:
         batch = next(batches(config, task))
-        state = trainer.init_state(params)
         if resumed is None:
-            preflight.check_losses(task, params, batch)
+            preflight.check_losses(task, params, batch, placement)
             preflight.check_micro_steps(trainer.optimizer, params, config.score_every)
-        metadata["programs"] = preflight.programs(task, state, batch.train_rows)
+        metadata["programs"] = preflight.programs(task, trainer.like(params), batch.train_rows)
         metadata["folder"] = os.getcwd()
         if resumed is not None:
             check_programs(resumed, metadata["programs"], metadata["versions"], config.out)
@@ -163,14 +208,26 @@ def _check_length(done: Run, config: TrainConfig) -> None:
         raise UsageError(f"--steps {config.steps}: the run has made {made} steps already")
 
 
-def _change_length(config: TrainConfig, started: dict[str, Any]) -> None:
-    """Has the run go on to ``config.steps``. Stopped anywhere, it leaves one that can go on."""
-    for name in ("summary.json", "values.parquet"):
-        (config.out / name).unlink(missing_ok=True)
-    change = {"at": checkpoints.latest(config.out) or 0, "from": started["options"].get("steps")}
-    lengths = [*started.get("lengths", []), {**change, "to": config.steps}]
-    options = {**started["options"], "steps": config.steps}
-    files.write_json(config.out / "run.json", {**started, "options": options, "lengths": lengths})
+def _note_changes(
+    config: TrainConfig, started: dict[str, Any], placement: placements.Placement
+) -> None:
+    """Has the run go on to ``config.steps``, on these devices. Stopped anywhere, it leaves one that
+    can go on."""
+    begun, at = started["options"], checkpoints.latest(config.out) or 0
+    value = {
+        **started,
+        "options": {**begun, **{name: getattr(config, name) for name in CHANGEABLE}},
+    }
+    devices = started.get("devices", [])
+    if devices and {**devices[-1], "at": 0} != {**placement.as_json(), "at": 0}:
+        value["devices"] = [*devices, {"at": at, **placement.as_json()}]
+    if begun.get("steps") != config.steps:
+        for name in ("summary.json", "values.parquet"):
+            (config.out / name).unlink(missing_ok=True)
+        change = {"at": at, "from": begun.get("steps"), "to": config.steps}
+        value["lengths"] = [*started.get("lengths", []), change]
+    if value != started:
+        files.write_json(config.out / "run.json", value)
 
 
 def _way_out(config: TrainConfig) -> str:
@@ -212,7 +269,14 @@ def _tell_skipped(places: Sequence[str]) -> None:
     make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
-def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, params: Any) -> Any:
+def _train(
+    begun: Run,
+    config: TrainConfig,
+    task: LoadedTask,
+    trainer: Trainer,
+    params: Any,
+    placement: placements.Placement,
+) -> Any:
     """Makes the steps that are still to be made, and writes log and checkpoints.
 
     Returns:
@@ -220,21 +284,23 @@ def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, 
     """
     out, sets = config.out, list(task.val_sizes)
     start = checkpoints.latest(out) or 0
-    initial = trainer.init_state(params)
     if start:
-        initial = checkpoints.restore(out, start, initial, begun.identity)
+        initial = checkpoints.restore(out, start, trainer.like(params), begun.identity)
+    else:
+        initial = trainer.init_state(params)
     # Last, as it drops what the log has beyond the checkpoint.
-    writer = LogWriter.resume(out, sets, start)
+    writer = LogWriter.resume(out, sets, start, jax.process_index(), jax.process_count())
+    meet("the log goes on")
     console = None if config.quiet else make_console(sys.stderr)
     if writer.dropped and console is not None:
         last = start + writer.dropped - 1
         console.print(f"Steps {start} to {last} had no checkpoint and are made again", markup=False)
     show = Progress(console, start, config.steps, config.batch_size)
     end, seconds = start, {True: [], False: []}
-    with show, _signals() as received:
+    with show, noted() as received:
         try:
             for state, step in trainer.steps(initial, start):
-                _append(writer, task, trainer, step)
+                _append(writer, task, trainer, step, placement.own_rows(config.batch_size))
                 if step.seconds is not None:
                     seconds[trainer.is_scored(step.number)].append(step.seconds)
                 show.step(step)
@@ -242,13 +308,16 @@ def _train(begun: Run, config: TrainConfig, task: LoadedTask, trainer: Trainer, 
                 if step.fault:
                     raise StoppedError(step.fault)
                 is_last = end == config.steps
-                if end % config.checkpoint_every == 0 or is_last or received():
+                stop = largest(received())
+                if end % config.checkpoint_every == 0 or is_last or stop:
                     writer.flush(end)
                     checkpoints.save(out, end, state, begun.identity)
-                if received() and not is_last:
-                    raise received()
+                if stop and not is_last:
+                    part()
+                    raise SIGNALS[stop]
         except StoppedError:
             writer.flush(end)
+            part()
             raise
     if len(seconds[True]) < COST_STEPS:
         return None
@@ -275,12 +344,17 @@ def measured_cost(
     }
 
 
-def _append(writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step) -> None:
+def _append(
+    writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step, rows: np.ndarray
+) -> None:
+    """Adds a step to the log, and of its ``rows`` these."""
     record, batch, sets = step.record, step.batch, list(task.val_sizes)
     common = {"step": step.number, "learning_rate": np.float32(step.learning_rate)}
-    ids = [task.examples[index].id for index in batch.indices]
-    rows = {"norm": None, **record.scores, "id": ids, "start": batch.starts}
-    writer.append("scores", {**common, **rows})
+    own = {name: found[..., rows] for name, found in record.scores.items()}
+    own |= {"id": [task.examples[index].id for index in batch.indices[rows]]}
+    writer.append("scores", {"norm": None, **common, **own, "start": batch.starts[rows]})
+    if not is_first():
+        return
     writer.append("steps", {**common, **record.steps})
     if not trainer.is_scored(step.number):
         return
@@ -293,30 +367,3 @@ def _append(writer: LogWriter, task: LoadedTask, trainer: Trainer, step: Step) -
             "score": record.kinds.reshape(-1),
         },
     )
-
-
-_SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: TerminatedError}
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-    """Ctrl-C and SIGTERM end the run after the step at hand, so that its state is whole; twice, at
-    once. Gives which of them came."""
-    received: list[type[KeyboardInterrupt]] = []
-
-    def note(number, frame):
-        if received:
-            raise _SIGNALS[number]
-        received.append(_SIGNALS[number])
-
-    before = {}
-    try:
-        for number in _SIGNALS:
-            # As in the background of a script, where they are ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                with contextlib.suppress(ValueError):  # not in the main thread
-                    before[number] = signal.signal(number, note)
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.processes import is_first, meet
 from ghostjax.runs.store.files import read_json, sync_directory, write_json
 
 # Orbax takes half a second to import: only the functions that need it do.
@@ -32,7 +33,8 @@ _State = TypeVar("_State")
 
 
 def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None) -> None:
-    """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``; keeps the newest two.
+    """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``; keeps the newest two. Of
+    several processes, all must call it.
 
     ``run``, JSON, is what tells the run from others; ``restore`` must be given the same.
 
@@ -51,21 +53,19 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
             raise TypeError(f"checkpoint: {name} must be a jax.Array, got {type(leaf).__name__}.")
 
     folder = _folder(out)
-    folder.mkdir(exist_ok=True)
-    _remove_leftovers(folder)
+    if is_first():
+        folder.mkdir(exist_ok=True)
+        _remove_leftovers(folder)
+    meet(f"checkpoint {step} begins")
     aside = folder / f".{step}.partial"
     try:
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             # Orbax refuses empty arrays; restoring takes them from ``like``.
             kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
             checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
-        _sync_tree(aside)
-        contents = {
-            "run": dict(run or {}),
-            "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
-            "files": _digests(aside),
-        }
-        write_json(aside / _CONTENTS, contents)
+        meet(f"checkpoint {step} is written")
+        if is_first():
+            _finish(aside, arrays, run)
     except (OSError, ValueError) as error:
         _remove_leftovers(folder)
         # Tensorstore raises ValueError for what the system refuses, such as to fill a disk further.
@@ -73,12 +73,25 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(aside)) from error
-    if (folder / str(step)).exists():
-        _remove(folder, step)
-    os.replace(aside, folder / str(step))
-    sync_directory(folder)
-    for old in _steps(folder)[:-KEPT]:
-        _remove(folder, old)
+    if is_first():
+        if (folder / str(step)).exists():
+            _remove(folder, step)
+        os.replace(aside, folder / str(step))
+        sync_directory(folder)
+        for old in _steps(folder)[:-KEPT]:
+            _remove(folder, old)
+    meet(f"checkpoint {step} is there")
+
+
+def _finish(aside: Path, arrays: Mapping[str, Any], run: Mapping[str, Any] | None) -> None:
+    """Forces what orbax wrote to disk, and says what it is."""
+    _sync_tree(aside)
+    contents = {
+        "run": dict(run or {}),
+        "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
+        "files": _digests(aside),
+    }
+    write_json(aside / _CONTENTS, contents)
 
 
 def latest(out: Path) -> int | None:
@@ -170,6 +183,8 @@ def _read_contents(path: Path) -> dict[str, dict[str, Any]]:
     try:
         contents = read_json(path / _CONTENTS)
         files = contents["files"]
+        if not is_first():  # which reads all of them for the others
+            return contents
         if not all(isinstance(contents[name], dict) for name in ("run", "arrays", "files")):
             raise TypeError
         found = _digests(path)

@@ -3,6 +3,9 @@
 It grows by parts, one file per table and stretch of steps. A part is written before the checkpoint
 of its last step, so after a crash the log is never behind the newest checkpoint, and going on from
 that checkpoint means dropping the parts after it.
+
+Of several processes each writes a file of its own rows, whose name tells its number and how many
+there are; together these are one part, which is there when all of them are.
 """
 
 import re
@@ -21,11 +24,11 @@ PARTS_AHEAD = 2
 
 
 class Part(NamedTuple):
-    """A file of the log: the steps first <= step < end of a table."""
+    """The steps first <= step < end of a table, in one file, or one of each process."""
 
     first: int
     end: int
-    path: Path
+    paths: tuple[Path, ...]
 
 
 def find_parts(out: Path, table: str) -> list[Part]:
@@ -43,7 +46,7 @@ def find_parts(out: Path, table: str) -> list[Part]:
         if part.first > end:
             raise missing_steps(out, table, end, part.first)
         if part.first < end or part.end <= part.first:
-            raise UsageError(f"{part.path} does not follow the part before it")
+            raise UsageError(f"{part.paths[0]} does not follow the part before it")
         found.append(part)
         end = part.end
     return found
@@ -51,9 +54,24 @@ def find_parts(out: Path, table: str) -> list[Part]:
 
 def _all_parts(out: Path, table: str) -> list[Part]:
     """Those of a table that are there, the shorter of two with the same beginning first."""
-    name = re.compile(rf"{table}-(\d+)-(\d+)\.parquet")
-    matches = ((name.fullmatch(path.name), path) for path in (out / "log").glob("*.parquet"))
-    return sorted(Part(int(m[1]), int(m[2]), path) for m, path in matches if m)
+    return _found(out, table)[0]
+
+
+def _found(out: Path, table: str) -> tuple[list[Part], list[tuple[int, Path]]]:
+    """The parts of a table; of those that not all processes have written, beginnings and files."""
+    name = re.compile(rf"{table}-(\d+)-(\d+)(?:-(\d+)-of-(\d+))?\.parquet")
+    groups: dict[tuple[int, ...], dict[int, Path]] = {}
+    for path in (out / "log").glob("*.parquet"):
+        if match := name.fullmatch(path.name):
+            first, end, process, count = (int(text or 1) for text in match.groups())
+            groups.setdefault((first, end, count), {})[process] = path
+    parts, incomplete = [], []
+    for (first, end, count), paths in sorted(groups.items()):
+        if sorted(paths) == list(range(1, count + 1)):
+            parts.append(Part(first, end, tuple(paths[n] for n in sorted(paths))))
+        else:
+            incomplete += [(first, path) for path in paths.values()]
+    return parts, incomplete
 
 
 def cut_log(out: Path, sets: Sequence[str], step: int) -> None:
@@ -65,15 +83,19 @@ def cut_log(out: Path, sets: Sequence[str], step: int) -> None:
       UsageError: a part that has steps on both sides cannot be read.
     """
     for table in schema.LOG_TABLES:
-        kept = {part.path for part in find_parts(out, table) if part.end <= step}
+        kept = [part for part in find_parts(out, table) if part.end <= step]
+        parts, incomplete = _found(out, table)
+        for _, path in incomplete:
+            path.unlink()
         # From the end, so that being killed here leaves no gap.
-        for part in reversed([each for each in _all_parts(out, table) if each.path not in kept]):
+        for part in reversed([each for each in parts if each not in kept]):
             if part.first < step < part.end:
                 rows = read_part(part, table, sets)
                 rows = rows.slice(0, np.searchsorted(rows["step"].to_numpy(), step))
                 name = schema.part_name(table, part.first, step)
                 write_table(out / "log" / name, rows)
-            part.path.unlink()
+            for path in part.paths:
+                path.unlink()
 
 
 def read_part(part: Part, table: str, sets: Sequence[str]) -> pa.Table:
@@ -82,11 +104,13 @@ def read_part(part: Part, table: str, sets: Sequence[str]) -> pa.Table:
     Raises:
       UsageError: it cannot be read, as ``read_table`` says, or has other steps than its name says.
     """
-    rows = read_table(part.path, table, sets)
+    rows = pa.concat_tables([read_table(path, table, sets) for path in part.paths])
+    if len(part.paths) > 1:  # a step's rows in the order of the processes, as in its batch
+        rows = rows.take(np.argsort(rows["step"].to_numpy(), kind="stable"))
     try:
         check_steps(table, rows, part.first, part.end)
     except ValueError as error:
-        raise UsageError(f"{part.path}: {error}") from error
+        raise UsageError(f"{part.paths[0]}: {error}") from error
     return rows
 
 
@@ -107,21 +131,29 @@ class LogWriter:
     Args:
       out: The run directory.
       sets: Names of the validation sets.
+      process, processes: Which of how many this is. The first writes all tables, the others their
+        rows of ``scores`` alone.
 
     Attributes:
       dropped: How many steps of the log ``resume`` dropped, as they had no checkpoint.
     """
 
-    def __init__(self, out: Path, sets: Sequence[str]):
+    def __init__(self, out: Path, sets: Sequence[str], process: int = 0, processes: int = 1):
         self._folder, self._sets = out / "log", tuple(sets)
-        self._schemas = {table: schema.table_schema(table, sets) for table in schema.LOG_TABLES}
-        self._rows: dict[str, list[pa.RecordBatch]] = {table: [] for table in schema.LOG_TABLES}
+        self._process, self._processes = process, processes
+        tables = ("scores",) if process else schema.LOG_TABLES
+        self._schemas = {table: schema.table_schema(table, sets) for table in tables}
+        self._rows: dict[str, list[pa.RecordBatch]] = {table: [] for table in tables}
         self._first = 0
         self.dropped = 0
 
     @classmethod
-    def resume(cls, out: Path, sets: Sequence[str], step: int) -> "LogWriter":
+    def resume(
+        cls, out: Path, sets: Sequence[str], step: int, process: int = 0, processes: int = 1
+    ) -> "LogWriter":
         """A writer that goes on at ``step``, the step of a checkpoint.
+
+        Of several processes the first does what follows, and the others must wait for it.
 
         Drops what an interrupted run wrote from ``step`` on and the files it left half-written;
         ``dropped`` says how many steps that were. A run writes one part ahead of its checkpoint at
@@ -132,6 +164,10 @@ class LogWriter:
             was changed, a part has steps on both sides, or more than these parts would be dropped;
             nothing was changed.
         """
+        writer = cls(out, sets, process, processes)
+        writer._first = step
+        if process:
+            return writer
         stale, ahead = [], set()
         for table in schema.LOG_TABLES:
             parts = find_parts(out, table)
@@ -140,12 +176,13 @@ class LogWriter:
             if end < step:
                 raise missing_steps(out, table, end, step)
             if end > step:
-                raise UsageError(f"{kept[-1].path} goes beyond step {step} of the checkpoint")
+                raise UsageError(f"{kept[-1].paths[0]} goes beyond step {step} of the checkpoint")
             for part in kept:
                 read_part(part, table, sets)
             ahead |= {part.end for part in parts[len(kept) :]}
             # From the end, so that being killed here leaves no gap.
-            stale += [part.path for part in reversed(parts[len(kept) :])]
+            stale += [path for part in reversed(parts[len(kept) :]) for path in part.paths]
+            stale += [path for first, path in _found(out, table)[1] if first >= step]
         if len(ahead) > (PARTS_AHEAD if step else 1):
             raise UsageError(
                 f"{out} has steps {step} to {max(ahead) - 1} in its log but no checkpoint of them: "
@@ -156,8 +193,6 @@ class LogWriter:
             stale += folder.glob(".*.partial")
         for path in stale:
             path.unlink(missing_ok=True)
-        writer = cls(out, sets)
-        writer._first = step
         writer.dropped = max(ahead, default=step) - step
         return writer
 
@@ -207,7 +242,7 @@ class LogWriter:
         """
         tables = {
             table: pa.Table.from_batches(self._rows[table], self._schemas[table])
-            for table in schema.LOG_TABLES
+            for table in self._rows
         }
         for table, rows in tables.items():
             check_steps(table, rows, self._first, end)
@@ -215,8 +250,9 @@ class LogWriter:
             return
         self._folder.mkdir(exist_ok=True)
         for table, rows in tables.items():
-            write_table(self._folder / schema.part_name(table, self._first, end), rows)
-        self._rows = {table: [] for table in schema.LOG_TABLES}
+            own = (self._process, self._processes) if table == "scores" else (0, 1)
+            write_table(self._folder / schema.part_name(table, self._first, end, *own), rows)
+        self._rows = {table: [] for table in self._rows}
         self._first = end
 
 

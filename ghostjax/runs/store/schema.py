@@ -10,11 +10,12 @@
     summary.json                    the last losses, values by domain, fidelity in figures and words
 
 A part of the log holds the steps first <= step < end, in order, eight digits each, and is there as
-a whole or not at all. The parts of a table follow each other without gaps. Columns whose name ends
-in ``_<set>`` are there once per validation set; they are null at steps that were not scored, and
-only there (but for audit_error and correlation, which only audited steps have). What a loop of
-one's own does not know (``RunLog``) is null in the whole log. Every file holds its own digest; see
-``seal``.
+a whole or not at all. Where n processes made the run, each wrote its own rows of ``scores``, in
+``scores-<first>-<end>-<number>-of-<n>.parquet``, numbered from 1, five digits each. The parts of a
+table follow each other without gaps. Columns whose name ends in ``_<set>`` are there once per
+validation set; they are null at steps that were not scored, and only there (but for audit_error and
+correlation, which only audited steps have). What a loop of one's own does not know (``RunLog``) is
+null in the whole log. Every file holds its own digest; see ``seal``.
 """
 
 import re
@@ -214,9 +215,12 @@ def by_set(table: str, columns: Mapping[str, Any], sets: Sequence[str]) -> dict[
     return found
 
 
-def part_name(table: str, first: int, end: int) -> str:
+def part_name(table: str, first: int, end: int, process: int = 0, processes: int = 1) -> str:
     """
     >>> part_name("steps", 0, 64)
     'steps-00000000-00000064.parquet'
+    >>> part_name("scores", 0, 64, process=0, processes=2)
+    'scores-00000000-00000064-00001-of-00002.parquet'
     """
-    return f"{table}-{first:08d}-{end:08d}.parquet"
+    own = f"-{process + 1:05d}-of-{processes:05d}" if processes > 1 else ""
+    return f"{table}-{first:08d}-{end:08d}{own}.parquet"

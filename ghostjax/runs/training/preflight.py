@@ -14,10 +14,16 @@ from ghostjax._late import value_and_dots_fn
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.training.gradients import mean_and_losses
+from ghostjax.runs.training.placement import ONE_DEVICE, Placement
 from ghostjax.runs.training.step import TrainState
 
 
-def check_losses(task: LoadedTask, params: Any, batch: Any) -> None:
+def check_losses(
+    task: LoadedTask,
+    params: Any,
+    batch: Any,
+    placement: Placement = ONE_DEVICE,
+) -> None:
     """Calls the losses at the initial parameters, on the first batch (``trainer.Batch``).
 
     Raises:
@@ -31,7 +37,8 @@ def check_losses(task: LoadedTask, params: Any, batch: Any) -> None:
     }
     for name, own in sets.items():
         _check_shape(task, params, own, f"rows of validation set {name}")
-    loss_fn = value_and_dots_fn(mean_and_losses(task.row_losses), has_aux=True)
+    row_losses = placement.losses(task.row_losses)
+    loss_fn = value_and_dots_fn(mean_and_losses(row_losses), has_aux=True)
 
     @jax.jit
     def losses_and_conflicts(params, rows):
@@ -39,7 +46,7 @@ def check_losses(task: LoadedTask, params: Any, batch: Any) -> None:
         return losses, dots.result(jax.tree.map(jnp.zeros_like, params)).conflicts
 
     try:
-        losses, conflicts = losses_and_conflicts(params, rows)
+        losses, conflicts = placement.fetch(losses_and_conflicts(params, placement.rows(rows)))
     except (RowAxisError, BatchError) as error:
         raise UsageError(
             "row_losses mixes rows, so that no example has a loss of its own: "
@@ -60,9 +67,9 @@ def check_losses(task: LoadedTask, params: Any, batch: Any) -> None:
             f"at the initial parameters, the loss of {ids}{more} is {losses[bad[0]]}: look at "
             "init, row_losses and these examples"
         )
-    val_losses = jax.jit(task.row_losses)
+    val_losses = jax.jit(row_losses)
     for name, own in sets.items():
-        found = np.asarray(val_losses(params, own))
+        found = placement.fetch(val_losses(params, placement.rows(own)))
         if not np.isfinite(found).all():
             raise UsageError(
                 f"at the initial parameters, a loss of validation set {name} is "
@@ -100,13 +107,17 @@ def check_micro_steps(optimizer: Any, params: Any, score_every: int) -> None:
     state = optimizer.init(params)
     if micro_step(state) is None:
         return
-    zeros = jax.tree.map(jnp.zeros_like, params)
 
-    def update(_, state):
-        return optimizer.update(zeros, state, params)[1]
+    @jax.jit
+    def after(state, params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
 
-    after = jax.jit(lambda state: jax.lax.fori_loop(0, score_every, update, state))(state)
-    if micro_step(after):
+        def update(_, state):
+            return optimizer.update(zeros, state, params)[1]
+
+        return jax.lax.fori_loop(0, score_every, update, state)
+
+    if micro_step(after(state, params)):
         raise UsageError("task.optimizer: " + GATHERING.format(step=score_every - 1))
 
 

@@ -20,6 +20,7 @@ from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.training.gradients import PARTS, make_norms
 from ghostjax.runs.training.optimizers import check_optimizer, make_optimizer, make_schedule
+from ghostjax.runs.training.placement import ONE_DEVICE, Placement
 from ghostjax.runs.training.preflight import GATHERING, micro_step
 from ghostjax.runs.training.step import StepRecord, TrainState, make_plain_step, make_step
 
@@ -116,10 +117,17 @@ class Trainer:
       UsageError: the optimizer cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, task: LoadedTask, params: Any = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: LoadedTask,
+        params: Any = None,
+        placement: Placement = ONE_DEVICE,
+    ):
         """``params`` are the initial parameters, or their shapes. None: those of the task."""
         self._config = config
         self._task = task
+        self._placement = placement
         if params is None:
             shapes = jax.eval_shape(lambda: task.init_params(config.seed))
         else:
@@ -128,20 +136,22 @@ class Trainer:
         if task.optimizer is None:
             schedule = make_schedule(config.peak_learning_rate, config.steps)
             self._learning_rates = np.asarray(schedule(jnp.arange(config.steps)))
-            self.optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
+            optimizer = make_optimizer(config.optimizer, schedule, config.clip, shapes)
         else:
-            self.optimizer = task.optimizer
-            check_optimizer(self.optimizer, shapes, "task.optimizer")
+            optimizer = task.optimizer
+            check_optimizer(optimizer, shapes, "task.optimizer")
+        self.optimizer = placement.optimizer(optimizer)
+        row_losses = placement.losses(task.row_losses)
         found = [
             kind_of(jax.tree_util.keystr(path))
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
         ]
         self.kinds = [kind for kind in KINDS if kind in found]
         self._plain_step = make_plain_step(
-            task.row_losses, self.optimizer, microbatches=config.microbatches
+            row_losses, self.optimizer, microbatches=config.microbatches
         )
         self._step = make_step(
-            task.row_losses,
+            row_losses,
             self.optimizer,
             [self.kinds.index(kind) for kind in found],
             order=config.order,
@@ -149,11 +159,15 @@ class Trainer:
             remat=config.remat,
         )
 
-        self._norms = jax.jit(make_norms(task.row_losses, config.microbatches))
+        self._norms = jax.jit(make_norms(row_losses, config.microbatches))
 
     def init_state(self, params: Any) -> TrainState:
-        """The state before the first step; ``params`` are used up."""
+        """The state before the first step; ``params``, in their places, are used up."""
         return TrainState(params, jax.jit(self.optimizer.init)(params))
+
+    def like(self, params: Any) -> TrainState:
+        """The shapes of a state and where its arrays belong, to restore it."""
+        return self._placement.shapes(jax.eval_shape(self.init_state, params))
 
     def steps(self, state: TrainState, start: int) -> Iterator[tuple[TrainState, Step]]:
         """Makes the steps from ``start`` to the end; yields the state after each, to be used before
@@ -167,16 +181,18 @@ class Trainer:
         for number, batch in zip(range(start, config.steps), batches(config, self._task, start)):
             begin = time.perf_counter()
             audited = self._audited(number)
+            train_rows = self._placement.rows(batch.train_rows)
             if self.is_scored(number):
                 norms = {}
                 if config.norms:  # first, as the step uses the state up
-                    norms["norm"] = self._norms(state.params, batch.train_rows)
-                state, record = self._step(state, batch.train_rows, batch.val_rows, audited)
+                    norms["norm"] = self._norms(state.params, train_rows)
+                val_rows = self._placement.val_rows(batch.val_rows)
+                state, record = self._step(state, train_rows, val_rows, audited)
                 record = record._replace(scores={**record.scores, **norms})
             else:
-                state, losses = self._plain_step(state, batch.train_rows)
+                state, losses = self._plain_step(state, train_rows)
                 record = self._unscored(losses)
-            record = jax.tree.map(np.asarray, record)
+            record = self._placement.fetch(record)
             kind = self.is_scored(number), audited is not None
             seconds = time.perf_counter() - begin if kind in made else None
             made.add(kind)
@@ -207,7 +223,8 @@ class Trainer:
         seconds = []
         for _ in range(PLAIN_STEPS + 1):
             begin = time.perf_counter()
-            state, _ = jax.block_until_ready(self._plain_step(state, batch.train_rows))
+            train_rows = self._placement.rows(batch.train_rows)
+            state, _ = jax.block_until_ready(self._plain_step(state, train_rows))
             seconds.append(time.perf_counter() - begin)
         return float(np.median(seconds[1:]))
 

@@ -15,6 +15,7 @@ from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.errors import StoppedError, TerminatedError, UsageError
 from ghostjax.runs.store import checkpoints, schema
 from ghostjax.runs.store.run import read_run
+from ghostjax.runs.training.placement import ONE_DEVICE
 from ghostjax.runs.training.step import StepRecord
 from ghostjax.runs.training.trainer import Step, Trainer, batches
 from tests.runs.conftest import BATCH_SIZE, STEPS
@@ -25,8 +26,9 @@ FULL = r"cannot write .*: No space left on device; make room, then "
 class FakeTrainer(Trainer):
     """Makes steps without a model: what training writes and how it stops is the same."""
 
-    def __init__(self, config, task, params=None):
+    def __init__(self, config, task, params=None, placement=ONE_DEVICE):
         self._config, self._task, self.kinds = config, task, ["MLP"]
+        self._placement = placement
 
     def init_state(self, params):
         return {"w": jnp.zeros(3)}

@@ -17,6 +17,7 @@ import pytest
 from ghostjax.runs.analysis.summary import measure_fidelity, run_warnings
 from ghostjax.runs.analysis.values import read_values, scored_steps, sum_visits
 from ghostjax.runs.commands import train
+from ghostjax.runs.commands.signals import noted
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.errors import StoppedError, UsageError
 from ghostjax.runs.report.page import make_report
@@ -283,7 +284,7 @@ def test_a_run_json_without_options_is_refused_in_one_line(micro_config, tmp_pat
 def test_a_run_that_is_to_ignore_ctrl_c_does():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with train._signals() as received:
+        with noted() as received:
             os.kill(os.getpid(), signal.SIGINT)
             assert not received()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 RATE, STEPS, BATCH, VAL = 0.05, 3, 4, 4
 OPTIONS = {"steps": STEPS, "batch_size": BATCH, "val_batch_size": VAL, "order": 1, "quiet": True}
+OPTIONS["mesh"] = "data=1"  # of the tests' eight devices
 
 
 def examples(count, seed, kind="e"):
@@ -259,6 +260,7 @@ def test_the_command_line_resumes_and_refuses_a_task_that_changed(
 ):
     command = ["train", "--out", str(tmp_path / "run"), "--quiet"]
     begin = ["--task", f"{module}:make", "--batch-size", "4", "--val-batch-size", "4"]
+    begin += ["--mesh", "data=1"]
     assert main([*command, *begin, "--steps", "2", "--order", "1"]) == 0
     assert main([*command, "--resume", "--steps", "3"]) == 0
     ghostjax.run(made(), tmp_path / "python", **OPTIONS)

@@ -11,7 +11,7 @@ import pytest
 
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store import schema
-from ghostjax.runs.store.log import LogWriter, find_parts
+from ghostjax.runs.store.log import LogWriter, cut_log, find_parts
 from ghostjax.runs.store.run import read_run
 from tests.runs import small_run
 from tests.runs.store import killed_log
@@ -244,3 +244,66 @@ def test_parts_that_overlap_are_refused(tmp_path, steps):
     (out / "log" / schema.part_name("kinds", *steps)).write_text("")
     with pytest.raises(UsageError, match=r"kinds-.*\.parquet does not follow the part before it"):
         find_parts(out, "kinds")
+
+
+def by_two(out, step, end, first=0):
+    """The steps up to ``end``, written by two processes."""
+    writers = [LogWriter.resume(out, small_run.SETS, first, n, 2) for n in range(2)]
+    for number in range(first, end):
+        for n, mine in enumerate(([0, 1], [2])):
+            columns = small_run.rows("scores", number)
+            own = {
+                name: values[mine] if np.ndim(values) else values
+                for name, values in columns.items()
+            }
+            writers[n].append("scores", own)
+        for table in ("steps", "kinds"):
+            writers[0].append(table, small_run.rows(table, number))
+        if (number + 1) % step == 0 or number + 1 == end:
+            for writer in writers:
+                writer.flush(number + 1)
+
+
+def test_processes_write_one_log(tmp_path):
+    whole = tables(small_run.write(tmp_path / "whole", steps=6))
+    small_run.begin(tmp_path / "run")
+    by_two(tmp_path / "run", 2, 6)
+    assert names(tmp_path / "run" / "log")[3:6] == [
+        "scores-00000000-00000002-00001-of-00002.parquet",
+        "scores-00000000-00000002-00002-of-00002.parquet",
+        "scores-00000002-00000004-00001-of-00002.parquet",
+    ]
+    assert tables(tmp_path / "run") == whole
+
+
+def test_a_part_that_not_all_processes_wrote_is_none(tmp_path):
+    out = tmp_path / "run"
+    small_run.begin(out)
+    by_two(out, 2, 6)
+    lost = out / "log" / "scores-00000004-00000006-00002-of-00002.parquet"
+    lost.unlink()
+    assert read_run(out).end == 4
+    with pytest.raises(UsageError, match="steps 4 to 5 are missing"):
+        LogWriter.resume(out, small_run.SETS, 6)
+    # One process goes on, where two were.
+    log = LogWriter.resume(out, small_run.SETS, 4)
+    assert log.dropped == 2
+    assert not list((out / "log").glob("*-00000006*"))
+    for step in (4, 5):
+        for table in schema.LOG_TABLES:
+            log.append(table, small_run.rows(table, step))
+    log.flush(6)
+    assert tables(out) == tables(small_run.write(tmp_path / "whole", steps=6))
+    (out / "log" / "scores-00000002-00000004-00001-of-00002.parquet").unlink()
+    with pytest.raises(UsageError, match="steps 2 to 3 are missing"):
+        read_run(out)
+
+
+def test_a_part_of_several_processes_is_cut_as_one(tmp_path):
+    out = tmp_path / "run"
+    small_run.begin(out)
+    by_two(out, 4, 8)
+    cut_log(out, small_run.SETS, 6)
+    assert "scores-00000004-00000006.parquet" in names(out / "log")
+    assert not list((out / "log").glob("*-00000008*"))
+    assert tables(out) == tables(small_run.write(tmp_path / "whole", steps=6))
