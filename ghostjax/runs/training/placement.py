@@ -111,7 +111,7 @@ class Placement:
 
     def _put(self, tree: Any, spec: PartitionSpec) -> Any:
         if self.mesh is None:
-            return tree
+            return jax.device_put(tree)  # once, not by each of a step's functions
         place = NamedSharding(self.mesh, spec)
 
         def put(leaf):

@@ -108,7 +108,6 @@ def make_step(
 
     def step(state, train_rows, val_rows, audited=None):
         params = state.params
-        train_rows, val_rows = jax.device_put((train_rows, val_rows))
         losses, grads, late = differentiate(params, train_rows)
         found = directed(params, state.opt_state, grads, val_rows)
         if audited is None:
