@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation, inner_jaxprs
+from ghostjax._jaxprs import bind, describe_operation, holds, inner_jaxprs
 from ghostjax.core.devices import as_many, crosses, is_single
 from ghostjax.core.inside import reached
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
@@ -75,6 +75,11 @@ class RuleMeeting(Meeting):
             self._split = _split(eqn, program, places, paths, self.num_rows)
         if self._split is None:
             _check_alone(eqn, program, paths, self.num_rows)
+
+    @property
+    def adds_up_over_devices(self) -> bool:
+        """Whether the rule has sums over devices, typed as the ``shard_map`` around has it."""
+        return any(holds(step.eqn, "psum_invariant") for step in self._program.steps)
 
     def take_consts(self):
         consts = list(self._consts.values())

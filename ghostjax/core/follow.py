@@ -93,6 +93,8 @@ def rows_after(
     """
     own = [k for k, track in enumerate(tracks) if track.is_apart]
     deciding = [k for k in own if actives[k]] or own
+    if eqn.primitive.name in _SCATTERS | {"scatter"} and 0 in deciding:
+        deciding = [k for k in deciding if k != 1]  # where it is written is no part of it
     is_active = any(actives[k] for k in own) and not shares
     active, deciding = deciding, _with_places_of_data(eqn, tracks, own, deciding)
     if eqn.primitive.name == "select_n" and len(active) == 1 and len(deciding) > 1:

@@ -217,10 +217,12 @@ class OnDevices:
     keeps_row_gradients = in_branch = False  # seen to on every device
 
     def __init__(self, meeting: Any, devices: _Devices, split: tuple[str, ...], cotangents):
-        if isinstance(meeting, Regrouped):
+        is_moved = isinstance(meeting, Regrouped)
+        if is_moved or getattr(meeting, "adds_up_over_devices", False):
+            what = "rows are moved" if is_moved else "a backward rule adds up over devices"
             raise NotImplementedError(
-                f"rows are moved inside of {describe_operation(devices.eqn)}, where factors for "
-                "late directions are not kept. Pass remat=True to value_and_dots_fn, or take "
+                f"{what} inside of {describe_operation(devices.eqn)}, where factors for late "
+                "directions are not kept. Pass remat=True to value_and_dots_fn, or take "
                 "value_grad_and_dots."
             )
         self._meeting, self._devices, self._split = meeting, devices, split

@@ -317,6 +317,8 @@ def _scatter(eqn, operands, num_rows):
     # What is written where no update depends on rows leaves the operand's rows in place.
     places = [data]
     if indices is not None:
+        if indices.axis not in by_index and data is not None and updates is None:
+            return data  # what belongs to no row makes no other rows of it, wherever it is written
         if indices.axis not in by_index:
             return lost(eqn, "writes where rows say")
         places.append(indices.at(by_index[indices.axis]))

@@ -252,3 +252,33 @@ def test_a_rule_that_adds_up_over_devices_of_one_row_each():
         direction,
     )
     testing.assert_dots_close(result.dots, expected)
+
+
+def test_a_rule_that_adds_up_over_devices_keeps_no_factors():
+    @jax.custom_vjp
+    def total(h, w):
+        return jnp.sum(jnp.sin(h @ w))
+
+    def rule(kept, c):
+        h, w = kept
+        d = jnp.cos(h @ w) * c
+        return d @ w.T, jax.lax.psum(jnp.einsum("btf,btg->fg", h, d), "data")
+
+    total.defvjp(lambda h, w: (total(h, w), (h, w)), rule)
+    loss_fn = jax.shard_map(
+        lambda p, x: jax.lax.psum(total(jnp.tanh(x @ p["in"]), p["in"]), "data") / B,
+        mesh=MESH,
+        in_specs=(SPECS, P("data")),
+        out_specs=P(),
+    )
+    with pytest.raises(NotImplementedError, match=r"a backward rule adds up(.|\n)*remat=True"):
+        value_and_dots_fn(loss_fn)(PARAMS, X)
+    direction = direction_like(PARAMS)
+    late = jax.jit(lambda p, x: value_and_dots_fn(loss_fn, remat=True)(p, x)[2](direction))
+    expected = expected_dots(
+        lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p["in"]) @ p["in"]), (1, 2)),
+        PARAMS,
+        X,
+        direction,
+    )
+    testing.assert_dots_close(late(PARAMS, X), expected)

@@ -312,3 +312,37 @@ def test_rules_of_activations_alone_in_chunks(tiles):
         lambda p, b: 3 * jnp.sum(jnp.sin(hidden(p, b)), (1, 2)), P, BATCH, direction
     )
     testing.assert_dots_close(result.dots, expected)
+
+
+def with_a_write(logits, y, c):
+    """The gradient of the cross-entropy, as it is written by hand."""
+    rows, positions = jnp.arange(len(y))[:, None], jnp.arange(T)[None]
+    return jax.nn.softmax(logits).at[rows, positions, y].add(-1) * c
+
+
+def test_a_rule_that_writes_at_the_places_of_labels():
+    of_logits = jax.custom_vjp(lambda z, y: jnp.sum(losses_of(z, jnp.eye(V), y)))
+    of_rows = jax.custom_vjp(lambda z, y: jnp.sum(losses_of(z, jnp.eye(V), y), 1))
+    of_logits.defvjp(lambda *a: (of_logits(*a), a), lambda a, c: (with_a_write(*a, c), None))
+    of_rows.defvjp(
+        lambda *a: (of_rows(*a), a), lambda a, c: (with_a_write(*a, c[:, None, None]), None)
+    )
+
+    @jax.custom_vjp
+    def with_head(h, head, y):
+        return jnp.sum(losses_of(h, head, y))
+
+    with_head.defvjp(
+        lambda *a: (with_head(*a), a),
+        lambda a, c: gradients(a[0], a[1], with_a_write(a[0] @ a[1], a[2], c)),
+    )
+    direction = direction_like(P)
+    expected = expected_dots(row_losses, P, BATCH, direction)
+    for loss_fn in (
+        lambda p, b: of_logits(hidden(p, b) @ p["head"], b["y"]) / B,
+        lambda p, b: jnp.mean(of_rows(hidden(p, b) @ p["head"], b["y"])),
+        lambda p, b: loss_of(p, b, with_head),
+    ):
+        fn = value_grad_and_dots(loss_fn)
+        result = jax.jit(lambda p, b, fn=fn: fn(p, b, direction=direction))(P, BATCH)
+        testing.assert_dots_close(result.dots, expected)
