@@ -213,15 +213,19 @@ def _reduced(eqn, operands, num_rows):
     return list(operands)
 
 
+# Elsewhere the rows' numbers are sent with them.
+_NESTED = ", inside of nested shard_maps: one over all of their axes keeps rows apart"
+
+
 def _ppermute(eqn, operands, num_rows):
     if _crosses(eqn, num_rows):
-        return lost(eqn, "sends rows to other devices")
+        return lost(eqn, f"sends rows to other devices{_NESTED}")
     return operands[0]
 
 
 def _all_gather(eqn, operands, num_rows):
     if _crosses(eqn, num_rows):
-        return lost(eqn, "gathers the rows of several devices")
+        return lost(eqn, f"gathers the rows of several devices{_NESTED}")
     rows, axis = operands[0], eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         return rows.at(rows.axis + (rows.axis >= axis))
@@ -241,7 +245,7 @@ def _reduce_scatter(eqn, operands, num_rows):
 
 def _all_to_all(eqn, operands, num_rows):
     if _crosses(eqn, num_rows):
-        return lost(eqn, "sends rows to other devices")
+        return lost(eqn, f"sends rows to other devices{_NESTED}")
     rows, split, joined = (operands[0], eqn.params["split_axis"], eqn.params["concat_axis"])
     size = shape_of(eqn.invars[0])[split]
     if split != joined:

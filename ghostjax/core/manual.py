@@ -146,7 +146,10 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 def _in_place(place: Any, when: str) -> Any:
     """The numbers of rows do not cross the border: every device has its own."""
     if isinstance(place, (Known, Moved)):
-        return Mixed(f"rows are moved {when} shard_map and not brought back there")
+        return Mixed(
+            f"rows are moved {when} shard_map and not brought back there; where shard_maps are "
+            "nested, one over all of their axes keeps rows apart"
+        )
     return place
 
 

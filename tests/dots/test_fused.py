@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from ghostjax import (
     pairwise_dots,
@@ -312,6 +313,21 @@ def test_rules_of_activations_alone_in_chunks(tiles):
         lambda p, b: 3 * jnp.sum(jnp.sin(hidden(p, b)), (1, 2)), P, BATCH, direction
     )
     testing.assert_dots_close(result.dots, expected)
+
+
+def test_one_row_on_each_device():
+    mesh = jax.make_mesh((B,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:B])
+    loss_fn = jax.shard_map(
+        lambda p, b: jax.lax.psum(loss_of(p, b), "data"),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    direction = direction_like(P)
+    fn = value_grad_and_dots(loss_fn)
+    result = jax.jit(lambda p, b: fn(p, b, direction=direction))(P, BATCH)
+    testing.assert_dots_close(result.dots, expected_dots(row_losses, P, BATCH, direction))
 
 
 def with_a_write(logits, y, c):
