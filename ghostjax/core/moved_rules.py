@@ -3,6 +3,7 @@
 As those that sort tokens by expert: their backward rule brings cotangents home by another look-up.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
     numbered = [is_real_or_complex(var) for var in eqn.outvars]
     found = [value.where.rows for value in outputs]
     is_apart = [track.is_apart for track, is_number in zip(found, numbered) if is_number]
-    if not all(is_apart) and (walk.shares or eqn.primitive.name != "custom_vjp_call"):
+    if not all(is_apart) and (walk.shares or not _is_sum(eqn, operands)):
         return None
     active = [value.active and is_real_or_complex(var) for value, var in zip(operands, eqn.invars)]
     if not any(active):
@@ -75,6 +76,13 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         differ = jnp.asarray(merged(*pair)[1])
         walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])
     return found if all(is_apart) else None
+
+
+def _is_sum(eqn: Any, operands: Sequence[Value]) -> bool:
+    """Whether what a function gives may be sums over rows: it is smaller than what it is given."""
+    sizes = [math.prod(shape_of(var)) for var in eqn.outvars if is_real_or_complex(var)]
+    given = [math.prod(shape_of(v)) for own, v in zip(operands, eqn.invars) if own.active]
+    return eqn.primitive.name == "custom_vjp_call" and max(sizes) < max(given, default=0)
 
 
 def _zeros(aval: Any) -> Any:

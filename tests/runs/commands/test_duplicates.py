@@ -46,6 +46,7 @@ def path(tmp_path_factory):
         "micro",
         "--steps",
         "2",
+        *("--mesh", "data=1"),
         "--batch-size",
         "2",
         "--val-batch-size",

@@ -115,6 +115,7 @@ def test_arrays_and_tasks_of_ones_own_name_their_held_out_examples(tmp_path, cap
     np.savez(tmp_path / "v.npz", x=np.eye(2, 3), y=[0, 1])
     options = ["--train", tmp_path / "t.npz", "--val", f"val={tmp_path / 'v.npz'}"]
     options += ["--model", "micro", "--steps", 2, "--batch-size", 2, "--val-batch-size", 2]
+    options += ["--mesh", "data=1"]
     assert main(["train", "--out", *map(str, [tmp_path / "run", *options]), "--quiet"]) == 0
     rows = json.loads(shown(tmp_path / "run", capsys, "t:0", "--json").out)
     found = sorted(rows[0]["val_examples"], key=lambda one: one["place"])
