@@ -303,9 +303,8 @@ def _gather(eqn, operands, num_rows):
         if indices.axis >= len(batch):
             return lost(eqn, "has rows along its index vectors")
         places.append(indices.at(batch[indices.axis]))
-    if num_rows == 1 and places:
-        return places[0]  # JAX drops axes of size 1, and all belongs to that row anyway
-    return agree(eqn, places)
+    # JAX drops axes of size 1; all belongs to a single row wherever that is.
+    return agree(eqn, places[:1] if num_rows == 1 else places)
 
 
 def _scatter(eqn, operands, num_rows):
