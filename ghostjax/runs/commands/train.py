@@ -144,11 +144,11 @@ def _prepare(
     data = fingerprint(contents)
     if resumed is not None:
         check_data(resumed, digests, data, config.out)
-    params = task.init_params(config.seed)
+    params = placement.made(lambda: task.init_params(config.seed))
     is_own, is_begun = config.task is not None, checkpoints.latest(config.out) is not None
     # Behind a checkpoint the weights are not needed, so they may be gone.
     if config.init_from is not None and not (is_begun and not config.init_from.exists()):
-        params = read_weights(config.init_from, params)
+        params = placement.made(lambda: read_weights(config.init_from, params))
         if resumed is not None:
             what = f"the weights in {config.init_from}"
             check_params(resumed, fingerprint(params), what, config.out)

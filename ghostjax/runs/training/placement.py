@@ -11,6 +11,7 @@ what cannot be divided, and all else, is whole on every device. The step itself 
 this: its losses and its optimizer say where their arrays are, and XLA does the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -74,6 +75,16 @@ class Placement:
         while axes and axes[-1] is None:
             axes.pop()
         return PartitionSpec(*axes)
+
+    def made(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives: for several devices in the host's memory, as it may be more than one
+        of them can hold."""
+        try:
+            host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # JAX_PLATFORMS does not name it
+            return make()
+        with contextlib.nullcontext() if self.mesh is None else jax.default_device(host):
+            return make()
 
     def state(self, tree: Any) -> Any:
         """Arrays of parameters or optimizer state, put where they belong; they are used up."""
