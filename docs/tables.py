@@ -1,10 +1,13 @@
-"""Tables for the pages, from the results of the benchmarks: ``<!-- table: name -->`` in a page."""
+"""Tables for the pages, from benchmarks' results and docstrings: ``<!-- table: name -->``."""
 
+import ast
+import functools
 import json
 import pathlib
 import re
 
-RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"<!-- table: (\w+) -->")
 
 DIRECTIONS = {
@@ -70,7 +73,22 @@ def cost() -> str:
     return rows_of(["", "GFLOP", "scratch MiB", "time / plain step"], rows)
 
 
-TABLES = {"fidelity": fidelity, "staleness": staleness, "cost": cost}
+def files_of(folder: str) -> str:
+    """What every file of a folder is for, as its docstring's first paragraph says."""
+    rows = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        rows.append([f"`{path.name}`", " ".join(said.partition("\n\n")[0].split())])
+    return rows_of(["file", "what is in it"], rows)
+
+
+TABLES = {
+    "fidelity": fidelity,
+    "staleness": staleness,
+    "cost": cost,
+    "files": functools.partial(files_of, "ghostjax"),
+    "core": functools.partial(files_of, "ghostjax/core"),
+}
 
 
 def filled(markdown: str) -> str:
