@@ -1,5 +1,6 @@
 """Settings for every test, made before JAX is imported."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -28,6 +29,9 @@ _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp(prefix="ghostjax-tests-")
 if _OWN_CACHE is not None:
     os.environ[_CACHE] = _OWN_CACHE
+
+# Tracing makes many objects of which few are garbage: looking for it rarely saves a tenth.
+gc.set_threshold(50_000, 20, 20)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

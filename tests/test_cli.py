@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from importlib import metadata
@@ -11,6 +12,8 @@ from jax.errors import JaxRuntimeError
 from ghostjax.cli import main
 from ghostjax.runs.analysis.values import sum_visits
 from ghostjax.runs.config import TrainConfig
+from ghostjax.runs.report.output import make_console
+from ghostjax.runs.report.terminal import print_summary
 from ghostjax.runs.store.run import read_run
 from ghostjax.runs.store.schema import LOG_TABLES
 from tests.runs.checks import fails
@@ -261,19 +264,18 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_job_puts_prose_above_code(tmp_path):
-    out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "ghostjax", "train", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        env=without_test_flags(),
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_default_job_puts_prose_above_code(tmp_path, capsys):
+    """Of a run that there is already, where ``GHOSTJAX_FIRST_RUN`` names one."""
+    out = pathlib.Path(os.environ.get("GHOSTJAX_FIRST_RUN", tmp_path / "run"))
+    if out.parent == tmp_path:
+        command = [sys.executable, "-m", "ghostjax", "train", "--out", str(out)]
+        subprocess.run(command, check=True, env=without_test_flags())
     summary = json.loads((out / "summary.json").read_text())
+    print_summary(make_console(sys.stdout), read_run(out))
+    printed = capsys.readouterr().out
     for own, other in (("prose", "code"), ("code", "prose")):
-        assert summary["auc"][own] > 0.7
+        assert summary["auc"][own] > 0.9
         assert summary["val_loss"][own] < 2.6
         domains = summary["domains"][own]
         assert domains[own]["value"] > domains[other]["value"]
-        assert f"AUC of {own} above all else" in done.stdout
+        assert f"AUC of {own} above all else" in printed

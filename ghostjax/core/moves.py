@@ -64,23 +64,23 @@ def in_place(eqn: Any, position: int, ids: Any) -> list[Any]:
         infos[position] = Rows(axis)
         for found, info in zip(outputs, propagate(eqn, infos, shape[axis])):
             found.append(info)
-    short = ids.reshape([size for size in ids.shape if size != 1])
     return [
         ids  # itself, by which it is known again
         if places == stays and len(shape_of(var)) == ids.ndim
-        else _along(short, places, shape_of(var))
+        else _along(ids, places, shape_of(var))
         for places, var in zip(outputs, eqn.outvars, strict=True)
     ]
 
 
 def _along(ids: Any, places: list[RowInfo], shape: tuple[int, ...]) -> Any:
-    """``ids`` with its axes at ``places`` of an array of that shape."""
+    """``ids`` with its axes that are longer than 1 at ``places`` of an array of that shape."""
     if any(isinstance(place, Mixed) for place in places):
         return None
     if not all(isinstance(place, Rows) for place in places):  # does not depend on the operand
         return np.full([1] * len(shape), NOBODY, np.int32)
     if not places:
         return ids.reshape([1] * len(shape))
+    ids = ids.reshape([size for size in ids.shape if size != 1])
     indices = []
     for place, size in zip(places, ids.shape):
         along = np.arange(shape[place.axis]) // place.inner % size

@@ -132,11 +132,21 @@ def repeated(ids: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
 
 def merged(first: Any, second: Any) -> tuple[Any, Any]:
     """The numbers of what is made of both, and where they differ."""
-    xp = np if isinstance(first, np.ndarray) and isinstance(second, np.ndarray) else jnp
-    one, two = (xp.where(ids == STRANGER, 1, xp.sign(ids)) >= 0 for ids in (first, second))
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return _merged(np, first, second)
+    return _merged_jit(first, second)
+
+
+def _merged(xp: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    is_first, is_second = first >= 0, second >= 0
     least = xp.minimum(first, second)
-    found = xp.where(first >= 0, first, xp.where(second >= 0, second, least))
-    return found, one & two & (first != second)
+    found = xp.where(is_first, first, xp.where(is_second, second, least))
+    is_first, is_second = is_first | (first == STRANGER), is_second | (second == STRANGER)
+    return found, is_first & is_second & (first != second)
+
+
+# One equation where a walk merges numbers after every operation: tracing takes a third of the time.
+_merged_jit = jax.jit(functools.partial(_merged, jnp))
 
 
 def settled(track: Track) -> Track:

@@ -40,18 +40,24 @@ STRIDED = (
 )
 
 
+@jax.jit
 def start():
     """A state of the optimizer that has moments."""
     grads = jax.grad(mean_loss)(PARAMS, {"x": X + 1})
     return TX.update(grads, TX.init(PARAMS), PARAMS)[1]
 
 
+@jax.jit
+def through_optimizer(grads):
+    val_grads = jax.grad(mean_loss)(PARAMS, {"x": VAL})
+    return directions.through_optimizer(TX, start(), PARAMS, grads, val_grads)
+
+
 def expected_scores(row_losses, batch):
     """Of the big batch, by rows' own gradients: [B], shares of the update."""
     grads = testing.per_example_grads(row_losses, PARAMS, batch)
     total = jax.tree.map(lambda leaf: leaf.sum(0), grads)
-    val_grads = jax.grad(mean_loss)(PARAMS, {"x": VAL})
-    direction = directions.through_optimizer(TX, start(), PARAMS, total, val_grads)
+    direction = through_optimizer(total)
     products = jax.tree.map(
         lambda rows, vector: np.tensordot(
             np.asarray(rows, np.float64), np.asarray(vector, np.float64), axes=vector.ndim

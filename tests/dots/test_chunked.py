@@ -311,7 +311,8 @@ def test_rows_paired_with_other_rows():
     fn = value_grad_and_dots(loss_with(tiled(1, one)))
     with pytest.raises(RowAxisError, match="combines rows with other rows"):
         jax.eval_shape(fn, P, BATCH, direction=P)
-    result = value_grad_and_dots(loss_with(tiled(2, one)))(P, BATCH, direction=P)
+    fn = value_grad_and_dots(loss_with(tiled(2, one)))
+    result = jax.jit(lambda p, b: fn(p, b, direction=p))(P, BATCH)
     assert int(result.conflicts) > 0
     assert bool(jnp.isnan(result.total()).all())
 
@@ -325,8 +326,7 @@ def test_the_way_out_of_a_refused_rule():
         return loss_with(fused, 1)(p, batch)
 
     direction = direction_like(P)
-    result = value_grad_and_dots(of_one, per_example=True, loss_reduction="sum")(
-        P, BATCH, direction=direction
-    )
+    fn = value_grad_and_dots(of_one, per_example=True, loss_reduction="sum")
+    result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(P, BATCH, direction)
     expected = one_by_one(lambda p, b: loss_with(fused, 1)(p, b)[None], P, BATCH, direction)
     testing.assert_dots_close(result.dots, expected)

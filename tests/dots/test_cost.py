@@ -28,13 +28,19 @@ def setup():
         yield lambda params, batch: jnp.mean(row_losses(params, batch)), (params, train, val)
 
 
+@pytest.fixture(scope="module")
+def forward_flops(setup):
+    loss_fn, (params, train, _) = setup
+    return figures(loss_fn, params, train)[0]
+
+
 def figures(function, *args):
     """XLA's FLOPs and bytes of scratch memory."""
     compiled = jax.jit(function).lower(*args).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_cost_over_the_floor(setup):
+def test_cost_over_the_floor(setup, forward_flops):
     loss_fn, args = setup
     fn = value_grad_and_dots(loss_fn)
 
@@ -45,7 +51,6 @@ def test_cost_over_the_floor(setup):
         result = fn(params, train, direction=jax.grad(loss_fn)(params, val))
         return result.value, result.grads, result.total()
 
-    forward_flops, _ = figures(lambda params, train, val: loss_fn(params, train), *args)
     floor_flops, floor_bytes = figures(floor, *args)
     flops, scratch_bytes = figures(with_dots, *args)
     assert flops <= 1.01 * (floor_flops + forward_flops)
@@ -53,7 +58,7 @@ def test_cost_over_the_floor(setup):
     assert flops > floor_flops + 0.5 * forward_flops  # or XLA counts something else
 
 
-def test_cost_of_a_direction_made_of_the_gradient(setup):
+def test_cost_of_a_direction_made_of_the_gradient(setup, forward_flops):
     """The training rows see one forward and one backward pass, though the direction comes late."""
     loss_fn, args = setup
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -70,14 +75,13 @@ def test_cost_of_a_direction_made_of_the_gradient(setup):
         value, grads, dots = value_and_dots_fn(loss_fn)(params, train)
         return value, grads, dots.result(through_optimizer(params, grads, val)).total()
 
-    forward_flops, _ = figures(lambda params, train, val: loss_fn(params, train), *args)
     floor_flops, floor_bytes = figures(floor, *args)
     flops, scratch_bytes = figures(with_dots, *args)
     assert flops <= 1.01 * (floor_flops + forward_flops)
     assert scratch_bytes <= 1.10 * floor_bytes
 
 
-def test_cost_of_further_directions(setup):
+def test_cost_of_further_directions(setup, forward_flops):
     """K directions repeat the products with directions, at most, and nothing else."""
     loss_fn, (params, train, _) = setup
 
@@ -92,7 +96,6 @@ def test_cost_of_further_directions(setup):
     def stacked(count):
         return jax.tree.map(lambda leaf: jnp.stack([leaf] * count), params)
 
-    forward_flops, _ = figures(loss_fn, params, train)
     for many in (early, late):
         one_flops, _ = figures(many, params, train, stacked(1))
         four_flops, _ = figures(many, params, train, stacked(4))

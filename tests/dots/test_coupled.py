@@ -287,7 +287,7 @@ def test_shares_of_coupled_rows(name, reduction):
 @pytest.mark.parametrize("name", [name for name in CASES if name not in COUNTED])
 def test_without_it_the_error_names_it(name):
     with pytest.raises(ValueError, match='coupled="share"'):
-        value_grad_and_dots(CASES[name][0])(PARAMS, BATCH, direction=PARAMS)
+        jax.eval_shape(value_grad_and_dots(CASES[name][0]), PARAMS, BATCH, direction=PARAMS)
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -304,7 +304,12 @@ def test_labels_add_shares_up():
     directions = directions_like(PARAMS)
     options = {"coupled": "share", "loss_reduction": "sum"}
     late = value_and_dots_fn(loss_fn, **options)
-    result = late(PARAMS, BATCH, labels=ids, num_labels=3)[2].result(directions)
+
+    @jax.jit
+    def run(params, batch, directions):
+        return late(params, batch, labels=ids, num_labels=3)[2].result(directions)
+
+    result = run(PARAMS, BATCH, directions)
     own, _ = shares(loss, directions)
     testing.assert_dots_close(
         result.dots,

@@ -150,9 +150,17 @@ def on_mesh():
         yield
 
 
+# Every mesh and every loop, where time matters.
+QUICK = ("data", "layers"), ("tensor", "scan"), ("fsdp", "remat"), ("fsdp_tensor", "scan")
+PAIRS = [
+    pytest.param(case, loop, marks=[pytest.mark.slow] * ((case, loop) not in QUICK))
+    for case in CASES
+    for loop in LOOPS
+]
+
+
 @pytest.mark.usefixtures("on_mesh")
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "loop"), PAIRS)
 def test_dots(case, loop, expected):
     specs, mesh = CASES[case]
 

@@ -17,6 +17,7 @@ from tests.dots.checks import (
     direction_like,
     expected_dots,
     mean_squares,
+    plain_and_errors,
 )
 from tests.dots.functions import FUNCTIONS
 from tests.linen.cases import CASES
@@ -55,8 +56,15 @@ def test_rematerialised_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient=False)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+def reductions():
+    """Each function with both; where time matters, one after the other."""
+    for number, name in enumerate(FUNCTIONS):
+        for k, reduction in enumerate(["mean", "sum"]):
+            marks = [pytest.mark.slow] * (number % 2 != k)
+            yield pytest.param(name, reduction, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "reduction"), reductions())
 def test_functions(name, reduction):
     check(*FUNCTIONS[name](), reduction, exact_gradient="checkpoint" not in name)
 
@@ -74,9 +82,12 @@ def test_per_example(name):
     result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(params, batch, direction)
     testing.assert_dots_close(result.dots, expected_dots(losses, params, batch, direction))
     chex.assert_trees_all_equal(result.aux, batch)
-    grads = jax.grad(lambda p: losses(p, batch).mean())(params)
+    certified = result, direction
+    (_, grads), errors = plain_and_errors(
+        lambda p, b: losses(p, b).mean(), params, batch, certified
+    )
     chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
-    assert max(jax.tree.leaves(conservation_error(result, direction))) <= 1e-5
+    assert max(errors) <= 1e-5
 
 
 def test_weight_decay_belongs_to_no_row():
@@ -85,7 +96,8 @@ def test_weight_decay_belongs_to_no_row():
         return jnp.mean(mean_squares(dense(params, x))) + 0.1 * decay
 
     direction = direction_like(DENSE)
-    result = value_grad_and_dots(loss_fn)(DENSE, X, direction=direction)
+    fn = value_grad_and_dots(loss_fn)
+    result = jax.jit(lambda p, x, v: fn(p, x, direction=v))(DENSE, X, direction)
     expected = expected_dots(lambda p, x: mean_squares(dense(p, x)), DENSE, X, direction)
     testing.assert_dots_close(result.dots, expected)
     for name in DENSE:
@@ -108,7 +120,7 @@ def test_a_mean_over_all_tokens_of_the_batch():
 def test_bfloat16_dots_are_float32(standard_promotion):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), DENSE)
     fn = value_grad_and_dots(lambda p, x: jnp.mean(mean_squares(dense(p, x)).astype(jnp.float32)))
-    result = fn(params, X.astype(jnp.bfloat16), direction=params)
+    result = jax.jit(lambda p, x: fn(p, x, direction=p))(params, X.astype(jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}
     rows = expected_dots(
         lambda p, x: mean_squares(dense(p, x)), params, X.astype(jnp.bfloat16), params

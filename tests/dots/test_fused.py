@@ -273,9 +273,8 @@ def test_the_way_out_of_a_refused_rule():
         return function(hidden(p, batch), p["head"], batch["y"])
 
     direction = direction_like(P)
-    result = value_grad_and_dots(of_one, per_example=True, loss_reduction="sum")(
-        P, BATCH, direction=direction
-    )
+    fn = value_grad_and_dots(of_one, per_example=True, loss_reduction="sum")
+    result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(P, BATCH, direction)
     expected = one_by_one(
         lambda p, b: function(hidden(p, b), p["head"], b["y"])[None], P, BATCH, direction
     )

@@ -44,7 +44,8 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
 
     def run(params, batch, flag, directions):
         found = _found(program, params, batch, flag, directions, late)
-        return found, _expected(program, params, batch, flag, directions)
+        errors = jax.tree.map(jnp.max, conservation_error(found, directions))
+        return found, _expected(program, params, batch, flag, directions), errors
 
     try:
         lowered = jax.jit(run).lower(params, batch, flag, directions)
@@ -53,7 +54,8 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
         if reason is None:
             raise
         return Outcome("refused", reason, f"{type(error).__name__}: {error}")
-    result, (value, grads, dots, nobody) = lowered.compile()(params, batch, flag, directions)
+    result, expected, errors = lowered.compile()(params, batch, flag, directions)
+    value, grads, dots, nobody = expected
     if int(result.conflicts) > 0:
         if not all(np.isnan(leaf).all() for leaf in jax.tree.leaves(result.dots)):
             return Outcome("wrong", message=f"{result.conflicts} conflicts, but not all dots NaN")
@@ -66,7 +68,6 @@ def outcome(program: Program, *, late: bool | None = None) -> Outcome:
     # What rows have in common is as small as rounding where all rows have labels.
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves((dots, nobody)))
     wrong += differences("shared", result.shared, nobody, largest)
-    errors = jax.tree.map(np.max, conservation_error(result, directions))
     wrong += [
         f"certificate: {name}: {error}" for name, error in errors.items() if not error <= RTOL
     ]
