@@ -154,7 +154,7 @@ def run(config: ExportConfig) -> None:
     if not config.quiet:
         console = output.make_console(sys.stdout)
         line = f"{config.out}: {len(kept)} of {len(valued)} examples"
-        without = f", without {copies} near-duplicates" if copies else ""
+        without = f", without {copies} near-duplicate{'s' * (copies > 1)}" if copies else ""
         output.print_text(console, line + without)
 
 
