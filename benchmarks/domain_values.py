@@ -31,7 +31,7 @@ def main():
     for order, seed in RUNS:
         found = results[f"order {order}, seed {seed}"] = measure(order, seed)
         auc = ", ".join(f"{name} {value:.3f}" for name, value in found["auc"].items())
-        errors = ", ".join(f"{own['prediction_error']:.2f}" for own in found["fidelity"].values())
+        errors = ", ".join(f"{own['prediction_error']:.1%}" for own in found["fidelity"].values())
         print(f"order {order}, seed {seed}: AUC {auc}; prediction error {errors}", flush=True)
     save("domain_values", results)
 

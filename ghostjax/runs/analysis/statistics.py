@@ -120,3 +120,15 @@ def differs(values: np.ndarray, errors: np.ndarray, degrees: np.ndarray) -> np.n
     [False, True]
     """
     return np.abs(values) > stats.t.ppf(1 - LEVEL / 2, degrees) * errors
+
+
+def without_sum(steps: np.ndarray, scores: np.ndarray) -> float:
+    """The share of the steps [n] whose scores [n] add up to zero, within rounding.
+
+    >>> without_sum(np.array([0, 0, 1, 1]), np.array([0.5, -0.5, 0.5, 0.4]))
+    0.5
+    """
+    steps, scores = steps[np.isfinite(scores)], scores[np.isfinite(scores)]
+    sizes = np.bincount(steps, np.abs(scores))
+    sums = np.abs(np.bincount(steps, scores))[sizes > 0]
+    return float(np.mean(sums < 1e-4 * sizes[sizes > 0])) if len(sums) else 0.0

@@ -10,13 +10,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ghostjax.runs.analysis.duplicates import LEAST_SIMILARITY, duplicates, jaccard
+from ghostjax.runs.analysis.duplicates import duplicates, jaccard
 from ghostjax.runs.analysis.values import Valued, read_values
 from ghostjax.runs.commands.filters import Filter
-from ghostjax.runs.commands.options import check_choice, check_count, check_formats
+from ghostjax.runs.commands.options import (
+    check_choice,
+    check_count,
+    check_formats,
+    check_similarity,
+)
 from ghostjax.runs.commands.sources import read_task
 from ghostjax.runs.data.task import LoadedTask
-from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
 from ghostjax.runs.store.run import Run, read_run
 
@@ -66,11 +70,7 @@ class DuplicatesConfig(Filter):
         super().check()
         check_count(self.count)
         check_formats(self.csv, self.json)
-        if not LEAST_SIMILARITY <= self.similarity <= 1:
-            raise UsageError(
-                f"--similarity must be from {LEAST_SIMILARITY} to 1, got {self.similarity:g}: of "
-                "pairs that are less alike, too many would be missed"
-            )
+        check_similarity("similarity", self.similarity)
 
 
 def run(config: DuplicatesConfig) -> None:

@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import tyro
 
 from ghostjax import selection
+from ghostjax.runs.analysis.duplicates import duplicates
 from ghostjax.runs.analysis.values import By, Valued, Verdict, read_values
 from ghostjax.runs.commands.filters import Filter
-from ghostjax.runs.commands.options import check_choice
+from ghostjax.runs.commands.options import check_choice, check_similarity
 from ghostjax.runs.commands.sources import read_task
+from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
@@ -32,14 +34,14 @@ class ExportConfig(Filter):
         ghostjax export run --out kept.jsonl --drop hurts
         ghostjax export run --out best.parquet --set prose --top 0.5
         ghostjax export run --out weights.parquet --set prose --weights softmax --temperature 2
-        ghostjax export run --out clean.jsonl --drop hurts --documents
+        ghostjax export run --out clean.jsonl --drop hurts --unique 0.8 --documents
 
     The file has a line of JSON (.jsonl) or a row (.parquet) for each example that is kept, in the
     order of the training data: id, domain, visits, weight, value, error and verdict; with
     --documents, also its text. With --text-field text --id-field id --domain-field domain, ghostjax
     train takes such a file as it is.
 
-    The options that choose examples come first, then --drop, then --top, then --weights. Weights
+    The options that choose examples come first, then --drop, --unique, --top and --weights. Weights
     have mean 1 over the file, so that learning rates need no change. An example that was not
     visited has no value: --top and softmax leave it out.
 
@@ -49,9 +51,13 @@ class ExportConfig(Filter):
       out: The file to write, .jsonl or .parquet.
       set: The validation set whose values decide. None: the only one there is.
       drop: Leave out the examples of this verdict, or of these.
+      unique: Of examples that are alike by this much, from 0.6 to 1, keep the one with the highest
+        value: one of each group that ghostjax duplicates --similarity lists. It needs the files
+        that the run was started with.
       top: Keep the examples with the highest values: a fraction, below 1 or written with a point,
         of the examples that are left and have a value, or their number.
-      by: What --top and --weights go by. value: the sum over the visits; mean: the value per visit.
+      by: What --unique, --top and --weights go by. value: the sum over the visits; mean: the value
+        per visit.
       weights: equal: 1 for all; softmax: they grow with the value, as selection.softmax has it.
       temperature: Of softmax, in standard deviations of the values. Large: all weights alike.
       documents: Also write the texts. It needs the files that the run was started with.
@@ -62,6 +68,7 @@ class ExportConfig(Filter):
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path()
     set: str | None = None
     drop: tuple[Verdict, ...] = ()
+    unique: Annotated[float | None, tyro.conf.arg(metavar="SIMILARITY")] = None
     top: Annotated[str | None, tyro.conf.arg(metavar="FRACTION|K")] = None
     by: By = "value"
     weights: Literal["equal", "softmax"] = "equal"
@@ -79,6 +86,8 @@ class ExportConfig(Filter):
             raise UsageError(f"--out {self.out}: expected a .jsonl or .parquet file")
         if not self.temperature > 0:
             raise UsageError(f"--temperature must be positive, got {self.temperature}")
+        if self.unique is not None:
+            check_similarity("unique", self.unique)
         if self.top is not None:
             count_of(self.top, 1)
         if not self.force and self.out.exists():
@@ -121,7 +130,9 @@ def run(config: ExportConfig) -> None:
     if config.set is None and len(source.sets) > 1:
         raise UsageError(f"--set: give one of {', '.join(source.sets)}, whose values decide")
     valued = read_values(source)[config.set or source.sets[0]]
-    kept = choose(valued, config)
+    needs_data = config.documents or config.unique is not None
+    task = read_task(source)[1] if needs_data else None
+    kept, copies = choose(valued, config, task)
     weights = np.ones(len(kept), np.float32)
     if config.weights == "softmax":
         scores = np.float32(valued.measured(config.by)[0][kept])
@@ -138,16 +149,17 @@ def run(config: ExportConfig) -> None:
         "verdict": pa.array(rows.verdicts, pa.string()),
     }
     if config.documents:
-        columns["text"] = pa.array(_texts(source, kept), pa.string())
+        columns["text"] = pa.array(_texts(source, task, kept), pa.string())
     _write(config.out, pa.table(columns))
     if not config.quiet:
         console = output.make_console(sys.stdout)
         line = f"{config.out}: {len(kept)} of {len(valued)} examples"
-        output.print_text(console, line)
+        without = f", without {copies} near-duplicate{'s' * (copies > 1)}" if copies else ""
+        output.print_text(console, line + without)
 
 
-def choose(valued: Valued, config: ExportConfig) -> np.ndarray:
-    """Indices of the examples that are kept, ascending.
+def choose(valued: Valued, config: ExportConfig, task: LoadedTask | None) -> tuple[np.ndarray, int]:
+    """Indices of the examples that are kept, ascending; how many ``--unique`` left out.
 
     Raises:
       UsageError: none is.
@@ -156,18 +168,37 @@ def choose(valued: Valued, config: ExportConfig) -> np.ndarray:
     needs_value = config.top is not None or config.weights == "softmax"
     if needs_value:
         is_kept &= np.isfinite(valued.values)
+    copies = _copies(valued, config, task, np.flatnonzero(is_kept))
+    is_kept[copies] = False
     kept = np.flatnonzero(is_kept)
     if not len(kept):
         raise UsageError(f"{config.run}: none of {len(valued)} examples is left to be written")
     if config.top is None:
-        return kept
+        return kept, len(copies)
     measured = valued.measured(config.by)[0][kept]
     best = selection.top_k(np.float32(measured), count_of(config.top, len(kept)))
-    return kept[np.asarray(best) > 0]
+    return kept[np.asarray(best) > 0], len(copies)
 
 
-def _texts(source: Run, kept: np.ndarray) -> list[str]:
-    _, task = read_task(source)
+def _copies(
+    valued: Valued, config: ExportConfig, task: LoadedTask | None, chosen: np.ndarray
+) -> np.ndarray:
+    """Of the chosen examples, indices of those that have a better one that is alike.
+
+    Of a group, the one that stays has the highest value; one without a value comes after all others
+    and of the same value the first stays.
+    """
+    if config.unique is None:
+        return np.zeros(0, int)
+    groups = duplicates(len(chosen), lambda n: task.elements(chosen[n]), config.unique)
+    values = np.where(valued.visited, valued.measured(config.by)[0], -np.inf)
+    members = [chosen[group] for group in groups]
+    return np.concatenate(
+        [np.zeros(0, int), *(np.delete(own, values[own].argmax()) for own in members)]
+    )
+
+
+def _texts(source: Run, task: LoadedTask | None, kept: np.ndarray) -> list[str]:
     if not isinstance(task, TextTask):
         raise UsageError(f"--documents: {source.path} is no run on texts")
     return [task.text(index) for index in kept]

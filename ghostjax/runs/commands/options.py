@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from ghostjax.runs.analysis.duplicates import LEAST_SIMILARITY
 from ghostjax.runs.errors import UsageError
 
 
@@ -26,6 +27,15 @@ def check_formats(csv: bool, json: bool) -> None:
     """Raises ``UsageError`` where both formats are asked for."""
     if csv and json:
         raise UsageError("--csv and --json exclude each other: give one of them")
+
+
+def check_similarity(option: str, similarity: float) -> None:
+    """Raises ``UsageError`` for one that duplicates cannot be found by."""
+    if not LEAST_SIMILARITY <= similarity <= 1:
+        raise UsageError(
+            f"--{option} must be from {LEAST_SIMILARITY} to 1, got {similarity:g}: of pairs that "
+            "are less alike, too many would be missed"
+        )
 
 
 def use_compilation_cache(wanted: bool) -> None:

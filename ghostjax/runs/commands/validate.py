@@ -23,6 +23,12 @@ from ghostjax.runs.training.retraining import Retraining
 
 FOLDER = "validate"
 MIN_SUBSETS = 4  # a rank correlation of fewer says nothing
+WHAT_IT_IS = (
+    "A value sums up what single steps did with an example in them; the report tells how well that "
+    "is predicted. What later steps make of its absence is in no value, least of all where many "
+    "are absent at once: for long runs, the correlation can be far below 1 though every score is "
+    "exact."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,7 @@ class ValidateConfig:
     Draws subsets of the training examples at random, trains once more without each of them, and
     compares what that changes about the validation losses with the sums of the subsets' values: the
     linear datamodelling score, Spearman's rank correlation over the subsets. It is 1 if values tell
-    the order of all subsets, and 0 if they tell nothing.
+    the order of all subsets, and 0 if they tell nothing of it.
 
         ghostjax validate run
         ghostjax validate run --subsets 32 --fraction 0.25
@@ -125,9 +131,24 @@ def run(config: ValidateConfig) -> None:
             f"examples, rank correlation {found['spearman']:.3f} (Spearman; 95% interval "
             f"{low:.3f} to {high:.3f}) between the sum of the values and what the loss rose by "
             f"without them: predicted {np.mean(found['predicted']):+.2e}, actual "
-            f"{np.mean(found['actual']):+.2e} in the mean."
+            f"{np.mean(found['actual']):+.2e} in the mean. {_meaning(config.subsets, low, high)}"
         )
         output.print_text(console, line)
+    if not config.quiet:
+        output.print_text(console, WHAT_IT_IS)
+
+
+def _meaning(subsets: int, low: float, high: float) -> str:
+    """
+    >>> _meaning(16, -0.1, 0.6)
+    'The interval holds 0, so 16 subsets do not show that values rank them; --subsets adds more.'
+    """
+    if low > 0 or high < 0:
+        return f"The values rank subsets {'better' if low > 0 else 'worse'} than chance does."
+    return (
+        f"The interval holds 0, so {subsets} subsets do not show that values rank them; --subsets "
+        "adds more."
+    )
 
 
 def _subsets(config: ValidateConfig, examples: Any) -> Iterator[np.ndarray]:

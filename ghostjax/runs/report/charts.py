@@ -7,6 +7,7 @@ import numpy as np
 from ghostjax.fidelity import far_off, step_weights
 from ghostjax.runs.analysis import domains
 from ghostjax.runs.analysis.scale import Scale, number
+from ghostjax.runs.analysis.statistics import without_sum
 from ghostjax.runs.analysis.values import Valued, both_ends, visit_weights, visited_examples
 from ghostjax.runs.report import pictures
 from ghostjax.runs.report.html import Figure, Table
@@ -143,9 +144,15 @@ def over_time(place: str, source: Run, which: str) -> Figure:
     first, last = _ends(_means(steps, scores, bins, np.ones(len(steps), bool)))
     caption = (
         "How much one visit of an example helped, on average over the visits of a stretch of "
-        f"steps. Over all examples it was {scale.number(first)} in the first stretch and "
-        f"{scale.number(last)} in the last."
+        f"steps. Over all examples it was {scale.plain(first)} in the first stretch and "
+        f"{scale.plain(last)} in the last{f' ({scale.words})' if scale.words else ''}."
     )
+    if share := without_sum(steps, scores):
+        caption += (
+            f" In {share:.0%} of the steps the scores add up to 0, as they do where an optimizer "
+            "clips the gradient's norm: they compare the rows of such a step, and do not tell "
+            "whether all of them together lowered the loss."
+        )
     chart = pictures.lines(
         f"{place}-time",
         "Values over training time",
@@ -205,14 +212,14 @@ def predicted_and_actual(place: str, source: Run, which: str) -> Figure:
     caption = (
         f"All in all, the updates were predicted to {_verb(predicted.sum())[0]} the loss on "
         f"{which} by {number(abs(predicted.sum()))}; they {_verb(actual.sum())[1]} it by "
-        f"{number(abs(actual.sum()))} (on the validation rows of each step, in {source.unit})."
+        f"{number(abs(actual.sum()))} ({_measured_on(source)}, in {source.unit})."
     )
     scored = np.nansum(source.numbers("scores", f"score_{which}"))
     if abs(scored - predicted.sum()) > 0.1 * abs(predicted.sum()):
         caption += (
-            f" The scores add up to {number(scored)}: they are what the rows of a step change of "
-            "its update, and the rest of the update is what the optimizer remembers of earlier "
-            "steps or does without any gradient."
+            f" The scores add up to {number(scored)}: they are of all validation rows, and of what "
+            "the rows of a step change of its update; the rest of the update is what the optimizer "
+            "remembers of earlier steps or does without any gradient."
         )
     scale = Scale.of(np.concatenate(list(sums.values())))
     chart = pictures.lines(
@@ -323,12 +330,14 @@ def losses(source: Run) -> Figure:
         return Figure("The log has no losses.")
     if len(series) > pictures.SERIES:
         series = dict(list(series.items())[: pictures.SERIES])
+    order = (source.metadata.get("options") or {}).get("order")
+    when = _ORDERS.get(order, "as each step found them")
     caption = (
         "; ".join(
             "{} loss from {} to {}".format(name, *map(number, _ends(values)))
             for name, values in series.items()
         )
-        + f" (in {source.unit}, before each step's update)."
+        + f" (in {source.unit}, {when})."
     )
     caption = caption[0].upper() + caption[1:]
     drawn = {name: (centers, values) for name, values in series.items()}
@@ -338,6 +347,18 @@ def losses(source: Run) -> Figure:
         for n, (a, b) in enumerate(pairwise(bins))
     ]
     return Figure(caption, chart, Table("Mean losses", ("steps", *series), rows))
+
+
+_ORDERS = {
+    1: "before each step's update",
+    2: "before each step's update; on validation sets, half-way along it",
+}
+
+
+def _measured_on(source: Run) -> str:
+    if "val_batch_size" not in (source.metadata.get("options") or {}):
+        return "on the validation rows of each step"
+    return "on those of each step's validation rows for which most is predicted, a quarter or half"
 
 
 def _verb(decrease: float) -> tuple[str, str]:

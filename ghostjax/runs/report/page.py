@@ -227,6 +227,8 @@ def _listing(
             else "ghostjax rank --csv lists all of them"
         )
     columns = ["rank", "id", "domain", "value", "±", "visits", "verdict", "windows", "excerpt"]
+    if not any(row["windows"] for row in rows):
+        columns.remove("windows")
     return {"note": f"{note}.", "columns": columns, "rows": rows}
 
 

@@ -83,10 +83,15 @@ def _x_axis(
     values = [value for value in ticks(low, high) if not whole or value == round(value)]
     parts = [_rule(x(v), top, x(v), bottom, "zero" if v == 0 else "rule") for v in values]
     parts += [
-        _text(min(max(x(v), _LEFT * 0.4), WIDTH - 14), bottom + 16, t, "middle")
+        _text(_within(x(v), len(t) * _LETTER / 2), bottom + 16, t, "middle")
         for v, t in zip(values, _labels(values))
     ]
     return [*parts, _text(_RIGHT, bottom + 33, label, "end")]
+
+
+def _within(middle: float, half: float) -> float:
+    """Where something of that half width is to be, not to reach beyond the picture."""
+    return min(max(middle, half), WIDTH - half)
 
 
 def _y_axis(low: float, high: float, y, label: str, top: float, whole: bool = False) -> list[str]:
@@ -163,7 +168,7 @@ def bars(
         left, right = sorted((x(0), x(value)))
         center = top + 40 * n + 28
         parts += [
-            _text(8, center - 13, _shorten(row, len(text)), style="strong"),
+            _text(14, center - 13, _shorten(row, len(text)), style="strong"),
             _text(_RIGHT, center - 13, text, "end", "strong"),
             f'<rect class="fill-{"helps" if value >= 0 else "hurts"}" x="{left:.1f}" '
             f'y="{center - 7:.1f}" width="{max(right - left, 1):.1f}" height="14"/>',

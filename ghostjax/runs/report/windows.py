@@ -45,8 +45,10 @@ class Windows:
         more = f" and {len(starts) - MAX_STARTS} more" if len(starts) > MAX_STARTS else ""
         words = f"windows from token {', '.join(map(str, starts[:MAX_STARTS]))}{more}"
         task = self._task
-        if task is None or task.examples[place].size <= task.length + 1:
+        if task is None:
             return Window(self._excerpts[place], words)
+        if task.examples[place].size <= task.length + 1:  # the whole text is one window
+            return Window(self._excerpts[place], "")
         if which not in self._most:
             self._most[which] = _counted_most(self._source, which)
         if place not in self._most[which]:

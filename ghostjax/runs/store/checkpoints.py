@@ -1,9 +1,11 @@
 """Checkpoints of a run: complete or absent, and restored bit for bit.
 
-``checkpoints/<step>/`` is an orbax checkpoint of one flat dictionary, from the path of each leaf to
-its array. So it can be read with orbax alone, and neither names with dots nor custom nodes matter.
-``contents.json`` beside it says which run it is of and lists the arrays and the digests of its
-files: orbax meets a damaged file with tracebacks from its threads, or not at all.
+``checkpoints`` is the directory of an orbax ``CheckpointManager``: of every step it has one flat
+dictionary, from the path of each leaf to its array. So it can be read with orbax alone, and neither
+names with dots nor custom nodes matter. ``contents.json`` of a step says which run it is of and
+lists the arrays and the digests of its files: orbax meets a damaged file with tracebacks from its
+threads, or not at all. Orbax renames the folder of a step when all of it is there; what seals it
+stands in the place of that renaming.
 """
 
 import contextlib
@@ -11,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,26 +21,27 @@ import jax
 import numpy as np
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.processes import is_first, meet
+from ghostjax.runs.processes import is_first
 from ghostjax.runs.store.files import read_json, sync_directory, write_json
 
 # Orbax takes half a second to import: only the functions that need it do.
 
 KEPT = 2
 
+_FOLDER = "checkpoints"
 _CONTENTS = "contents.json"
 
 _State = TypeVar("_State")
 
 
 def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None) -> None:
-    """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``; keeps the newest two. Of
-    several processes, all must call it.
+    """Saves a pytree of ``jax.Array`` as the checkpoint of ``step``, later than those that are
+    there; keeps the newest two. Of several processes, all must call it.
 
     ``run``, JSON, is what tells the run from others; ``restore`` must be given the same.
 
     When this returns, it is on disk. Killed before, it leaves the older checkpoints and the new one
-    as a whole or not at all. A checkpoint of the same step is replaced.
+    as a whole or not at all.
 
     Raises:
       TypeError: a leaf is not a ``jax.Array``.
@@ -52,46 +54,33 @@ def save(out: Path, step: int, state: Any, run: Mapping[str, Any] | None = None)
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"checkpoint: {name} must be a jax.Array, got {type(leaf).__name__}.")
 
-    folder = _folder(out)
-    if is_first():
-        folder.mkdir(exist_ok=True)
-        _remove_leftovers(folder)
-    meet(f"checkpoint {step} begins")
-    aside = folder / f".{step}.partial"
+    contents = {
+        "run": dict(run or {}),
+        "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
+    }
+
+    class Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            """In the place of orbax's own, which changes files before it renames their folder."""
+            folder, final = Path(self.get()), Path(self.get_final())
+            if final.parent.name == _FOLDER:  # the checkpoint, not an item of it
+                _sync_tree(folder)
+                write_json(folder / _CONTENTS, {**contents, "files": _digests(folder)})
+            os.replace(folder, final)
+
+    # Orbax refuses empty arrays; restoring takes them from ``like``.
+    kept = ocp.args.StandardSave({name: leaf for name, leaf in arrays.items() if leaf.size})
+    options = {"max_to_keep": KEPT, "cleanup_tmp_directories": True}
     try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            # Orbax refuses empty arrays; restoring takes them from ``like``.
-            kept = {name: leaf for name, leaf in arrays.items() if leaf.size}
-            checkpointer.save(aside.absolute(), args=ocp.args.PyTreeSave(kept))
-        meet(f"checkpoint {step} is written")
-        if is_first():
-            _finish(aside, arrays, run)
+        with _manager(out, temporary_path_class=Sealed, **options) as manager:
+            manager.save(step, args=kept, force=True)
     except (OSError, ValueError) as error:
-        _remove_leftovers(folder)
         # Tensorstore raises ValueError for what the system refuses, such as to fill a disk further.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(aside)) from error
-    if is_first():
-        if (folder / str(step)).exists():
-            _remove(folder, step)
-        os.replace(aside, folder / str(step))
-        sync_directory(folder)
-        for old in _steps(folder)[:-KEPT]:
-            _remove(folder, old)
-    meet(f"checkpoint {step} is there")
-
-
-def _finish(aside: Path, arrays: Mapping[str, Any], run: Mapping[str, Any] | None) -> None:
-    """Forces what orbax wrote to disk, and says what it is."""
-    _sync_tree(aside)
-    contents = {
-        "run": dict(run or {}),
-        "arrays": {name: _describe(leaf) for name, leaf in arrays.items()},
-        "files": _digests(aside),
-    }
-    write_json(aside / _CONTENTS, contents)
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(_folder(out))) from error
+    sync_directory(_folder(out))
 
 
 def latest(out: Path) -> int | None:
@@ -136,42 +125,39 @@ def restore(out: Path, step: int, like: _State, run: Mapping[str, Any] | None = 
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UsageError(f"{path} does not fit this run: {problems[0]}{more}")
-    kept = {name: leaf for name, leaf in leaves.items() if leaf.size}
-    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        how = {
-            # Without a place as NumPy: otherwise they would go where they were saved from.
-            name: ocp.RestoreArgs(restore_type=np.ndarray)
-            if place is None
-            else ocp.ArrayRestoreArgs(sharding=place, dtype=kept[name].dtype)
-            for name, place in ((name, _place(leaf)) for name, leaf in kept.items())
-        }
-        args = ocp.args.PyTreeRestore(item=kept, restore_args=how)
-        arrays = checkpointer.restore(path.absolute(), args=args)
+    places = {name: _place(leaf) for name, leaf in leaves.items()}
+    abstract = {
+        # Without a place as NumPy: otherwise they would go where they were saved from.
+        name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+        if places[name] is None
+        else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, leaf in leaves.items()
+        if leaf.size
+    }
+    with _manager(out, read_only=True, create=False, save_interval_steps=0) as manager:
+        arrays = manager.restore(step, args=ocp.args.StandardRestore(abstract))
     restored = [
-        jax.device_put(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), _place(leaf))
+        jax.device_put(arrays.get(name, np.zeros(leaf.shape, leaf.dtype)), places[name])
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
+@contextlib.contextmanager
+def _manager(out: Path, **options: Any) -> Iterator[Any]:
+    import orbax.checkpoint as ocp
+
+    how = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+    with quiet(), ocp.CheckpointManager(_folder(out).absolute(), options=how) as manager:
+        yield manager
+
+
 def _folder(out: Path) -> Path:
-    return out / "checkpoints"
+    return out / _FOLDER
 
 
 def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for leftover in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
-        shutil.rmtree(leftover)
-
-
-def _remove(folder: Path, step: int) -> None:
-    """Renames first, so that no half of it is ever there under its name."""
-    doomed = folder / f".{step}.old"
-    os.replace(folder / str(step), doomed)
-    shutil.rmtree(doomed)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

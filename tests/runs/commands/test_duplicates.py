@@ -112,6 +112,26 @@ def test_tables_options_and_what_is_told(path, capsys):
     assert "would be left out" not in listed(path, capsys, "--quiet")
 
 
+def test_export_keeps_the_best_of_each_group(path, tmp_path, capsys):
+    values = {name: dict(zip(v.ids, v.values)) for name, v in read_values(read_run(path)).items()}
+    for name, by_id in values.items():
+        out = tmp_path / f"{name}.jsonl"
+        options = ["--unique", "0.8", "--set", name, "--documents", "--out", str(out)]
+        assert main(["export", str(path), *options]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert told.endswith(f"{name}.jsonl: 3 of 6 examples, without 3 near-duplicates")
+        kept = {row["id"]: row["text"] for row in map(json.loads, out.read_text().splitlines())}
+        best = [
+            max(group, key=lambda one: np.nan_to_num(by_id[one], nan=-np.inf)) for group in GROUPS
+        ]
+        assert list(kept) == sorted(["d:1", *best])
+        assert list(kept.values()) == [TEXTS[int(one[2:])] for one in kept]
+    # What was left out before is in no group.
+    options = ["--unique", "1", "--set", "one", "--id", "d:[1-4]", "--out", str(out), "--force"]
+    assert main(["export", str(path), *options]) == 0
+    assert capsys.readouterr().out.endswith("4 of 6 examples\n")
+
+
 def test_large_groups_are_cut_in_tables_only(path, capsys, monkeypatch):
     monkeypatch.setattr("ghostjax.runs.commands.duplicates.MAX_MEMBERS", 2)
     out = listed(path, capsys)

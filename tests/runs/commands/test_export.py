@@ -94,12 +94,13 @@ BAD = {
     "top of none": (["--out", "a.jsonl", "--top", "0"], "--top 0: expected a fraction"),
     "top word": (["--out", "a.jsonl", "--top", "all"], "--top all: expected a fraction"),
     "temperature": (["--out", "a.jsonl", "--temperature", "0"], "--temperature must be positive"),
+    "unique": (["--out", "a.jsonl", "--unique", "0.5"], "--unique must be from 0.6 to 1, got 0.5"),
     "nothing": (
         ["--out", "a.jsonl", "--set", "prose", "--min-visits", "99"],
         "none of 40 examples is left to be written",
     ),
     "no data": (
-        ["--out", "a.jsonl", "--set", "prose", "--documents"],
+        ["--out", "a.jsonl", "--set", "prose", "--unique", "0.8"],
         "the data changed since the run began",
     ),
 }

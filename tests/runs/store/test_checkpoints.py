@@ -98,20 +98,13 @@ def test_the_newest_two_are_kept(tmp_path):
         assert_same(checkpoints.restore(tmp_path, step, small(0)), small(step))
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
-    for value in (1, 2):
-        checkpoints.save(tmp_path, 5, small(value))
-    assert_same(checkpoints.restore(tmp_path, 5, small(0)), small(2))
-    assert names(tmp_path / "checkpoints") == ["5"]
-
-
 def test_a_checkpoint_is_read_with_orbax_alone(tmp_path):
     import orbax.checkpoint as ocp
 
     checkpoints.save(tmp_path, 5, {"params": {"dense": small(1)}})
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        as_numpy = {"['params']['dense']['a']": ocp.RestoreArgs(restore_type=np.ndarray)}
-        found = checkpointer.restore(tmp_path / "checkpoints" / "5", restore_args=as_numpy)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        as_numpy = {"['params']['dense']['a']": np.zeros(3, np.float32)}
+        found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(as_numpy))
     np.testing.assert_array_equal(found["['params']['dense']['a']"], [1, 1, 1])
 
 
@@ -175,16 +168,12 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
-def test_stopped_at_any_renaming_or_removal_it_leaves_whole_checkpoints(
-    tmp_path, monkeypatch, again
-):
+def test_stopped_at_any_renaming_or_removal_it_leaves_whole_checkpoints(tmp_path, monkeypatch):
     for call in range(9):
         out = tmp_path / str(call)
         out.mkdir()
         for step in (1, 2):
             checkpoints.save(out, step, small(step))
-        step = 2 if again else 3
         left = [call]
 
         def stopping(function, left=left):
@@ -200,12 +189,12 @@ def test_stopped_at_any_renaming_or_removal_it_leaves_whole_checkpoints(
             patch.setattr(os, "replace", stopping(os.replace))
             patch.setattr(shutil, "rmtree", stopping(shutil.rmtree))
             try:
-                checkpoints.save(out, step, small(step))
+                checkpoints.save(out, 3, small(3))
                 stopped = False
             except Stop:
                 stopped = True
         newest = checkpoints.latest(out)
-        assert newest in (1, step) if again else newest in (2, 3)
+        assert newest in (2, 3)
         assert_same(checkpoints.restore(out, newest, small(0)), small(newest))
         checkpoints.save(out, 4, small(4))
         assert len(names(out / "checkpoints")) == 2

@@ -38,7 +38,7 @@ for (const listing of document.querySelectorAll(".listing")) {
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       body.append(...rows.map(row => [key(row, n), row]).sort(([a], [b]) => {
         if (a === null || b === null) return (a === null) - (b === null);
-        const order = typeof a === "number" ? a - b : a.localeCompare(b);
+        const order = typeof a === "number" ? a - b : a.localeCompare(b, undefined, {numeric: true});
         return up ? order : -order;
       }).map(([, row]) => row));
     });
