@@ -93,7 +93,8 @@ def rows_after(
     """
     own = [k for k, track in enumerate(tracks) if track.is_apart]
     deciding = [k for k in own if actives[k]] or own
-    if eqn.primitive.name in _SCATTERS | {"scatter"} and 0 in deciding:
+    written = {0, 2} if eqn.primitive.name == "scatter" else {0}
+    if eqn.primitive.name in _SCATTERS | {"scatter"} and not written.isdisjoint(deciding):
         deciding = [k for k in deciding if k != 1]  # where it is written is no part of it
     is_active = any(actives[k] for k in own) and not shares
     active, deciding = deciding, _with_places_of_data(eqn, tracks, own, deciding)
@@ -123,10 +124,10 @@ def rows_after(
         parts.append([Track(_MIXED)] * len(eqn.outvars))
     if eqn.primitive.name in _COLLECTIVES and not sends(eqn, count):
         _check_devices(eqn, [tracks[k] for k in deciding], conflicts)
-    if eqn.primitive.name in _SCATTERS and 2 in deciding and actives[2]:
+    if eqn.primitive.name in _SCATTERS and 2 in deciding:
         differ = _differ_where_added(eqn, tracks[2], operands, count)
         part = parts[deciding.index(2)]
-        if not shares:
+        if actives[2] and not shares:
             conflicts.append(jnp.sum(differ, dtype=jnp.int32))
         elif isinstance(part[0].place, (Known, Moved)):
             ids = numbers(part[0], shape_of(eqn.outvars[0]), count)

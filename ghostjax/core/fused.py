@@ -19,7 +19,8 @@ from ghostjax.core.linear import NotLinearError, is_real_or_complex
 from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.mixing import several_axes, without_position
 from ghostjax.core.place_rules import Rows
-from ghostjax.core.routes import SUMMING
+from ghostjax.core.routes import FOLLOWING, SUMMING
+from ghostjax.core.tracks import NOWHERE
 from ghostjax.core.values import Value
 from ghostjax.core.walked_rules import WalkedRule
 
@@ -51,14 +52,27 @@ def _split_or_walked(walk, eqn, operands, outputs, apart) -> Meeting:
     try:
         return _meeting(walk, eqn, operands, outputs, apart)
     except RowAxisError as error:
-        has_rows = any(is_inexact(output) and output.shape for output in outputs)
-        if has_rows or not walk.takes_shared:
+        if any(is_inexact(output) and output.shape for output in outputs):
             raise
-        try:
-            return WalkedRule(walk, eqn, operands, outputs)
-        except NotLinearError:  # nothing in it is a sum over rows
-            pass
+        return _walked(walk, eqn, operands, outputs, [NOWHERE] * len(outputs), error)
+
+
+def followed_meeting(walk, eqn, operands, outputs, places, error: RowAxisError) -> Meeting:
+    """The meeting with a function whose rule keeps rows, but not in place."""
+    try:
+        return _walked(walk, eqn, operands, outputs, places, error)
+    except RowAxisError:  # it says less
+        raise error from None
+
+
+def _walked(walk, eqn, operands, outputs, places, error: RowAxisError) -> Meeting:
+    if not walk.takes_shared:
         raise error
+    try:
+        return WalkedRule(walk, eqn, operands, outputs, places)
+    except NotLinearError:  # nothing in it is a sum over rows
+        pass
+    raise error
 
 
 def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:
@@ -87,3 +101,4 @@ def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:
 
 
 SUMMING["custom_vjp_call"] = fused_meeting
+FOLLOWING["custom_vjp_call"] = followed_meeting

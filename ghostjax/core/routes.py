@@ -240,6 +240,9 @@ def make_meeting(eqn: Any, function, operands, outputs, rows, num_rows, names) -
 KINDS: dict[str, type[Meeting]] = {}
 # By primitive, ``meeting(walk, eqn, operands, outputs)`` of an operation that sums over rows.
 SUMMING: dict[str, Callable[..., Meeting | None]] = {}
+# By primitive, ``meeting(walk, eqn, operands, outputs, places, error)`` where its kind does not
+# find rows in place, as ``error`` says: they are followed by their numbers.
+FOLLOWING: dict[str, Callable[..., Meeting]] = {}
 
 
 def _kind(eqn, operands, rows) -> type[Meeting]:

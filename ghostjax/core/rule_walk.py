@@ -23,10 +23,19 @@ from ghostjax.core.mixing import FORWARDS, WAY_OUT, gives_nothing, without_posit
 from ghostjax.core.place_rules import Mixed, shape_of
 from ghostjax.core.promises import is_promise
 from ghostjax.core.tracking import HANDLERS, OPENED
-from ghostjax.core.tracks import SEVERAL, Track, Where, is_single, merged, numbers
+from ghostjax.core.tracks import SEVERAL, Known, Track, Where, is_single, merged, numbers
 from ghostjax.core.values import Value, unsupported
 
 _SUM = Track(Mixed("several rows are added up", is_sum=True))
+
+
+def of_whole_rows(where: Where, rank: int) -> Where:
+    """Of a cotangent of rows, which every position takes: it has no position, but is no sum."""
+    return Where(where.rows, (Track(Known(np.full([1] * rank, SEVERAL, np.int32))),))
+
+
+def _is_of_whole_rows(track: Track) -> bool:
+    return isinstance(track.place, Known) and bool((track.place.ids == SEVERAL).all())
 
 
 class RuleWalk(Directed):
@@ -206,9 +215,10 @@ class RuleWalk(Directed):
         """With the positions that hold for most of a value, and the places where others differ: a
         cotangent that is scattered to a column has its position there alone."""
         where, shape = value.where, jnp.shape(value.primal)
-        if len(where.positions) < 2:
-            return where, []
-        found = [(numbers(t, shape, self.labels.positions), t) for t in where.positions]
+        tracks = tuple(track for track in where.positions if not _is_of_whole_rows(track))
+        if len(tracks) < 2:
+            return Where(where.rows, tracks), []
+        found = [(numbers(t, shape, self.labels.positions), t) for t in tracks]
         (ids, track), *others = sorted(found, key=lambda pair: pair[0].size)
         return Where(where.rows, (track,)), [(own >= 0) & (own != ids) for own, _ in others]
 

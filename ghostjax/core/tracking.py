@@ -93,8 +93,10 @@ class Tracking:
                 else:
                     found = propagate(eqn, infos, self.num_rows)
             except RowAxisError as mixed:
-                if not self.follows or eqn.primitive.name in CHECKS:
+                if not self.follows:
                     raise
+                if eqn.primitive.name in CHECKS:
+                    return self._followed_rule(eqn, operands, mixed)
                 error = mixed
             is_kept = found and not any(isinstance(info, Mixed) for info in found)
             if is_kept or not self.follows or not any(isinstance(info, Rows) for info in infos):
@@ -148,6 +150,14 @@ class Tracking:
         if any(actives) and not lost and checked:
             self._check_rule(eqn, tracks, actives)
         return found
+
+    def _followed_rule(self, eqn, operands, error: RowAxisError) -> list[Track]:
+        """Rows that do not stay in place in a derivative rule, or ``error``."""
+        if eqn.primitive.name in FOLLOWED:
+            found = self._apart(eqn, operands, FOLLOWED[eqn.primitive.name])
+            if found is not None:
+                return found
+        raise error
 
     def _shares(self, eqn, operands) -> bool:
         """Whether rows may be mixed: but for what has parameters, and needs rows in its rule."""

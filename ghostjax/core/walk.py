@@ -31,7 +31,7 @@ from ghostjax.core.meeting import Cells, Meeting, is_inexact
 from ghostjax.core.mixing import gives_nothing, lost_message, several_axes, without_position
 from ghostjax.core.places import Mixed, Rows
 from ghostjax.core.promises import is_promise
-from ghostjax.core.routes import KINDS, SUMMING, make_meeting
+from ghostjax.core.routes import FOLLOWING, KINDS, SUMMING, make_meeting
 from ghostjax.core.sums import sum_meeting, with_summands
 from ghostjax.core.support import LAYOUTS, marked, support
 from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
@@ -246,13 +246,13 @@ class Walk(Tracking):
             of_sum = of_sum or sum_meeting(self, eqn, function, operands, outputs)
         if of_sum is not None:
             meeting = of_sum
-        elif infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
-            meeting = self.make_regrouped(eqn, function, operands, outputs, places)
         else:
-            of_nobody = self.shares and not in_rows  # one sum, as of a single row
-            rows = [None if of_nobody else where.rows.place for where in places]
-            count = None if of_nobody else self.num_rows
-            meeting = self.make(eqn, function, operands, outputs, rows, count)
+            try:
+                meeting = self._meeting(eqn, function, operands, outputs, places, in_rows)
+            except RowAxisError as error:
+                if not in_rows or name not in FOLLOWING:
+                    raise
+                meeting = FOLLOWING[name](self, eqn, operands, outputs, places, error)
         scalars = all(not meeting.outputs[position].shape for position in inexact)
         for path in meeting.moving if of_sum is None else ():
             is_shared = self.takes_shared and scalars and not meeting.needs_data
@@ -266,6 +266,15 @@ class Walk(Tracking):
             places = [Where(self.settled(where.rows), where.positions) for where in places]
         values = [self.data(*triple) for triple in zip(outputs, flows, places)]
         return with_summands(self, eqn, operands, values)
+
+    def _meeting(self, eqn, function, operands, outputs, places, in_rows: bool) -> Meeting:
+        infos = [w.rows.place for w, output in zip(places, outputs) if is_inexact(output)]
+        if infos and in_rows and (self.labels or not all(isinstance(i, Rows) for i in infos)):
+            return self.make_regrouped(eqn, function, operands, outputs, places)
+        of_nobody = self.shares and not in_rows  # one sum, as of a single row
+        rows = [None if of_nobody else where.rows.place for where in places]
+        count = None if of_nobody else self.num_rows
+        return self.make(eqn, function, operands, outputs, rows, count)
 
     def has_examples(self, where: Where) -> bool:
         """Whether places of a value belong to examples; of shares, what has none is of nobody."""

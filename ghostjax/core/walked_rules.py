@@ -24,15 +24,23 @@ from ghostjax._jaxprs import bind
 from ghostjax.core.custom_rules import in_rule, not_a_sum
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex, kinds_of_outputs
-from ghostjax.core.meeting import Cells, Meeting, Route, weighted, where_taken, wide_dtype
+from ghostjax.core.meeting import (
+    Cells,
+    Meeting,
+    Route,
+    is_inexact,
+    weighted,
+    where_taken,
+    wide_dtype,
+)
 from ghostjax.core.mixing import WAY_OUT
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.program import is_literal, run
 from ghostjax.core.reach import inputs_of
-from ghostjax.core.rule_walk import RuleWalk
+from ghostjax.core.rule_walk import RuleWalk, of_whole_rows
 from ghostjax.core.rules import pullback
 from ghostjax.core.squares import square
-from ghostjax.core.tracks import merged, numbers
+from ghostjax.core.tracks import Where, merged, numbers
 from ghostjax.core.values import Value
 
 
@@ -47,7 +55,21 @@ class WalkedRule(Meeting):
     use = None
     _every = False
 
-    def __init__(self, walk: Any, eqn: Any, operands: Sequence[Value], outputs: Sequence[Any]):
+    def __init__(
+        self,
+        walk: Any,
+        eqn: Any,
+        operands: Sequence[Value],
+        outputs: Sequence[Any],
+        places: Sequence[Where],
+    ):
+        self._given = [
+            of_whole_rows(where, len(output.shape))
+            if walk.labels and where.rows.is_apart and not where.positions
+            else where
+            for where, output in zip(places, outputs)
+            if is_inexact(output)
+        ]
         self._labels, self.place = walk.labels, walk.describe(eqn)
         self.count = walk.labels.count if walk.labels else walk.num_rows
         function, rows = functools.partial(bind, eqn), [None] * len(outputs)
@@ -141,12 +163,12 @@ class WalkedRule(Meeting):
     def _kept(self, primals, consts):
         arrays = {k: primals[k] for k in self.kept}
         wheres = {k: self._classes[k].where for k in self._active + self.kept}
-        return arrays, consts, wheres, self._labels
+        return arrays, consts, wheres, self._given, self._labels
 
     def keep(self, operands):
         kept = self._kept([value.primal for value in operands], self.take_consts())
         self._classes = [dataclasses.replace(value, where=None) for value in self._classes]
-        self._labels = None
+        self._labels = self._given = None
         return kept
 
     def take_consts(self):
@@ -155,14 +177,18 @@ class WalkedRule(Meeting):
         return consts
 
     def _walk(self, kept) -> RuleWalk:
-        labels, paths = kept[3], list(self.moving)
+        labels, paths = kept[-1], list(self.moving)
         return RuleWalk(self.names, self.num_rows, labels, paths, self.place, every=self._every)
 
     def _walked(self, walk: RuleWalk, kept, cotangents) -> dict[int, Value]:
         """By position, what the rule gives the operands."""
-        arrays, consts, wheres, _ = kept
+        arrays, consts, wheres, given, _ = kept
         program, count = self._program, len(self._classes)
-        env = dict(zip(program.inputs[count:], map(Value, cotangents), strict=True))
+        given = [
+            Value(array, {}, True, True, where) if where.rows.is_apart else Value(array)
+            for array, where in zip(cotangents, given, strict=True)
+        ]
+        env = dict(zip(program.inputs[count:], given, strict=True))
         env.update(zip(program.consts, map(Value, consts), strict=True))
         for k in self.kept:
             value = dataclasses.replace(self._classes[k], primal=arrays[k], where=wheres[k])
@@ -181,6 +207,8 @@ class WalkedRule(Meeting):
             value = read(atom)
             value = value if isinstance(value, Value) else Value(jnp.asarray(value))
             if k in self._moving and walk.is_apart(value):
+                if not value.active:  # as what integers were made of
+                    raise NotLinearError(None)
                 value = walk.weighted(value)
             found[k] = value
         return found

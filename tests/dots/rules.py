@@ -131,6 +131,17 @@ def looped_with_a_counter(x, w, g):
 
 
 @rule_of_product
+def rounded_in_a_loop(x, w, g):
+    """What each round sums is not linear in the cotangent; the loop is, in these sums."""
+
+    def add(total, pair):
+        return total + pair[0].T @ jnp.round(pair[1] * 64), None
+
+    pairs = jnp.swapaxes(x, 0, 1), jnp.swapaxes(g, 0, 1)
+    return g @ w.T, jax.lax.scan(add, jnp.zeros_like(w), pairs)[0]
+
+
+@rule_of_product
 def branches(x, w, g):
     """Branches that a constant takes, before and after the sum."""
     g = jax.lax.cond(jnp.bool_(True), clip, jnp.sin, g)

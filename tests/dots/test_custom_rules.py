@@ -90,14 +90,6 @@ def integers(x, w, g):
     return g.astype(jnp.float32) @ w.T, total.astype(jnp.float32)
 
 
-def rounded_in_a_loop(x, w, g):
-    def add(total, pair):
-        return total + pair[0].T @ jnp.round(pair[1] * 64), None
-
-    pairs = jnp.swapaxes(x, 0, 1), jnp.swapaxes(g, 0, 1)
-    return g @ w.T, jax.lax.scan(add, jnp.zeros_like(w), pairs)[0]
-
-
 def until_small(x, w, g):
     total = contract(x, g)
     return g @ w.T, jax.lax.while_loop(lambda t: jnp.sum(t**2) > 1, lambda t: t / 2, total)
@@ -147,7 +139,6 @@ REFUSED = {
     ),
     "constant": (lambda x, w, g: (g @ w.T, w), "Found a part that depends on no cotangent, which"),
     "integers": (integers, "Found dot_general, which is not"),
-    "rounded_in_a_loop": (rounded_in_a_loop, "Found round, which is not"),
     "until_small": (until_small, "Found while, which is not"),
     "covariance": (
         lambda x, w, g: (g @ w.T, contract(x, g) @ jnp.einsum("bti,bto->io", g, g)),

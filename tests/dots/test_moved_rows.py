@@ -320,10 +320,6 @@ def mixed_in_a_loop(p, x):
     return jnp.mean(jnp.square(jax.lax.scan(body, hidden(p, x), None, length=2)[0] @ p["v"]))
 
 
-def inputs_mixed_by_data(p, x):
-    return jnp.mean(rows(p, x[jnp.argsort(x[:, 0, 0])] * x))
-
-
 def padding_that_is_added_to_rows(p, x):
     """What parameters make of padding is no row's, until it is added to one."""
     h = hidden(p, jnp.pad(x[jnp.argsort(x[:, 0, 0])], ((0, B), (0, 0), (0, 0))))
@@ -337,7 +333,8 @@ def padding_that_is_added_to_rows(p, x):
         mixed_by_data,
         added_up_by_data,
         mixed_in_a_loop,
-        inputs_mixed_by_data,
+        lambda p, x: jnp.mean(rows(p, x[jnp.argsort(x[:, 0, 0])] * x)),
+        lambda p, x: jnp.mean(rows(p, jnp.zeros_like(x).at[jnp.zeros(B, int)].add(x))),
         lambda p, x: jnp.mean(started_by_parameters(p, x, jnp.argsort(x[:, 0, 0]))),
     ],
 )

@@ -1,11 +1,12 @@
-"""Derivative rules with parameters, where examples are told apart along two axes."""
+"""Derivative rules with parameters, where examples are told apart along two axes, or rows of
+cotangents are written at the places of labels."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw
+from ghostjax import squared_norms, testing, value_and_dots_fn, value_grad_and_dots
+from tests.dots.checks import direction_like, draw, expected_dots
 
 B, T, F = 3, 4, 5
 PARAMS = {"w": draw(F, F), "s": draw(F, seed=4)}
@@ -99,25 +100,132 @@ def test_rules_by_position(arrangement):
     assert (int(result.conflicts), int(several.conflicts)) == (0, 0)
 
 
-def test_rules_that_sum_step_by_step_are_refused():
-    """And the way out is one."""
-
+@pytest.mark.parametrize("shape", [(B, T, F), (B * T, F)])
+def test_rules_that_sum_step_by_step(shape):
     def stepwise(params, x):
-        return jnp.sum(jnp.square(jnp.sin(scale_in_two_steps(x, params["s"]))))
+        return jnp.sum(jnp.square(jnp.sin(scale_in_two_steps(x.reshape(shape), params["s"]))))
 
     params = {"s": PARAMS["s"]}
     direction = direction_like(params)
-    labels = {"labels": PLACES, "num_labels": B * T}
     fn = value_grad_and_dots(stepwise, loss_reduction="sum")
-    message = r"\['s'\] meets data in custom_vjp_call at .*along several axes. Let them lie along"
-    with pytest.raises(ValueError, match=message):
-        fn(params, X, direction=direction, **labels)
-
-    flat = value_grad_and_dots(
-        lambda params, x: stepwise(params, x.reshape(-1, F)), loss_reduction="sum"
-    )
-    result = flat(params, X, direction=direction, **labels)
+    result = fn(params, X, direction=direction, labels=PLACES, num_labels=B * T)
     slopes = jnp.sin(2 * X * params["s"][None, None]) * X
     testing.assert_dots_close(
         result.dots["s"], jnp.einsum("bto,o->bt", slopes, direction["s"]).ravel()
     )
+
+
+V = 6
+HEAD = {"w": PARAMS["w"], "head": draw(F, V, seed=7)}
+BATCH = {"x": X, "y": jnp.arange(B * T).reshape(B, T) * 5 % V}
+ROWS, POSITIONS = jnp.arange(B)[:, None], jnp.arange(T)[None]
+
+
+def losses_of(h, head, y):
+    logits = h @ head
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
+
+
+def place_losses(params, batch):
+    return losses_of(jnp.tanh(batch["x"] @ params["w"]), params["head"], batch["y"])
+
+
+def added(d, y, c, rows=ROWS):
+    return (d * c[..., None]).at[rows, POSITIONS, y].add(-c)
+
+
+def with_rule(written, per_row=True):
+    """Cross-entropy and head in one, with one loss per row or position."""
+
+    @jax.custom_vjp
+    def fused(h, head, y):
+        losses = losses_of(h, head, y)
+        return jnp.sum(losses, 1) if per_row else losses
+
+    def backward(kept, c):
+        h, head, y = kept
+        d = written(jax.nn.softmax(h @ head), y, c[:, None] if per_row else c)
+        return d @ head.T, jnp.einsum("btf,btv->fv", h, d), None
+
+    fused.defvjp(lambda *args: (fused(*args), args), backward)
+
+    def loss_fn(params, batch):
+        h = jnp.tanh(batch["x"] @ params["w"])
+        return jnp.sum(jnp.sin(fused(h, params["head"], batch["y"])))
+
+    def losses(params, batch):
+        own = place_losses(params, batch)
+        return jnp.sin(jnp.sum(own, 1)) if per_row else jnp.sum(jnp.sin(own), 1)
+
+    return loss_fn, losses
+
+
+def flattened(d, y, c):
+    d = (d * c[..., None]).reshape(B * T, V)
+    return d.at[jnp.arange(B * T), y.ravel()].add(-c.ravel()).reshape(B, T, V)
+
+
+WRITTEN = {
+    "added": (added, True),
+    "added by position": (added, False),
+    "set": (
+        lambda d, y, c: (
+            d * c[..., None] + jnp.zeros_like(d).at[ROWS, POSITIONS, y].set(jnp.tile(-c, (1, T)))
+        ),
+        True,
+    ),
+    "flattened": (flattened, False),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_rows_of_cotangents_at_the_places_of_labels(name):
+    loss_fn, losses = with_rule(*WRITTEN[name])
+    direction = direction_like(HEAD)
+    ids = jnp.array([[0, 0, 2, 2], [2, 1, -1, 1], [1, 1, 1, 0]])
+
+    @jax.jit
+    def run(params, batch):
+        fn = value_grad_and_dots(loss_fn, loss_reduction="sum")
+        late = value_and_dots_fn(loss_fn, loss_reduction="sum")
+        labels = {"labels": ids, "num_labels": 3}
+        early = fn(params, batch, direction=direction)
+        by_label = fn(params, batch, direction=direction, **labels)
+        norms = squared_norms(lambda *args: loss_fn(*args) / B)(params, batch)
+        return early, late(params, batch)[2](direction), by_label, norms
+
+    result, late, by_label, norms = run(HEAD, BATCH)
+    wanted = expected_dots(losses, HEAD, BATCH, direction)
+    testing.assert_dots_close(result.dots, wanted)
+    testing.assert_dots_close(late, wanted)
+    grads = testing.per_example_grads(losses, HEAD, BATCH)
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), (1, 2)), grads)
+    testing.assert_dots_close(norms, squares)
+    assert int(result.conflicts) == int(by_label.conflicts) == 0
+
+    def of_label(params, batch, label):
+        """With all that other labels use of the parameters held fixed."""
+        own = ids == label
+        fixed = jax.lax.stop_gradient(params)
+        every = [place_losses(p, batch) for p in (params, fixed)]
+        place = jnp.where(own, *every)
+        return jnp.sum(jnp.sin(jnp.sum(place, 1) if WRITTEN[name][1] else place))
+
+    found = [jax.grad(of_label)(HEAD, BATCH, label) for label in range(3)]
+    testing.assert_dots_close(
+        by_label.dots,
+        {key: jnp.array([jnp.vdot(g[key], direction[key]) for g in found]) for key in HEAD},
+    )
+
+
+def test_rows_of_cotangents_at_places_of_other_rows():
+    loss_fn, _ = with_rule(lambda d, y, c: added(d, y, c, (ROWS + 1) % B))
+    result = value_grad_and_dots(loss_fn)(HEAD, BATCH, direction=HEAD)
+    assert int(result.conflicts) > 0
+    assert bool(jnp.isnan(result.total()).all())
+
+
+def test_rows_of_cotangents_that_are_normalised_together():
+    loss_fn, _ = with_rule(lambda d, y, c: added(d, y, c / jnp.sum(c)))
+    with pytest.raises(ValueError, match="combines rows with a value in which rows are mixed"):
+        jax.eval_shape(value_grad_and_dots(loss_fn), HEAD, BATCH, direction=HEAD)

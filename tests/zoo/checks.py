@@ -35,12 +35,12 @@ def rows_apart(batch):
     return [jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch) for row in range(rows)]
 
 
-def check(loss_fn, params, batch, apart, weights, **labels):
+def check(loss_fn, params, batch, apart, weights, direction=None, **labels):
     """``loss_fn`` is the mean of the losses of ``apart``, with ``weights``.
 
     Dots in one jit, with loss_reduction "sum": every example's share of <grads, direction>.
     """
-    direction = direction_like(params)
+    direction = direction_like(params) if direction is None else direction
     fn = value_grad_and_dots(loss_fn, loss_reduction="sum")
     run = jax.jit(lambda params, batch, v, labels: fn(params, batch, direction=v, **labels | count))
     count = {"num_labels": labels.pop("num_labels")} if labels else {}

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.zoo.checks import MARKS, check, package, redrawn
+from ghostjax import testing, value_grad_and_dots
+from tests.zoo.checks import MARKS, check, direction_like, package, redrawn
 
 pytestmark = MARKS
 LENGTHS = [[5, 4], [3, 7], [6, 2, 4]]  # of documents; what is left of a row is padding
@@ -35,6 +36,7 @@ SPARSE = {
 }
 # The loss in two tiles of the batch's positions, each of a row and a half.
 TILED = {"num_vocab_tiling": 2, "z_loss_multiplier": 1e-2}
+KINDS = {"dense": {}, "sparse": SPARSE, "tiled": TILED, "tied": {"logits_via_embedding": True}}
 EXACT = {
     "dtype": "float32",
     "weight_dtype": "float32",
@@ -86,20 +88,39 @@ def apart(batch, labels):
         yield kept
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "tiled"])
-def test_maxtext(kind):
+def in_bfloat16(tree):
+    """What bfloat16 holds of the embedding."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            leaf.astype(jnp.bfloat16).astype(leaf.dtype)
+            if "embedding" in jax.tree_util.keystr(path)
+            else leaf
+        ),
+        tree,
+    )
+
+
+def logits_in_float32(query, table, dtype, config, out_sharding=None):
+    """MaxText's own takes the table in bfloat16 in any case, and so it rounds the gradient after
+    the sum over documents: those of documents apart, rounded, add up to another one."""
+    del config, out_sharding
+    return jnp.dot(query, jnp.asarray(table, dtype).T, preferred_element_type=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maxtext(kind, monkeypatch):
     package("maxtext")
     package("pathwaysutils")
     if len(jax.devices()) > 1:
         pytest.skip("MaxText takes every device there is; for one device, set XLA_FLAGS")
     from flax import nnx
     from maxtext.configs import pyconfig
+    from maxtext.layers import nnx_decoders
     from maxtext.trainers.pre_train import train
     from maxtext.utils import maxtext_utils, model_creation_utils
 
     base = os.path.join(os.path.dirname(pyconfig.__file__), "base.yml")
-    options = DENSE | EXACT | QUIET | {"sparse": SPARSE, "tiled": TILED}.get(kind, {})
-    config = pyconfig.initialize(["", base], **options)
+    config = pyconfig.initialize(["", base], **DENSE | EXACT | QUIET | KINDS[kind])
     mesh = maxtext_utils.get_mesh_from_config(config)
     model = model_creation_utils.from_config(config, mesh=mesh, rngs=nnx.Rngs(0))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -112,13 +133,19 @@ def test_maxtext(kind):
         return loss
 
     batch, labels = packed()
+    given = {"labels": jnp.asarray(labels), "num_labels": DOCUMENTS}
+    params = in_bfloat16(redrawn(params))
+    direction = in_bfloat16(direction_like(params))
+    documents = list(apart(batch, labels)), [n for lengths in LENGTHS for n in lengths]
     with jax.set_mesh(mesh):
-        check(
-            loss_fn,
-            redrawn(params),
-            batch,
-            list(apart(batch, labels)),
-            [length for lengths in LENGTHS for length in lengths],
-            labels=jnp.asarray(labels),
-            num_labels=DOCUMENTS,
-        )
+        if kind == "tied":
+            result = jax.jit(
+                lambda params: value_grad_and_dots(loss_fn, loss_reduction="sum")(
+                    params, batch, direction=direction, **given
+                )
+            )(params)
+            monkeypatch.setattr(nnx_decoders, "attend_on_embedding", logits_in_float32)
+            jax.clear_caches()  # of what was traced before
+        expected = check(loss_fn, params, batch, *documents, direction, **given)
+        if kind == "tied":
+            testing.assert_dots_close(result.dots, expected.dots, rtol=1e-5)
