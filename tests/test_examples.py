@@ -19,9 +19,15 @@ MORE = {
 }
 
 
+# One of a model in Flax and one of a loader, where time matters.
+QUICK = ("nnx_model", "grain_loader")
+
+
 # wordllama's own dependencies warn; ours are errors still.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in NAMES]
+)
 def test_examples(name, tmp_path, standard_promotion):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is in the extra test")

@@ -56,15 +56,15 @@ def test_rematerialised_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient=False)
 
 
-def reductions():
-    """Each function with both; where time matters, one after the other."""
-    for number, name in enumerate(FUNCTIONS):
-        for k, reduction in enumerate(["mean", "sum"]):
-            marks = [pytest.mark.slow] * (number % 2 != k)
-            yield pytest.param(name, reduction, marks=marks)
+# Each function with both; where time matters, one after the other.
+REDUCTIONS = [
+    pytest.param(name, reduction, marks=[pytest.mark.slow] * (number % 2 != k))
+    for number, name in enumerate(FUNCTIONS)
+    for k, reduction in enumerate(["mean", "sum"])
+]
 
 
-@pytest.mark.parametrize(("name", "reduction"), reductions())
+@pytest.mark.parametrize(("name", "reduction"), REDUCTIONS)
 def test_functions(name, reduction):
     check(*FUNCTIONS[name](), reduction, exact_gradient="checkpoint" not in name)
 

@@ -58,7 +58,15 @@ def check(results, expected, directions):
             assert leaf.max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "gpt2", "gpt2_scan_remat"])
+# Every third of the functions, where time matters, and the model with all that is repeated.
+QUICK = (*[*FUNCTIONS][::3], "gpt2_scan_remat")
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK))
+    for name in [*FUNCTIONS, "gpt2", "gpt2_scan_remat"]
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_stacked_directions(name, standard_promotion):
     losses, params, batch = (FUNCTIONS | MODELS)[name]()
 

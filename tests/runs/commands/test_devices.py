@@ -82,6 +82,7 @@ def assert_same_values(found, expected):
             np.testing.assert_allclose(mine[domain]["value"], figures["value"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
 def test_the_log_is_that_of_one_device(config, one, tmp_path, mesh):
     train.run(dataclasses.replace(config, out=tmp_path / "run", mesh=mesh))
@@ -106,6 +107,7 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(Trainer, "steps", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_ignored")
 def test_a_run_goes_on_with_fewer_devices(config, one, tmp_path, monkeypatch):
     again = dataclasses.replace(config, out=tmp_path / "run", resume=True)
