@@ -148,7 +148,7 @@ def value_and_clipped_grad(
             loss_reduction=loss_reduction,
         )
         found = check_labels(loss, labels, num_labels)
-        left, weighted = clipping_pass(loss, arrays, found, padded=weights is not None)
+        left, weighted = clipping_pass(loss, arrays, found)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         largest = jnp.where(max_norm > 0, max_norm, jnp.nan)
         own = jnp.minimum(1, largest * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))

@@ -1,7 +1,6 @@
 """Gradients of single examples, and their squared norms, from what a pass over all rows leaves."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -188,15 +187,15 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
 
 
 def clipping_pass(
-    loss: Loss, arrays: Arrays, labels: Labels | None, *, padded: bool
+    loss: Loss, arrays: Arrays, labels: Labels | None
 ) -> tuple[Pass, Callable[[jax.Array], list[Any]]]:
     """One forward and one backward pass; and a second backward pass, as a function of weights.
 
     That gives the gradient of the loss with every row's part times its weight: of rows [B], or of
-    labels of positions [S]. ``padded``: rows of weight 0 may hold what is no number.
+    labels of positions [S]. Rows of weight 0 may hold what is no number.
     """
     check_devices(arrays, clips=True)
-    run = _walked(loss, arrays, labels, functools.partial(Clipped, padded))
+    run = _walked(loss, arrays, labels, Clipped)
     taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=True)
     check_in_rows(loss, found)
     last: list[Found] = []
@@ -220,6 +219,9 @@ def clipping_pass(
     def weighted(weights):
         # Else the compiler would keep for the second pass what the first one has computed.
         pull_again, again, weights = jax.lax.optimization_barrier((pulled, seed, weights))
+        # XLA's CPU backend drops barriers, and would do all of the second pass early that needs no
+        # weights: the seed says that they are needed. They are not negative, which it cannot know.
+        again = jnp.where(jnp.any(weights < -1), jnp.zeros_like(again), again)
 
         def given(port):
             loops = [1] * (port.ndim - 1)  # before the rows, but where these are vectorized

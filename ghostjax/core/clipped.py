@@ -12,17 +12,9 @@ class Clipped(Squares):
 
     The weights are the cotangents of ports, zeros [B], one of each meeting, which are emitted. So
     the pass can be pulled back twice: for the norms, and when these have given the weights.
-
-    Args:
-      padded: whether rows of weight 0 may hold what is no number.
-      loss, taps, by_weights, others: as for ``Squares``.
     """
 
     constant = True  # the gradient comes through the ports alone
-
-    def __init__(self, padded, loss, taps, by_weights, **others):
-        super().__init__(loss, taps, by_weights, **others)
-        self.padded = padded
 
     def through(self, key, meeting, outputs, operands, kept):
         carried, backward = squares_to(meeting, self.taps)
