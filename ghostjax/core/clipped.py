@@ -3,8 +3,9 @@
 import jax
 
 from ghostjax.core.channel import channel
+from ghostjax.core.directed import to_slots
 from ghostjax.core.squares import Squares, squares_to
-from ghostjax.core.types import cotangent_as
+from ghostjax.core.types import cotangent_as, on_this_mesh
 
 
 class Clipped(Squares):
@@ -22,7 +23,7 @@ class Clipped(Squares):
 
     def waiting(self, key, meeting, outputs, operands, kept):
         slots = self.slots[key]
-        return self._with_port(key, meeting, lambda _, c: c, outputs, operands, slots, kept)
+        return self._with_port(key, meeting, to_slots(slots), outputs, operands, slots, kept)
 
     def _with_port(self, key, meeting, own, outputs, operands, carried, kept):
         moving = {k: value.primal for k, value in enumerate(operands) if value.tangents}
@@ -30,7 +31,8 @@ class Clipped(Squares):
 
         def backward(kept, cotangents):
             *cotangents, weights = cotangents
-            found = meeting.weighted(weights, kept, cotangents)
+            with meeting.context():
+                found = meeting.weighted(*on_this_mesh((weights, kept, cotangents)))
             found = {k: cotangent_as(found[k], kind) for k, kind in kinds.items()}
             return own(kept, cotangents), found
 

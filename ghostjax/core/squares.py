@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ghostjax.core.at_once import AtOnce, Found
 from ghostjax.core.channel import set_aside
 from ghostjax.core.convolutions import conv_squares, is_unfolded
-from ghostjax.core.directed import Directed, through_channel
+from ghostjax.core.directed import Directed, through_channel, to_slots
 from ghostjax.core.gram import gram_squares, squares_cost_less
 from ghostjax.core.meeting import one_per_row, where_taken, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
@@ -236,4 +236,4 @@ class DirectedSquares(Directed):
         if not waiting:
             return outputs
         self.emitted[key] = set_aside(kept, waiting)
-        return through_channel(meeting, lambda _, c: c, outputs, waiting, ())
+        return through_channel(meeting, to_slots(waiting), outputs, waiting, ())
