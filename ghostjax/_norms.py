@@ -158,7 +158,7 @@ def value_and_clipped_grad(
             own = _weighted(own, weights)
         if found is not None and found.ids.ndim == 1:
             is_own = (found.ids >= 0) & (found.ids < found.count)
-            own = jnp.where(is_own, own[jnp.clip(found.ids, 0, found.count - 1)], 0)
+            own = jnp.where(is_own, _taken(own, jnp.clip(found.ids, 0, found.count - 1)), 0)
         value = (left.value, left.aux) if has_aux else left.value
         grads = jax.tree.unflatten(loss.params, weighted(own))
         return _undifferentiated((value, grads), arrays.params)
@@ -189,6 +189,13 @@ def _is_symbolic(tangent: Any) -> bool:
 
 
 _undifferentiated.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _taken(array: jax.Array, ids: jax.Array) -> jax.Array:
+    """``array[ids]``, placed like the numbers where explicit axes of a mesh split them."""
+    placed = jax.typeof(ids).sharding
+    is_split = any(names is not None for names in placed.spec)
+    return array.at[ids].get(out_sharding=placed if is_split else None)
 
 
 def _weighted(own: jax.Array, weights: Any) -> jax.Array:
