@@ -12,7 +12,7 @@ from jax.extend import core
 from ghostjax._checks import batch_rows, check_argnums, check_parameters
 from ghostjax._jaxprs import live_equations
 from ghostjax._modules import opened
-from ghostjax.core import Push, Rows, Track, Value, Walk, Where, marked_where_unused
+from ghostjax.core import Push, Rows, Track, Value, Walk, Where, marked_where_unused, typed_as
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,10 @@ class Loss:
             found = self.push(arrays, vectors, False)
             return {key: found[key] for key in gradients}
 
-        (leaves,) = jax.linear_transpose(push, arrays.params)(gradients)
+        pushed, pulled = jax.vjp(push, arrays.params)
+        (leaves,) = pulled(
+            jax.tree.map(lambda own, like: typed_as(own, jax.typeof(like)), gradients, pushed)
+        )
         return leaves
 
     def evaluate(self, params: list, arrays: "Arrays") -> list:

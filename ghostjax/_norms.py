@@ -148,7 +148,7 @@ def value_and_clipped_grad(
             loss_reduction=loss_reduction,
         )
         found = check_labels(loss, labels, num_labels)
-        left, weighted = clipping_pass(loss, arrays, found, padded=weights is not None)
+        left, weighted = clipping_pass(loss, arrays, found)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         largest = jnp.where(max_norm > 0, max_norm, jnp.nan)
         own = jnp.minimum(1, largest * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
@@ -158,7 +158,7 @@ def value_and_clipped_grad(
             own = _weighted(own, weights)
         if found is not None and found.ids.ndim == 1:
             is_own = (found.ids >= 0) & (found.ids < found.count)
-            own = jnp.where(is_own, own[jnp.clip(found.ids, 0, found.count - 1)], 0)
+            own = jnp.where(is_own, _taken(own, jnp.clip(found.ids, 0, found.count - 1)), 0)
         value = (left.value, left.aux) if has_aux else left.value
         grads = jax.tree.unflatten(loss.params, weighted(own))
         return _undifferentiated((value, grads), arrays.params)
@@ -189,6 +189,13 @@ def _is_symbolic(tangent: Any) -> bool:
 
 
 _undifferentiated.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _taken(array: jax.Array, ids: jax.Array) -> jax.Array:
+    """``array[ids]``, placed like the numbers where explicit axes of a mesh split them."""
+    placed = jax.typeof(ids).sharding
+    is_split = any(names is not None for names in placed.spec)
+    return array.at[ids].get(out_sharding=placed if is_split else None)
 
 
 def _weighted(own: jax.Array, weights: Any) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ghostjax.core.directed import through_channel
+from ghostjax.core.directed import through_channel, to_slots
 from ghostjax.core.types import zeros_of
 from ghostjax.core.walk import Walk
 
@@ -71,7 +71,7 @@ class AtOnce(Walk):
     def waiting(self, key: str, meeting: Any, outputs, operands, kept) -> list[Any]:
         """``outputs`` of a meeting that waits, behind a channel to its slots."""
         del operands, kept
-        return through_channel(meeting, lambda _, c: c, outputs, self.slots[key], ())
+        return through_channel(meeting, to_slots(self.slots[key]), outputs, self.slots[key], ())
 
     def attach(self, meeting: Any, function, operands):
         key = self.next_key()

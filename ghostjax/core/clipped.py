@@ -3,8 +3,9 @@
 import jax
 
 from ghostjax.core.channel import channel
+from ghostjax.core.directed import to_slots
 from ghostjax.core.squares import Squares, squares_to
-from ghostjax.core.types import cotangent_as
+from ghostjax.core.types import cotangent_as, on_this_mesh
 
 
 class Clipped(Squares):
@@ -12,17 +13,9 @@ class Clipped(Squares):
 
     The weights are the cotangents of ports, zeros [B], one of each meeting, which are emitted. So
     the pass can be pulled back twice: for the norms, and when these have given the weights.
-
-    Args:
-      padded: whether rows of weight 0 may hold what is no number.
-      loss, taps, by_weights, others: as for ``Squares``.
     """
 
     constant = True  # the gradient comes through the ports alone
-
-    def __init__(self, padded, loss, taps, by_weights, **others):
-        super().__init__(loss, taps, by_weights, **others)
-        self.padded = padded
 
     def through(self, key, meeting, outputs, operands, kept):
         carried, backward = squares_to(meeting, self.taps)
@@ -30,7 +23,7 @@ class Clipped(Squares):
 
     def waiting(self, key, meeting, outputs, operands, kept):
         slots = self.slots[key]
-        return self._with_port(key, meeting, lambda _, c: c, outputs, operands, slots, kept)
+        return self._with_port(key, meeting, to_slots(slots), outputs, operands, slots, kept)
 
     def _with_port(self, key, meeting, own, outputs, operands, carried, kept):
         moving = {k: value.primal for k, value in enumerate(operands) if value.tangents}
@@ -38,7 +31,8 @@ class Clipped(Squares):
 
         def backward(kept, cotangents):
             *cotangents, weights = cotangents
-            found = meeting.weighted(weights, kept, cotangents)
+            with meeting.context():
+                found = meeting.weighted(*on_this_mesh((weights, kept, cotangents)))
             found = {k: cotangent_as(found[k], kind) for k, kind in kinds.items()}
             return own(kept, cotangents), found
 

@@ -36,7 +36,8 @@ def is_unfolded(meeting: Meeting) -> bool:
 def conv_squares(meeting: Meeting, inputs: jax.Array, cotangent: jax.Array) -> jax.Array:
     """[B], in float32 or wider.
 
-    As many rows at a time as take a quarter of what inputs and outputs of all do, at least one.
+    As many rows at a time as take a quarter of what inputs and outputs of all do, at least one; of
+    a number that divides B, as a rest would be copied.
     """
     eqn, wide = meeting.eqn, wide_dtype(inputs, cotangent)
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
@@ -65,7 +66,8 @@ def conv_squares(meeting: Meeting, inputs: jax.Array, cotangent: jax.Array) -> j
         return jnp.sum(jnp.square(jnp.einsum("gti,gto->gio", x, c, precision="highest")))
 
     own = groups * (sizes.t * (sizes.i + sizes.o) + min(sizes.t**2, sizes.i * sizes.o))
-    block = max(1, min(sizes.b, (inputs.size + cotangent.size) // (4 * own)))
+    most = max(1, min(sizes.b, (inputs.size + cotangent.size) // (4 * own)))
+    block = max(count for count in range(1, most + 1) if sizes.b % count == 0)
     return map_rows(of_row, (inputs, cotangent), block)
 
 

@@ -1,5 +1,6 @@
 """The walk with directions at hand: dots come out of the backward pass that makes the gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax
 from ghostjax.core.channel import all_but_one, channel
 from ghostjax.core.examples import Labels
 from ghostjax.core.meeting import Meeting, one_per_row
-from ghostjax.core.types import cotangent_as, varying_as
+from ghostjax.core.types import cotangent_as, typed_as, varying_as
 from ghostjax.core.walk import Walk
 
 
@@ -100,3 +101,13 @@ def through_channel(meeting: Meeting, backward, outputs, carried, residuals) -> 
     ):
         outputs[position] = output
     return outputs
+
+
+def to_slots(slots: list[Any]) -> Callable[[Any, list[Any]], list[Any]]:
+    """The backward pass of a channel that leaves the cotangents themselves."""
+    kinds = [jax.typeof(slot) for slot in slots]
+
+    def backward(_, cotangents):
+        return [typed_as(cotangent, kind) for cotangent, kind in zip(cotangents, kinds)]
+
+    return backward

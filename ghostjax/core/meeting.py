@@ -338,10 +338,11 @@ def weights_at(
         return weights.reshape(shape)
     if isinstance(rows, SummedCells):
         return weights[rows.numbers(array.shape)]
-    shape = [1] * array.ndim
-    shape[rows.axis] = -1
-    numbers = jnp.arange(array.shape[rows.axis]) // rows.inner % num_rows
-    return weights[numbers].reshape(shape)
+    places = weights
+    if rows.outer * rows.inner != 1:
+        shape = (rows.outer, num_rows, rows.inner)
+        places = jnp.broadcast_to(weights[None, :, None], shape).reshape(-1)
+    return jnp.expand_dims(places, [axis for axis in range(array.ndim) if axis != rows.axis])
 
 
 @jax.custom_vjp

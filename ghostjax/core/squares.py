@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ghostjax.core.at_once import AtOnce, Found
 from ghostjax.core.channel import set_aside
 from ghostjax.core.convolutions import conv_squares, is_unfolded
-from ghostjax.core.directed import Directed, through_channel
+from ghostjax.core.directed import Directed, through_channel, to_slots
 from ghostjax.core.gram import gram_squares, squares_cost_less
 from ghostjax.core.meeting import one_per_row, where_taken, wide_dtype
 from ghostjax.core.routes import Product, Repeated, make_meeting
@@ -33,13 +33,11 @@ class RowMeeting:
     Attributes:
       whole: the meeting; what is static about it is asked of it.
       by_weights: whether examples are told by weights of rows, as they are not single rows.
-      padded: whether rows of weight 0 may hold what is no number.
       use: what it is of a matrix, if norms are known over pairs of positions.
       row_by_row: whether no loop can go over arrays of rows, as these are on several devices.
     """
 
     by_weights = False
-    padded = True
     use: Use | None = None
     in_branch = False
     keeps_row_gradients = False
@@ -68,10 +66,9 @@ class RowMeeting:
 
     def weighted(self, weights: Any, kept: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
         """By position, the cotangents of the operands that are made of parameters: those of all
-        rows times their weights [B]."""
+        rows times their weights [B]. Rows of weight 0 may hold what is no number."""
         arrays, (of_whole, _, of_all) = kept
-        if self.padded:
-            arrays = self.all.without(arrays, weights)
+        arrays = self.all.without(arrays, weights)
         found = self.all.weighted_gradient(arrays, (of_whole, of_all), cotangents, weights)
         return self._where_taken(found, cotangents)
 
@@ -153,13 +150,11 @@ class OfRows(AtOnce):
 
     Attributes:
       by_weights: whether examples are told by weights of rows, as they are not single rows.
-      padded: whether rows of weight 0 may hold what is no number.
     """
 
     follows = True
     constant = False
     by_weights = False
-    padded = True
     no_shard_map = (
         "gradients of single rows are not put together. Use jax.jit with sharded arguments "
         "instead, or call this function inside of a shard_map with check_vma=False."
@@ -172,7 +167,6 @@ class OfRows(AtOnce):
     def make(self, eqn, function, operands, outputs, rows, num_rows):
         meeting = RowMeeting(eqn, function, operands, outputs, rows, num_rows, self.names)
         meeting.by_weights, meeting.in_branch = self.by_weights, self.in_branch
-        meeting.padded = self.padded
         return meeting
 
     def regrouped(self, meeting, ids):
@@ -218,7 +212,6 @@ class DirectedSquares(Directed):
     other_arrays = (*Directed.other_arrays, "squares")
     takes_sums = False  # the norm of a row's gradient is made of its parts of all meetings
     no_shard_map = OfRows.no_shard_map
-    padded = True
     make = OfRows.make
 
     def __init__(self, squares, by_weights, at_once, *others):
@@ -243,4 +236,4 @@ class DirectedSquares(Directed):
         if not waiting:
             return outputs
         self.emitted[key] = set_aside(kept, waiting)
-        return through_channel(meeting, lambda _, c: c, outputs, waiting, ())
+        return through_channel(meeting, to_slots(waiting), outputs, waiting, ())

@@ -104,32 +104,47 @@ def pairs_cost_less(uses: Sequence[Use]) -> bool:
 
 
 def pair_squares(factors: Sequence[tuple[Any, Any]]) -> jax.Array:
-    """Of all uses, [B]; in float32 or wider. One row after another."""
-
-    def of_row(factors):
-        pairs = itertools.combinations_with_replacement(range(len(factors)), 2)
-        return sum((1 if u == v else 2) * _product(factors[u], factors[v]) for u, v in pairs)
-
+    """Of all uses, [B]; in float32 or wider. One row after another, and one pair of uses, so that
+    factors are not needed longer than they have to be."""
     wide = wide_dtype(*(right for _, right in factors))
     factors = [(_as_float(left, wide), right.astype(wide)) for left, right in factors]
-    return map_rows(of_row, factors)
+    pairs = itertools.combinations_with_replacement(factors, 2)
+    return sum((1 if first is second else 2) * _products(first, second) for first, second in pairs)
+
+
+def _products(first, second) -> jax.Array:
+    """< dW_u , dW_v > of all rows, [B]."""
+    (left, right), (other_left, other_right) = sorted([first, second], key=lambda f: f[0].ndim)
+    if left.ndim == other_left.ndim or left.shape[1] >= other_left.shape[2]:
+        return map_rows(_product, ((left, right), (other_left, other_right)))
+    # Of a vocabulary what is looked up: the rest is free when the product's cotangent is there.
+    chosen = jax.vmap(_chosen)(left, other_left)
+    return map_rows(_product_of_chosen, (left, right, chosen, other_right))
 
 
 def _as_float(left: jax.Array, wide: Any) -> jax.Array:
     return left.astype(wide) if jnp.issubdtype(left.dtype, jnp.inexact) else left
 
 
-def _product(first, second) -> jax.Array:
+def _product(pair) -> jax.Array:
     """< dW_u , dW_v > of one row."""
-    (left, right), (other_left, other_right) = first, second
-    if left.ndim > other_left.ndim:
-        return _product(second, first)
+    (left, right), (other_left, other_right) = pair
+    if left.ndim < other_left.ndim:
+        return _product_of_chosen((left, right, _chosen(left, other_left), other_right))
     rights = jnp.matmul(right, other_right.T, precision="highest")
     if left.ndim == 2:
         return jnp.sum(jnp.matmul(left, other_left.T, precision="highest") * rights)
-    is_own = (left >= 0)[:, None]
-    if other_left.ndim == 2:
-        chosen = jnp.take(other_left, jnp.maximum(left, 0), axis=1).T
-        return jnp.sum(jnp.where(is_own, chosen * rights, jnp.zeros_like(rights)))
-    is_same = is_own & (left[:, None] == other_left[None])
+    is_same = (left >= 0)[:, None] & (left[:, None] == other_left[None])
     return jnp.sum(jnp.where(is_same, rights, jnp.zeros_like(rights)))
+
+
+def _chosen(ids: jax.Array, left: jax.Array) -> jax.Array:
+    """[t, s] of numbers [s] and a factor [t, a]."""
+    return jnp.take(left, jnp.maximum(ids, 0), axis=1)
+
+
+def _product_of_chosen(factors) -> jax.Array:
+    """The same of a look-up and a product."""
+    ids, right, chosen, other_right = factors
+    rights = jnp.matmul(other_right, right.T, precision="highest")
+    return jnp.sum(jnp.where(ids >= 0, chosen * rights, jnp.zeros_like(rights)))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ghostjax import testing, value_and_clipped_grad
-from tests.dots.checks import DENSE, ROWS, X, dense, mean_squares
+from tests.dots.checks import DENSE, ROWS, X, dense, draw, mean_squares
 from tests.norms.checks import Rows, mean_of
 
 WEIGHTS = jnp.array([1.0, 0, 2, 1, 0.5, 1])
@@ -121,3 +121,22 @@ def test_weights_that_are_all_zero():
 def test_weights_that_do_not_fit(weights):
     with pytest.raises(ValueError, match="weights must be floats or booleans, one for each of the"):
         value_and_clipped_grad(losses, 1.0, weights=weights)(DENSE, X)
+
+
+def test_memory_is_about_that_of_a_plain_step():
+    """The second backward pass does nothing early that would have to be kept."""
+    params, x = [draw(64, 64, seed=n) / 8 for n in range(4)], draw(64, 8, 64)
+
+    def losses(params, x):
+        for matrix in params:
+            x = x @ matrix
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
+            x = jax.nn.relu(x)
+        return mean_squares(x)
+
+    def scratch(function):
+        return jax.jit(function).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    plain = scratch(jax.grad(lambda params, x: jnp.sum(losses(params, x))))
+    assert scratch(value_and_clipped_grad(losses, 1.0)) <= 1.2 * plain

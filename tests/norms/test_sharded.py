@@ -41,10 +41,6 @@ def test_rows_on_several_devices(name, axis_type, expected):
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, ROWS))
         params = jax.device_put(PARAMS, NamedSharding(mesh, WHOLE))
-        if name == "clipped" and axis_type == AxisType.Explicit:
-            with pytest.raises(NotImplementedError, match=r"explicit axis .* AxisType.Auto"):
-                jax.jit(FUNCTIONS[name](losses))(params, x)
-            return
         found = jax.jit(FUNCTIONS[name](losses))(params, x)
     testing.assert_dots_close(jax.device_get(found), jax.device_get(expected[name]))
 
