@@ -16,6 +16,16 @@ DIRECTIONS = {
     "`through_optimizer` of `midpoint`": "optimizer, current gradient, midpoint",
     "`through_optimizer` of `look_ahead`": "optimizer, current gradient, look-ahead",
 }
+PEERS = {
+    "ghostjax": "ghostjax",
+    "dattri_llm": "dattri-llm",
+    "opacus": "Opacus",
+    "backpack": "BackPACK",
+    "jax_privacy": "jax_privacy",
+    "optax": "optax",
+    "kfac_jax": "kfac-jax",
+}
+SILENT, WARNED = "wrong, silently", "wrong, with a warning"
 METHODS = {
     "plain step": "plain step",
     "plain step and validation gradient": "+ validation gradient",
@@ -82,15 +92,107 @@ def files_of(folder: str) -> str:
     return rows_of(["file", "what is in it"], rows)
 
 
+def peers() -> dict[str, dict]:
+    """The results of each peer that was measured."""
+    found = result("peers")
+    return {name: found[key] for key, name in PEERS.items()}
+
+
+def outcome(row: dict) -> str:
+    """What was found, with the wrong ones in two kinds."""
+    return (WARNED if "says" in row else SILENT) if row["outcome"] == "wrong" else row["outcome"]
+
+
+def methods_of(peer: dict) -> list[str]:
+    return list(next(iter(peer["probes"].values())))
+
+
+def quantity(peer: dict, method: str) -> str:
+    return next(iter(peer["works"].values()))[method]["quantity"]
+
+
+def power(error: float) -> str:
+    return f"{error:.0e}".replace("e-0", "e-")
+
+
+def errors_of_peers() -> str:
+    """The largest error of a peer on every small model."""
+
+    def cell(rows):
+        texts = []
+        for row in rows:
+            text = power(row["error"]) if "error" in row else "refuses"
+            if row["outcome"] == "wrong":
+                text = f"**{text}**" + (" (warns)" if "says" in row else "")
+            if text not in texts:
+                texts.append(text)
+        exact = [row["error"] for row in rows if row["outcome"] == "exact"]
+        return power(max(exact)) if len(exact) == len(rows) else ", ".join(texts)
+
+    measured = peers()
+    names = next(iter(measured.values()))["probes"]
+    rows = [
+        [name, *(cell(peer["probes"][name].values()) for peer in measured.values())]
+        for name in names
+    ]
+    return rows_of(["parameters in", *measured], rows)
+
+
+def costs_of_peers() -> str:
+    """Time and memory over a plain step of the same framework."""
+
+    def cell(row):
+        if "cpu" not in row:
+            return "refuses"
+        text = f"{row['cpu']:.1f} / {row['memory']:.1f}"
+        return text + f" (off by {power(row['error'])})" if row["outcome"] == "wrong" else text
+
+    measured = peers()
+    works = list(measured["ghostjax"]["works"])
+    rows = [
+        [method, quantity(peer, method), *(cell(peer["works"][work][method]) for work in works)]
+        for peer in measured.values()
+        for method in methods_of(peer)
+    ]
+    return rows_of(["", "", *works], rows)
+
+
+def summary_of_peers() -> str:
+    """How many small models each method has right; what it costs on a GPT-2 shape."""
+    rows = []
+    for name, peer in peers().items():
+        for method in methods_of(peer):
+            found = [outcome(models[method]) for models in peer["probes"].values()]
+            counts = [str(found.count(kind)) for kind in ("exact", SILENT, WARNED, "refused")]
+            work = peer["works"]["GPT-2 shape, head of its own"][method]
+            cost = f"{work['cpu']:.1f} / {work['memory']:.1f}" if "cpu" in work else "refused"
+            label = f"ghostjax, `{method}`" if name == "ghostjax" else method
+            rows.append([label, quantity(peer, method), *counts, cost])
+    return rows_of(["", "", "exact", SILENT, WARNED, "refused", "GPT-2 shape"], rows)
+
+
 TABLES = {
     "fidelity": fidelity,
     "staleness": staleness,
     "cost": cost,
     "files": functools.partial(files_of, "ghostjax"),
     "core": functools.partial(files_of, "ghostjax/core"),
+    "errors_of_peers": errors_of_peers,
+    "costs_of_peers": costs_of_peers,
 }
+README = ROOT / "README.md"
+IN_README = re.compile(r"(?<=<!-- docs/tables.py -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 
 
 def filled(markdown: str) -> str:
     """A page with its tables."""
     return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
+
+
+def current(readme: str) -> str:
+    """The README with the table that the results give now."""
+    return IN_README.sub(lambda _: summary_of_peers(), readme)
+
+
+if __name__ == "__main__":
+    README.write_text(current(README.read_text()))

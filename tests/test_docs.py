@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import re
 import shlex
+import tomllib
 
 import pytest
 
@@ -83,13 +84,36 @@ def test_commands_in_scripts_are_found():
     assert commands(script) == [["ghostjax", "train", "--outt", "x"]]
 
 
-def test_tables_are_filled_from_the_results():
+@pytest.fixture(scope="module")
+def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_filled_from_the_results(tables):
     names = [name for page in PAGES for name in tables.MARK.findall(page.read_text())]
     assert sorted(names) == sorted(tables.TABLES)
     for name in names:
         lines = tables.filled(f"<!-- table: {name} -->").splitlines()
         assert len({line.count("|") for line in lines}) == 1
         assert len(lines) >= 6
+
+
+def test_the_table_in_the_readme_is_the_one_that_the_results_give(tables):
+    readme = (ROOT / "README.md").read_text()
+    table = tables.summary_of_peers()
+    assert table in readme
+    assert tables.current(readme) == readme
+    assert tables.current(readme.replace("| refused |", "| refused, or not |")) == readme
+
+
+def test_peers_were_measured_as_pinned(tables):
+    """The extra names the versions that the results are of."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = dict(line.split("==") for line in extras["optional-dependencies"]["peers"])
+    measured = {}
+    for peer in tables.peers().values():
+        measured |= {name: version.split("+")[0] for name, version in peer["versions"].items()}
+    assert {name: measured[name] for name in pinned} == pinned
