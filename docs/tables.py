@@ -152,7 +152,7 @@ def costs_of_peers() -> str:
     measured = peers()
     works = list(measured["ghostjax"]["works"])
     rows = [
-        [method, quantity(peer, method), *(cell(work, peer["works"][work][method]) for work in works)]
+        [method, quantity(peer, method)] + [cell(work, peer["works"][work][method]) for work in works]
         for peer in measured.values()
         for method in methods_of(peer)
     ]
