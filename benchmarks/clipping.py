@@ -18,6 +18,7 @@ from jax_privacy.clipping import clipped_grad
 
 from benchmarks._common import figures, save, times
 from benchmarks._models import cnn, mlp, setup
+from benchmarks._peers.harness import largest_error
 from ghostjax import squared_norms, value_and_clipped_grad
 
 SHAPES = {
@@ -69,7 +70,8 @@ def measure(build, rows, options):
     expected = clipped_in_float64(loss_fn, params, batch, max_norm)
     for name, function in compiled.items():
         if name != "plain step":
-            error = largest_error(function(params, batch), expected)
+            found = function(params, batch)
+            error = largest_error(jax.tree.leaves(found), jax.tree.leaves(expected))
             assert error < 1e-5, (name, error)
             table[name]["error"] = error
     is_long = table["plain step"]["gflop"] > 500  # seconds, beside which caches say little
@@ -91,16 +93,6 @@ def clipped_in_float64(loss_fn, params, batch, max_norm):
         own = jax.tree.map(lambda leaf, norm=norm: leaf * min(1, max_norm / norm), own)
         total = own if total is None else jax.tree.map(np.add, total, own)
     return total
-
-
-def largest_error(found, expected):
-    """Of any parameter, relative to its largest entry, or a thousandth of the largest of all."""
-    pairs = [*zip(jax.tree.leaves(found), jax.tree.leaves(expected))]
-    floor = 1e-3 * max(np.max(np.abs(want)) for _, want in pairs)
-    return max(
-        float(np.max(np.abs(leaf - want)) / max(np.max(np.abs(want)), floor))
-        for leaf, want in pairs
-    )
 
 
 if __name__ == "__main__":

@@ -151,15 +151,11 @@ def costs_of_peers() -> str:
 
     measured = peers()
     works = list(measured["ghostjax"]["works"])
-    rows = [
-        [
-            method,
-            quantity(peer, method),
-            *(cell(work, peer["works"][work][method]) for work in works),
-        ]
-        for peer in measured.values()
-        for method in methods_of(peer)
-    ]
+    rows = []
+    for peer in measured.values():
+        for method in methods_of(peer):
+            cells = [cell(work, peer["works"][work][method]) for work in works]
+            rows.append([method, quantity(peer, method), *cells])
     return rows_of(["", "", *works], rows)
 
 
