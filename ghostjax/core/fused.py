@@ -50,11 +50,13 @@ def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Me
 
 def _split_or_walked(walk, eqn, operands, outputs, apart) -> Meeting:
     try:
-        return _meeting(walk, eqn, operands, outputs, apart)
+        meeting = _meeting(walk, eqn, operands, outputs, apart)
     except RowAxisError as error:
         if any(is_inexact(output) and output.shape for output in outputs):
             raise
         return _walked(walk, eqn, operands, outputs, [NOWHERE] * len(outputs), error)
+    walk.check_sums(eqn, operands)
+    return meeting
 
 
 def followed_meeting(walk, eqn, operands, outputs, places, error: RowAxisError) -> Meeting:

@@ -33,7 +33,8 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
     numbered = [is_real_or_complex(var) for var in eqn.outvars]
     found = [value.where.rows for value in outputs]
     is_apart = [track.is_apart for track, is_number in zip(found, numbered) if is_number]
-    if not all(is_apart) and (walk.shares or not _is_sum(eqn, operands)):
+    is_checked = walk.checks_sums and not walk.shares
+    if not all(is_apart) and not (is_checked and _is_sum(eqn, operands)):
         return None
     active = [value.active and is_real_or_complex(var) for value, var in zip(operands, eqn.invars)]
     if not any(active):

@@ -35,6 +35,8 @@ class Tracking:
       checks_rows: whether rows that are mixed are an error; another walk may have looked.
       follows: whether rows that do not stay in place are followed by their numbers.
       shares: whether rows may be mixed while gradient flows, as their shares are asked for.
+      checks_sums: whether a rule that sums over rows is to be checked here; that of a meeting is
+        where it is made.
       labels: of positions, where examples are not rows.
       around: the calls that are being walked, the innermost first, for messages.
       conflicts: how often gradient flows through places of several examples at once; from loops
@@ -45,6 +47,7 @@ class Tracking:
     checks_rows = True
     follows = False
     shares = False
+    checks_sums = True
     labels: Labels | None = None
     around: tuple[Any, ...] = ()
     conflicts: dict[str, Any]
@@ -212,7 +215,12 @@ class Tracking:
             return None
         return [value.where for value in self._apart(eqn, operands, handler)]
 
-    def _apart(self, eqn, operands, function) -> Any:
+    def check_sums(self, eqn, operands) -> None:
+        """An error where the rule of a function that sums over rows mixes those of its operands."""
+        if self.follows and not self.shares:
+            self._apart(eqn, operands, FOLLOWED[eqn.primitive.name], checks_sums=True)
+
+    def _apart(self, eqn, operands, function, *, checks_sums: bool = False) -> Any:
         """``function`` of a walk of its own, whose conflicts count here.
 
         It is asked where rows go, not differentiated: what is inside need have no derivative.
@@ -220,6 +228,7 @@ class Tracking:
         walk = self.inside(f"{self._prefix}rows{len(self.conflicts)}")
         walk.named_meetings = {}
         walk.around = (eqn, *self.around)
+        walk.checks_sums = checks_sums or not any(value.tangents for value in operands)
         values = [
             dataclasses.replace(
                 value,

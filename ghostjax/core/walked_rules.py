@@ -43,6 +43,9 @@ from ghostjax.core.squares import square
 from ghostjax.core.tracks import Where, merged, numbers
 from ghostjax.core.values import Value
 
+# How many sums over rows a rule is expected to have at most.
+_SUMS = 16
+
 
 class WalkedRule(Meeting):
     """The meeting of parameters with such a function, whose outputs have no rows.
@@ -119,16 +122,16 @@ class WalkedRule(Meeting):
         return ", ".join(self.names[path] for path in self.moving)
 
     def _find_owners(self, kept, cotangents, every: bool) -> None:
-        self._every, keys = every, []
-
-        def count(key, meeting, operands):
-            keys.append(key)
-            return [operands[0].primal]
+        self._every = every
+        keys: dict[str, int] = {}
+        ones = [jnp.ones(())] * _SUMS
 
         def outputs_of(weights, cotangents):
             def weigh(key, meeting, operands):
-                weight = weights[keys.index(key)]
-                return [operands[0].primal * weight.astype(operands[0].primal.dtype)]
+                number = keys.setdefault(key, len(keys))
+                if number >= len(weights):  # traced again with more
+                    return [operands[0].primal]
+                return [operands[0].primal * weights[number].astype(operands[0].primal.dtype)]
 
             walk = self._walk(kept)
             walk.weigh = weigh
@@ -136,13 +139,11 @@ class WalkedRule(Meeting):
             conflicts = self._brought_home(walk, found)
             return [found[k].primal for k in self._moving], [*walk.conflicts.values(), *conflicts]
 
-        walk = self._walk(kept)
-        walk.weigh = count
-        jax.eval_shape(lambda: [v.primal for v in self._walked(walk, kept, cotangents).values()])
-        keys = list(dict.fromkeys(keys))
-        ones, count = [jnp.ones(())] * len(keys), len(self._moving)
-        closed = jax.make_jaxpr(outputs_of)(ones, cotangents)
-        given = [Kind.LINEAR] * len(keys) + [Kind.FIXED] * len(cotangents)
+        closed, count = jax.make_jaxpr(outputs_of)(ones, cotangents), len(self._moving)
+        if len(keys) > len(ones):
+            ones = [jnp.ones(())] * len(keys)
+            closed = jax.make_jaxpr(outputs_of)(ones, cotangents)
+        given = [Kind.LINEAR] * len(ones) + [Kind.FIXED] * len(cotangents)
         kinds = kinds_of_outputs(closed.jaxpr, given, count)
         if Kind.FIXED in kinds:
             raise NotLinearError(None)
