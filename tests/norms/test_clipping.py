@@ -123,6 +123,9 @@ def test_weights_that_do_not_fit(weights):
         value_and_clipped_grad(losses, 1.0, weights=weights)(DENSE, X)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="newer versions of XLA keep more: docs/pages/private.md"
+)
 def test_memory_is_about_that_of_a_plain_step():
     """The second backward pass does nothing early that would have to be kept."""
     params, x = [draw(64, 64, seed=n) / 8 for n in range(4)], draw(64, 8, 64)
