@@ -1,6 +1,7 @@
 """The options of a training run."""
 
 import dataclasses
+import glob
 import math
 import os
 from collections.abc import Collection
@@ -36,6 +37,16 @@ def check_set_name(name: Any, where: str) -> None:
         )
 
 
+def _files(option: str, pattern: str) -> list[Path]:
+    """The file of this name, or the files that the pattern fits, in the order of their names."""
+    if pattern == glob.escape(pattern) or os.path.exists(pattern):
+        return [Path(pattern)]
+    found = sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
+    if not found:
+        raise UsageError(f"{option} {pattern}: no file fits this pattern")
+    return list(map(Path, found))
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Trains a model and scores every training example.
@@ -48,6 +59,7 @@ class TrainConfig:
 
         ghostjax train --out run
         ghostjax train --out run --train forum.jsonl wiki.txt --val held_out.txt
+        ghostjax train --out run --train "shards/*.parquet" --val held_out.txt
         ghostjax train --out run --train digits.npz --val clean=clean.npz
         ghostjax train --out run --val prose=a.txt code=b.txt --optimizer "sgd(momentum=0.9)"
         ghostjax train --out run --task my_module:make_task --optimizer sgd
@@ -72,11 +84,12 @@ class TrainConfig:
         .safetensors file. Names and shapes must be those of the model's parameters.
       model: The model's size. For texts a GPT-2-shaped decoder; gpt2 has the shape of GPT-2 small.
         For arrays a perceptron.
-      train: Files to train on. Texts: .txt (one document per block of lines; blank lines separate
+      train: Files to train on, or patterns of them in quotes, such as "shards/*.jsonl", taken in
+        the order of their names. Texts: .txt (one document per block of lines; blank lines separate
         blocks), .jsonl (one document per line) or .parquet (one per row); those of fewer than two
-        bytes or tokens are skipped. Arrays to classify: .npz with x [N, ...] and integer labels
-        y [N]. An example's id is stem:index, counted from 0; its domain is the file's stem, or
-        label-<y> for arrays.
+        bytes or tokens are skipped. They are read as steps ask for them and need not fit into
+        memory. Arrays to classify: .npz with x [N, ...] and integer labels y [N]. An example's id
+        is stem:index, counted from 0; its domain is the file's stem, or label-<y> for arrays.
       val: Files with the held-out examples, in the same formats, of one validation set or, written
         NAME=PATH, of several, for which examples are scored separately.
       text_field: The field of a .jsonl line, or column of a .parquet, that holds the text.
@@ -173,15 +186,20 @@ class TrainConfig:
         return default if self.learning_rate is None else self.learning_rate
 
     @property
+    def train_files(self) -> list[Path]:
+        """The files to train on; raises ``UsageError`` for a pattern that no file fits."""
+        return [path for given in self.train for path in _files("--train", str(given))]
+
+    @property
     def val_files(self) -> dict[str, list[Path]]:
-        """The files of each validation set. Those without a name are of the set ``val``."""
+        """As ``train_files``, of each validation set. Those without a name are of ``val``."""
         files: dict[str, list[Path]] = {}
         for text in self.val:
             name, separator, path = text.partition("=")
             if not separator:
                 name, path = "val", text
             check_set_name(name, f"--val {text}")
-            files.setdefault(name, []).append(Path(path))
+            files.setdefault(name, []).extend(_files("--val", path))
         return files
 
     @property
@@ -256,7 +274,7 @@ class TrainConfig:
         if bool(self.train) != bool(self.val):
             given, missing = ("--train", "--val") if self.train else ("--val", "--train")
             raise UsageError(f"{given} needs {missing}: own data takes files for both")
-        _ = self.val_files, self.mesh_sizes
+        _ = self.train_files, self.val_files, self.mesh_sizes
 
     def _check_own(self) -> None:
         defaults = TrainConfig(self.out)
@@ -271,7 +289,7 @@ class TrainConfig:
         for name in ("out", "resume", "compilation_cache", "quiet", *OF_THE_PROCESS):
             del options[name]
         # Absolute, so that the run goes on from any directory.
-        options["train"] = [os.path.abspath(path) for path in self.train]
+        options["train"] = [os.path.abspath(path) for path in self.train_files]
         options["val"] = [
             f"{name}={os.path.abspath(path)}"
             for name, paths in self.val_files.items()

@@ -220,7 +220,7 @@ def _score(
     windows = [
         (index, start)
         for index in sorted(chosen)
-        for start in sorted(seen.get(task.examples[index].id, [0])[: config.windows])
+        for start in sorted(seen.get(task.examples.id(index), [0])[: config.windows])
     ]
     return score_windows(train_config, task, trainer.optimizer, state, step, *zip(*windows))
 
@@ -248,7 +248,7 @@ def _rows(source: Run, task: TextTask, found: Windows, groups: Any) -> Iterator[
                 for position in range(found.counts[row]):
                     yield {
                         "set": which,
-                        "id": task.examples[index].id,
+                        "id": task.examples.id(index),
                         "start": start,
                         "position": position,
                         "token": start + position,

@@ -20,7 +20,7 @@ from ghostjax.runs.commands.signals import SIGNALS, noted
 from ghostjax.runs.commands.unchanged import check_data, check_params, check_programs
 from ghostjax.runs.config import CHANGEABLE, TrainConfig
 from ghostjax.runs.data.load import load_task
-from ghostjax.runs.data.task import LoadedTask
+from ghostjax.runs.data.task import LoadedTask, Skipped
 from ghostjax.runs.errors import StoppedError, UsageError
 from ghostjax.runs.processes import check_same, is_first, largest, meet, part, together
 from ghostjax.runs.report.output import make_console
@@ -28,7 +28,7 @@ from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
 from ghostjax.runs.store import checkpoints, files
 from ghostjax.runs.store.begin import begun_now, versions, write_examples
-from ghostjax.runs.store.fingerprint import fingerprint
+from ghostjax.runs.store.fingerprint import fingerprint, fingerprints
 from ghostjax.runs.store.log import LogWriter
 from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.store.weights import read_weights
@@ -117,7 +117,7 @@ def _begin(
         files.create_out(config.out)
     elif not config.quiet:
         _tell_new_versions(resumed.get("versions", {}))
-    if resumed is None and task.skipped and not config.quiet:
+    if resumed is None and task.skipped.count and not config.quiet:
         _tell_skipped(task.skipped)
     stack.enter_context(files.lock(config.out))
     with files.disk_errors(config.out, lambda: _way_out(config)):
@@ -139,9 +139,7 @@ def _prepare(
     Raises:
       UsageError: they are not, or not those that the run began with.
     """
-    contents = task.contents()
-    digests = {name: fingerprint(own) for name, own in contents.items()}
-    data = fingerprint(contents)
+    digests, data = fingerprints(task.contents())
     if resumed is not None:
         check_data(resumed, digests, data, config.out)
     params = placement.made(lambda: task.init_params(config.seed))
@@ -162,7 +160,7 @@ def _prepare(
     params = jax.eval_shape(lambda: params) if is_begun else placement.state(params)
     metadata["data"] = digests
     if is_own:
-        batch = next(batches(config, task))
+        batch = next(batches(config, task, placement=placement))
         if resumed is None:
             preflight.check_losses(task, params, batch, placement)
             preflight.check_micro_steps(trainer.optimizer, params, config.score_every)
@@ -244,7 +242,7 @@ def _metadata(
         "kinds": trainer.kinds,
         "examples": len(task.examples),
         "val_examples": task.val_sizes,
-        "skipped": len(task.skipped),
+        "skipped": task.skipped.count,
         "seed": config.seed,
         "options": config.as_json(),
         "fingerprints": {"data": data, "params": params},
@@ -263,9 +261,9 @@ def _tell_new_versions(before: dict[str, str]) -> None:
         make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
-def _tell_skipped(places: Sequence[str]) -> None:
-    which = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
-    line = f"Skipped {len(places)} documents that are empty or too short: {which}"
+def _tell_skipped(skipped: Skipped) -> None:
+    which = ", ".join(skipped.places) + (", ..." if skipped.count > len(skipped.places) else "")
+    line = f"Skipped {skipped.count} documents that are empty or too short: {which}"
     make_console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
 
@@ -351,7 +349,7 @@ def _append(
     record, batch, sets = step.record, step.batch, list(task.val_sizes)
     common = {"step": step.number, "learning_rate": np.float32(step.learning_rate)}
     own = {name: found[..., rows] for name, found in record.scores.items()}
-    own |= {"id": [task.examples[index].id for index in batch.indices[rows]]}
+    own |= {"id": [task.examples.id(index) for index in batch.indices[rows]]}
     writer.append("scores", {"norm": None, **common, **own, "start": batch.starts[rows]})
     if not is_first():
         return

@@ -13,7 +13,7 @@ import optax
 
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.elements import array_elements
-from ghostjax.runs.data.task import Example, check_stems
+from ghostjax.runs.data.task import Example, Examples, Skipped, check_stems
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import SIZES, Classifier
 
@@ -33,12 +33,12 @@ class ArrayTask:
 
     name = "arrays"
     unit = "nats"
-    skipped = ()
     optimizer = None
 
     def __init__(self, train: Arrays, val: dict[str, Arrays], model: Classifier):
-        self.examples = _examples(train)
-        self.val_examples = {name: _examples(arrays) for name, arrays in val.items()}
+        self.skipped = Skipped()
+        self.examples = _ArrayExamples(train)
+        self.val_examples = {name: _ArrayExamples(arrays) for name, arrays in val.items()}
         self.val_sizes = {name: len(arrays.y) for name, arrays in val.items()}
         self._train = train
         self._val = val
@@ -55,9 +55,9 @@ class ArrayTask:
         logits = self._model.apply({"params": params}, rows["x"]).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows["y"])
 
-    def train_rows(self, indices, rng):
+    def train_rows(self, indices, rng, own=slice(None)):
         del rng
-        return self._rows(self._train, indices), np.zeros(len(indices), int)
+        return self._rows(self._train, indices[own]), np.zeros(len(indices), int)
 
     def val_rows(self, name, indices, rng):
         del rng
@@ -85,7 +85,7 @@ def load_arrays(config: TrainConfig) -> ArrayTask:
         option = "--" + name.replace("_", "-")
         if getattr(config, name) is not None:
             raise UsageError(f"{option} is for texts, and --train has arrays")
-    train = read_arrays(config.train)
+    train = read_arrays(config.train_files)
     val = {name: read_arrays(paths) for name, paths in config.val_files.items()}
     for name, arrays in val.items():
         if arrays.x.shape[1] != train.x.shape[1]:
@@ -149,11 +149,16 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return x, y.astype(np.int32)
 
 
-def _examples(arrays: Arrays) -> list[Example]:
-    return [
-        Example(name, f"label-{label}", arrays.x.shape[1], _excerpt(row, label))
-        for name, row, label in zip(*arrays)
-    ]
+class _ArrayExamples(Examples):
+    def __init__(self, arrays: Arrays):
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self._arrays.y)
+
+    def __getitem__(self, n: int) -> Example:
+        name, x, label = (each[n] for each in self._arrays)
+        return Example(name, f"label-{label}", len(x), _excerpt(x, label))
 
 
 def _excerpt(row: np.ndarray, label: int) -> str:

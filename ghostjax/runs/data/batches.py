@@ -79,10 +79,13 @@ def generator(seed: int, use: str, number: int) -> np.random.Generator:
     return np.random.default_rng([seed, number, *use.encode()])
 
 
-def draw_starts(texts: Sequence[np.ndarray], length: int, rng: np.random.Generator) -> np.ndarray:
-    """The first token of each row's window, [N]: 0 for texts of up to T + 1 tokens."""
-    spare = [max(0, len(tokens) - (length + 1)) for tokens in texts]
-    return rng.integers(0, np.array(spare) + 1)
+def draw_starts(sizes: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """The first token of each row's window, [N]: 0 for texts of up to T + 1 tokens.
+
+    Args:
+      sizes: integers [N], how many tokens the texts have.
+    """
+    return rng.integers(0, np.maximum(0, np.int64(sizes) - (length + 1)) + 1)
 
 
 def make_rows(

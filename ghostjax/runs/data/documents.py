@@ -1,21 +1,27 @@
-"""Documents, and reading them from files."""
+"""Documents, and reading them from files, of which they are a part each."""
 
+import array
 import dataclasses
-import json
-from collections.abc import Collection
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
-from ghostjax.runs.data.task import check_stems
+from ghostjax.runs.data.shards import Fields, Recent, Shard, open_shard
+from ghostjax.runs.data.task import Skipped, check_stems
 from ghostjax.runs.errors import UsageError
 
 MIN_BYTES = 2
+MIN_TOKENS = 2  # one token to read and one to predict
 
 EXCERPT = 120  # bytes
+_BLOCK = 256  # documents that are measured together
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,37 +39,104 @@ class Document:
         'one two [0m'
         """
         text = self.text[:EXCERPT].decode(errors="replace")
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else " " for c in text)
+        return " ".join(text.split())
 
 
-class Fields(NamedTuple):
-    """Which fields of a record have its text, id and domain. None: those of the file's name."""
+class Documents(Sequence[Document]):
+    """The documents of files, which are read again whenever one is asked for. Of each are kept 16
+    bytes: where it is, its index in its file, and its size. As PyGrain has it, a
+    ``RandomAccessDataSource``.
 
-    text: str = "text"
-    id: str | None = None
-    domain: str | None = None
+    Attributes:
+      sizes: uint32 [n], as ``read_documents`` measured them.
+    """
+
+    def __init__(self, shards: Sequence[Shard], fields: Fields):
+        self._shards, self._fields = shards, fields
+        self._ends: list[int] = []  # of each shard, how many documents there are up to its end
+        self._at, self._index, self._sizes = array.array("q"), array.array("I"), array.array("I")
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.frombuffer(self._sizes, np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, n: int) -> Document:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        shard = self._shard_of(n)
+        at, index = self._at[n], self._index[n]
+        return _document(shard, f"document {index}", shard.read(at), self._fields, index)
+
+    def __iter__(self) -> Iterator[Document]:
+        """All in order, much faster than one by one."""
+        n = 0
+        for shard, end in zip(self._shards, self._ends):
+            for index, record in enumerate(shard.scan() if n < end else ()):
+                if n < end and record.at == self._at[n]:
+                    where = f"{shard.unit} {record.number}"
+                    yield _document(shard, where, record.fields, self._fields, index)
+                    n += 1
+
+    def id(self, n: int) -> str:
+        """The id of one, whose text is not read where the file's name has the id."""
+        if self._fields.id is not None:
+            return self[n].id
+        return f"{self._shard_of(n).path.stem}:{self._index[n]}"
+
+    def ids(self) -> Iterator[str]:
+        """All ids in order."""
+        if self._fields.id is not None:
+            return (document.id for document in self)
+        return map(self.id, range(len(self)))
+
+    def _shard_of(self, n: int) -> Shard:
+        return self._shards[int(np.searchsorted(self._ends, n, side="right"))]
+
+    def _add(
+        self, shard: Shard, measure: Callable[[list[bytes]], Sequence[int]], skipped: Skipped
+    ) -> Iterator[str]:
+        """Takes in a shard; yields the ids of all that is in it, of what is skipped, too."""
+        filled = 0
+        for block in blocks(enumerate(shard.scan())):
+            found = [
+                _document(shard, f"{shard.unit} {record.number}", record.fields, self._fields, n)
+                for n, record in block
+            ]
+            yield from (document.id for document in found)
+            sizes = measure([document.text for document in found])
+            for (index, record), document, size in zip(block, found, sizes, strict=True):
+                filled += len(document.text) >= MIN_BYTES
+                if len(document.text) < MIN_BYTES or size < MIN_TOKENS:
+                    skipped.add(shard.place(record.number))
+                    continue
+                self._at.append(record.at)
+                self._index.append(index)
+                self._sizes.append(size)
+        if not filled:
+            raise UsageError(f"{shard.path}: no documents in it of at least {MIN_BYTES} bytes")
+        self._ends.append(len(self))
 
 
-class Record(NamedTuple):
-    """What a file says of a document, and where in the file it says so."""
-
-    place: str
-    fields: dict[str, Any]
-
-
-class Documents(NamedTuple):
-    """Documents, and where there were others that are too short, such as ``a.txt, line 3``."""
-
-    documents: list[Document]
-    skipped: list[str]
-
-
-def read_documents(paths: Collection[Path], fields: Fields | None = None) -> Documents:
+def read_documents(
+    paths: Collection[Path],
+    fields: Fields | None = None,
+    measure: Callable[[list[bytes]], Sequence[int]] | None = None,
+    skipped: Skipped | None = None,
+) -> Documents:
     """The documents of .txt (blocks between blank lines), .jsonl (lines) and .parquet (rows) files.
 
     Where ``fields``, by default ``Fields()``, has none for them, ids are ``stem:index`` with the
     document's index in its file, from 0, and the domain is the stem. Texts of fewer than two bytes
-    are skipped, and keep their index.
+    or tokens are skipped, and keep their index.
+
+    Args:
+      measure: of texts, how many tokens they have. None: as many as bytes.
+      skipped: is told of those that are.
 
     Raises:
       UsageError: a file is missing, unreadable, of another kind or without a document, two files
@@ -73,106 +146,81 @@ def read_documents(paths: Collection[Path], fields: Fields | None = None) -> Doc
     fields = fields or Fields()
     if fields.id is None:
         check_stems(paths)
-    found = Documents([], [])
-    ids: dict[str, str] = {}
-    for path in paths:
-        before = len(found.documents)
-        for index, record in enumerate(_read_file(path, fields)):
-            place = f"{path}, {record.place}"
-            document = _document(place, record.fields, fields, path.stem, index)
-            if document.id in ids:
-                raise UsageError(f"{place}: id {document.id!r} is that of {ids[document.id]} too")
-            ids[document.id] = place
-            if len(document.text) < MIN_BYTES:
-                found.skipped.append(place)
-            else:
-                found.documents.append(document)
-        if len(found.documents) == before:
-            raise UsageError(f"{path}: no documents in it of at least {MIN_BYTES} bytes")
+    recent = Recent()
+    shards = [open_shard(path, fields, recent) for path in paths]
+    found = Documents(shards, fields)
+    skipped, ids = skipped or Skipped(), Ids()
+    for shard in shards:
+        for own in found._add(shard, measure or (lambda texts: list(map(len, texts))), skipped):
+            if fields.id is not None:
+                ids.add(own)
+    twice = ids.twice()
+    if twice is not None:
+        every = ((shard, record) for shard in shards for record in shard.scan())
+        one, other = (next(itertools.islice(every, n, None)) for n in _steps(twice))
+        name = str(other[1].fields[fields.id])
+        places = [shard.place(record.number) for shard, record in (other, one)]
+        raise UsageError(f"{places[0]}: id {name!r} is that of {places[1]} too")
     return found
 
 
+def _steps(places: tuple[int, int]) -> tuple[int, int]:
+    """How many to pass over before each of two places, of one iterator."""
+    return places[0], places[1] - places[0] - 1
+
+
+class Ids:
+    """Finds out whether of many ids one is there twice: 16 bytes of each are kept."""
+
+    def __init__(self) -> None:
+        self._hashes = bytearray()
+
+    def add(self, name: str) -> None:
+        encoded = name.encode(errors="surrogatepass")
+        self._hashes += hashlib.blake2b(encoded, digest_size=16).digest()
+
+    def twice(self) -> tuple[int, int] | None:
+        """The place of the first that was there before, behind the place where it was; or None.
+
+        >>> ids = Ids()
+        >>> for name in "abcba":
+        ...     ids.add(name)
+        >>> ids.twice()
+        (1, 3)
+        """
+        first, second = np.frombuffer(self._hashes, np.uint64).reshape(-1, 2).T
+        order = np.lexsort((first, second))
+        same = np.flatnonzero(
+            (first[order[1:]] == first[order[:-1]]) & (second[order[1:]] == second[order[:-1]])
+        )
+        pairs = [(int(order[n]), int(order[n + 1])) for n in same[np.argsort(order[same + 1])[:1]]]
+        return pairs[0] if pairs else None
+
+
+def blocks(items: Iterable[_T]) -> Iterator[list[_T]]:
+    """The items, some hundred at a time."""
+    iterator = iter(items)
+    while block := list(itertools.islice(iterator, _BLOCK)):
+        yield block
+
+
 def _document(
-    place: str, record: dict[str, Any], fields: Fields, stem: str, index: int
+    shard: Shard, where: str, record: dict[str, Any], fields: Fields, index: int
 ) -> Document:
     def value(field: str, option: str, kinds: type | UnionType) -> Any:
+        found = record.get(field, record)  # no field is the record itself
+        if isinstance(found, kinds) and not isinstance(found, bool):
+            return found
+        place = f"{shard.path}, {where}"
         if field not in record:
             raise UsageError(f"{place}: no field {field!r} (set --{option})")
-        found = record[field]
-        if not isinstance(found, kinds) or isinstance(found, bool):
-            wanted = "a string" if kinds is str else "a string or an integer"
-            raise UsageError(f"{place}: field {field!r} is not {wanted} but {type(found).__name__}")
-        return found
+        wanted = "a string" if kinds is str else "a string or an integer"
+        raise UsageError(f"{place}: field {field!r} is not {wanted} but {type(found).__name__}")
 
-    text = value(fields.text, "text-field", str)
+    text, stem = value(fields.text, "text-field", str), shard.path.stem
     return Document(
         f"{stem}:{index}" if fields.id is None else str(value(fields.id, "id-field", str | int)),
         stem if fields.domain is None else str(value(fields.domain, "domain-field", str | int)),
         # JSON can hold lone surrogates, which UTF-8 cannot.
         text.encode(errors="replace"),
     )
-
-
-def _read_file(path: Path, fields: Fields) -> list[Record]:
-    readers = {".txt": _blocks, ".jsonl": _lines, ".parquet": _rows}
-    if path.suffix not in readers:
-        raise UsageError(f"{path}: expected a .txt, .jsonl or .parquet file")
-    try:
-        return readers[path.suffix](path, fields)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def _blocks(path: Path, fields: Fields) -> list[Record]:
-    """The blocks between blank lines, with the numbers of their first lines."""
-    if fields.id is not None or fields.domain is not None:
-        option = "--domain-field" if fields.id is None else "--id-field"
-        raise UsageError(f"{path}: {option} is for .jsonl and .parquet, a .txt has no fields")
-    content = _read_text(path)
-    blocks: list[tuple[int, list[str]]] = []
-    blank = True
-    # Not splitlines: a form feed or a Unicode line separator does not end a line.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            if blank:
-                blocks.append((number, []))
-            blocks[-1][1].append(line)
-        blank = not line.strip()
-    return [Record(f"line {number}", {fields.text: "\n".join(lines)}) for number, lines in blocks]
-
-
-def _lines(path: Path, fields: Fields) -> list[Record]:
-    """The objects of JSON lines; which fields they have is up to each."""
-    records = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UsageError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        records.append(Record(f"line {number}", record))
-    return records
-
-
-def _rows(path: Path, fields: Fields) -> list[Record]:
-    """The rows of a Parquet file, in the columns that are asked for."""
-    try:
-        with path.open("rb") as file, pq.ParquetFile(file) as source:
-            wanted = [name for name in fields if name is not None]
-            names = [name for name in dict.fromkeys(wanted) if name in source.schema_arrow.names]
-            rows = source.read(columns=names).to_pylist()
-    except pa.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path}: not a Parquet file ({reason})") from error
-    return [Record(f"row {number}", row) for number, row in enumerate(rows)]

@@ -43,7 +43,7 @@ def load_task(
 
 
 def _load_files(config: TrainConfig) -> LoadedTask:
-    files = [*config.train, *(path for paths in config.val_files.values() for path in paths)]
+    files = [*config.train_files, *(path for paths in config.val_files.values() for path in paths)]
     arrays = [path.suffix == ".npz" for path in files]
     if any(arrays) and not all(arrays):
         text = files[arrays.index(False)]

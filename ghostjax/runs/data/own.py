@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 
 from ghostjax._checks import check_parameters
 from ghostjax._errors import ParameterError
 from ghostjax._task import Source, Task
 from ghostjax.runs.config import check_set_name
+from ghostjax.runs.data.documents import Ids
 from ghostjax.runs.data.elements import array_elements
-from ghostjax.runs.data.task import Example
+from ghostjax.runs.data.task import Example, Examples, Skipped
 from ghostjax.runs.errors import UsageError
 
 FOR_THE_LOG = ("id", "domain", "excerpt")
 EXCERPT = 12  # numbers of an array
+_LISTED = 2**12  # examples of a block
 
 
 class OwnTask:
@@ -32,7 +35,6 @@ class OwnTask:
     """
 
     name = "own"
-    skipped = ()
 
     def __init__(self, task: Task):
         for name in ("init", "row_losses"):
@@ -59,20 +61,21 @@ class OwnTask:
         self.optimizer = optimizer
         self.row_losses = task.row_losses
         self._task = task
-        self.examples: list[Example] = []
-        self._digests: dict[str, list[str]] = {"training examples": []}
+        self.skipped = Skipped()
+        ids, shape = Ids(), None
+        self.examples, self._digests = _Listed(), {"training examples": bytearray()}
         for index, read in enumerate(_read("task.train", task.train)):
-            self.examples.append(_example("train", index, read))
-            self._digests["training examples"].append(read.digest)
-        _check_ids([example.id for example in self.examples])
-        shape = None
-        self.val_examples: dict[str, list[Example]] = {}
+            self.examples.add(_example("train", index, read))
+            self._digests["training examples"] += read.digest
+            ids.add(self.examples.id(index))
+        self._check_ids(ids.twice())
+        self.val_examples: dict[str, Examples] = {}
         for name, source in task.val.items():
-            digests = self._digests[f"validation set {name}"] = []
-            held_out = self.val_examples[name] = []
+            digests = self._digests[f"validation set {name}"] = bytearray()
+            held_out = self.val_examples[name] = _Listed()
             for index, read in enumerate(_read(f'task.val["{name}"]', source, shape)):
-                held_out.append(_example(name, index, read))
-                digests.append(read.digest)
+                held_out.add(_example(name, index, read))
+                digests += read.digest
                 shape = read.shape
         self.val_sizes = {name: len(source) for name, source in task.val.items()}
 
@@ -87,9 +90,9 @@ class OwnTask:
         # A copy, as the run gives up their buffers; and leaves that are one array become several.
         return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), params)
 
-    def train_rows(self, indices, rng):
+    def train_rows(self, indices, rng, own=slice(None)):
         del rng
-        return _stacked("task.train", self._task.train, indices), np.zeros(len(indices), int)
+        return _stacked("task.train", self._task.train, indices[own]), np.zeros(len(indices), int)
 
     def val_rows(self, name, indices, rng):
         del rng
@@ -99,7 +102,43 @@ class OwnTask:
         return array_elements(*jax.tree.leaves(_row(self._task.train[int(index)])))
 
     def contents(self) -> dict[str, Any]:
-        return self._digests
+        return {name: _texts_of(digests) for name, digests in self._digests.items()}
+
+    def _check_ids(self, twice: tuple[int, int] | None) -> None:
+        if twice is not None:
+            raise UsageError(
+                f"task.train[{twice[0]}] and task.train[{twice[1]}] have the same id "
+                f"{self.examples.id(twice[0])!r}: values are added up by id, so every example "
+                "needs one of its own"
+            )
+
+
+def _texts_of(digests: bytearray) -> Iterator[str]:
+    size = hashlib.sha256().digest_size
+    return (digests[n : n + size].hex() for n in range(0, len(digests), size))
+
+
+class _Listed(Examples):
+    """Examples in columns, as Arrow has them: little more than their texts."""
+
+    def __init__(self) -> None:
+        self._full: list[pa.Table] = []
+        self._last: list[Example] = []
+
+    def add(self, example: Example) -> None:
+        self._last.append(example)
+        if len(self._last) == _LISTED:
+            self._full.append(pa.table(list(map(pa.array, zip(*self._last))), Example._fields))
+            self._last = []
+
+    def __len__(self) -> int:
+        return len(self._full) * _LISTED + len(self._last)
+
+    def __getitem__(self, n: int) -> Example:
+        block, place = divmod(int(n), _LISTED)
+        if block == len(self._full):
+            return self._last[place]
+        return Example(*(column[place].as_py() for column in self._full[block].columns))
 
 
 def find_task(name: str, folders: Sequence[Path]) -> Task:
@@ -150,7 +189,7 @@ class _Read(NamedTuple):
     about: dict[str, str]
     row: dict[str, Any]
     shape: dict[str, str]
-    digest: str
+    digest: bytes
 
 
 def _read(where: str, source: Source, shape: dict[str, str] | None = None) -> Iterator[_Read]:
@@ -198,7 +237,7 @@ def _read_one(where: str, example: Any) -> _Read:
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     if not leaves:
         raise UsageError(f"{where} has no arrays beside {', '.join(FOR_THE_LOG)}")
-    return _Read(about, row, shape, digest.hexdigest())
+    return _Read(about, row, shape, digest.digest())
 
 
 def _row(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,17 +261,6 @@ def _example(source: str, index: int, read: _Read) -> Example:
 def _numbers(array: np.ndarray) -> str:
     shown = " ".join(f"{number:g}" for number in array[:EXCERPT].astype(np.float64))
     return shown + (" ..." if len(array) > EXCERPT else "")
-
-
-def _check_ids(ids: list[str]) -> None:
-    places: dict[str, int] = {}
-    for index, own in enumerate(ids):
-        if own in places:
-            raise UsageError(
-                f"task.train[{places[own]}] and task.train[{index}] have the same id {own!r}: "
-                "values are added up by id, so every example needs one of its own"
-            )
-        places[own] = index
 
 
 def _stacked(where: str, source: Source, indices: np.ndarray) -> Any:

@@ -1,8 +1,8 @@
 """Texts: a GPT-2-shaped decoder predicts the next token."""
 
 import codecs
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,28 +14,37 @@ import optax
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import draw_starts, make_rows
 from ghostjax.runs.data.builtin import default_documents
-from ghostjax.runs.data.documents import Document, Fields, read_documents
+from ghostjax.runs.data.documents import (
+    MIN_TOKENS,
+    Document,
+    Documents,
+    blocks,
+    read_documents,
+)
 from ghostjax.runs.data.elements import text_elements
-from ghostjax.runs.data.task import Example
+from ghostjax.runs.data.shards import Fields, Recent
+from ghostjax.runs.data.task import Example, Examples, Skipped
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.models import GPT, SIZES
-
-MIN_TOKENS = 2  # one token to read and one to predict
 
 
 class Coder(NamedTuple):
     """How texts become tokens.
 
     Attributes:
-      encode: a text as tokens [n].
+      encode: texts as tokens [n] each.
       pieces: a text in n pieces, one for each token. Where several tokens make up one character,
         the last of them has it and the others have nothing.
       vocabulary: how many tokens there are.
     """
 
-    encode: Callable[[bytes], np.ndarray]
+    encode: Callable[[Sequence[bytes]], list[np.ndarray]]
     pieces: Callable[[bytes], list[str]]
     vocabulary: int
+
+    def sizes(self, texts: Sequence[bytes]) -> list[int]:
+        """How many tokens each text has."""
+        return list(map(len, self.encode(texts)))
 
 
 def byte_pieces(text: bytes) -> list[str]:
@@ -48,17 +57,54 @@ def byte_pieces(text: bytes) -> list[str]:
     return [decoder.decode(text[n : n + 1], n == last) for n in range(len(text))]
 
 
-class Texts(NamedTuple):
-    """Documents with their tokens."""
+class Texts(Examples):
+    """Documents and their tokens, of which the latest are kept.
 
-    documents: Sequence[Document]
-    tokens: Sequence[np.ndarray]
+    Attributes:
+      sizes: integers [n], how many tokens each has.
+    """
 
-    def examples(self) -> list[Example]:
-        return [
-            Example(document.id, document.domain, len(own), document.excerpt())
-            for document, own in zip(*self)
-        ]
+    def __init__(self, documents: Sequence[Document], sizes: np.ndarray, coder: Coder):
+        self.documents, self.sizes, self._coder = documents, sizes, coder
+        self._recent = Recent()
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, n: int) -> Example:
+        return self._example(self.documents[n], self.sizes[n])
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self._example, self.documents, self.sizes)
+
+    def id(self, n: int) -> str:
+        own = self.documents
+        return own.id(n) if isinstance(own, Documents) else own[n].id
+
+    def ids(self) -> Iterator[str]:
+        """All ids in order."""
+        own = self.documents
+        return own.ids() if isinstance(own, Documents) else (each.id for each in own)
+
+    def tokens(self, indices: Iterable[int]) -> list[np.ndarray]:
+        """Of some documents, which are read in the order in which they are in the files."""
+        found = {
+            n: self._recent(n, lambda n=n: self._coder.encode([self.documents[n].text])[0])
+            for n in sorted(map(int, indices))
+        }
+        return [found[int(n)] for n in indices]
+
+    def all_tokens(self) -> Iterator[np.ndarray]:
+        """Those of all documents in order."""
+        for block in blocks(document.text for document in self.documents):
+            yield from self._coder.encode(block)
+
+    def pieces(self, n: int) -> list[str]:
+        """A text in one piece per token; see ``Coder.pieces``."""
+        return self._coder.pieces(self.documents[n].text)
+
+    def _example(self, document: Document, size: int) -> Example:
+        return Example(document.id, document.domain, int(size), document.excerpt())
 
 
 class TextTask:
@@ -74,24 +120,17 @@ class TextTask:
 
     def __init__(
         self,
-        documents: Sequence[Document],
-        tokens: list[np.ndarray],
+        train: Texts,
         val: dict[str, Texts],
         model: GPT,
         length: int,
-        pieces: Callable[[bytes], list[str]] = byte_pieces,
-        skipped: Sequence[str] = (),
+        skipped: Skipped | None = None,
     ):
-        self.examples = Texts(documents, tokens).examples()
-        self.val_examples = {name: own.examples() for name, own in val.items()}
-        self.val_sizes = {name: len(own.documents) for name, own in val.items()}
-        self._tokens = tokens
-        self._val = val
+        self.examples, self.val_examples = train, val
+        self.val_sizes = {name: len(own) for name, own in val.items()}
         self._model = model
         self.length = length
-        self._documents = documents
-        self._pieces = pieces
-        self.skipped = list(skipped)
+        self.skipped = skipped or Skipped()
 
     def init_params(self, seed: int) -> Any:
         ids = jnp.zeros((1, self.length), jnp.int32)
@@ -106,43 +145,45 @@ class TextTask:
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
         return jnp.sum(nll * rows["mask"], axis=-1) / jnp.sum(rows["mask"], axis=-1)
 
-    def train_rows(self, indices, rng):
-        texts = [self._tokens[index] for index in indices]
-        starts = draw_starts(texts, self.length, rng)
-        return make_rows(texts, starts, self.length), starts
+    def train_rows(self, indices, rng, own=slice(None)):
+        starts = draw_starts(self.examples.sizes[indices], self.length, rng)
+        return self.window_rows(indices[own], starts[own]), starts
 
     def val_rows(self, name, indices, rng):
-        texts = [self._val[name].tokens[index] for index in indices]
-        return make_rows(texts, self.val_starts(name, indices, rng), self.length)
+        starts = self.val_starts(name, indices, rng)
+        return make_rows(self.val_examples[name].tokens(indices), starts, self.length)
 
     def val_starts(self, name: str, indices: Sequence[int], rng: np.random.Generator) -> np.ndarray:
         """Where the windows of ``val_rows`` start."""
-        return draw_starts([self._val[name].tokens[n] for n in indices], self.length, rng)
+        return draw_starts(self.val_examples[name].sizes[indices], self.length, rng)
 
     def val_pieces(self, name: str, index: int) -> list[str]:
         """As ``pieces``, of a held-out example."""
-        return self._pieces(self._val[name].documents[index].text)
+        return self.val_examples[name].pieces(index)
 
     def window_rows(self, indices: Sequence[int], starts: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows of training examples, from the given tokens on."""
-        return make_rows([self._tokens[index] for index in indices], starts, self.length)
+        return make_rows(self.examples.tokens(indices), starts, self.length)
 
     def pieces(self, index: int) -> list[str]:
         """The text of a training example, in one piece per token; see ``Coder.pieces``."""
-        return self._pieces(self._documents[index].text)
+        return self.examples.pieces(index)
 
     def text(self, index: int) -> str:
         """The text of a training example."""
-        return self._documents[index].text.decode(errors="replace")
+        return self.examples.documents[index].text.decode(errors="replace")
 
     def elements(self, index: int) -> np.ndarray:
-        return text_elements(self._documents[index].text)
+        return text_elements(self.examples.documents[index].text)
 
     def contents(self) -> dict[str, Any]:
         # With the sizes, as a fingerprint does not see where one set ends and the next begins.
-        val = ((name, list(own.tokens)) for name, own in self._val.items())
-        parts = {f"validation set {name}": [len(own), own] for name, own in val}
-        return {"training examples": [[e.id for e in self.examples], self._tokens], **parts}
+        parts = {
+            f"validation set {name}": itertools.chain([len(own)], own.all_tokens())
+            for name, own in self.val_examples.items()
+        }
+        train = self.examples
+        return {"training examples": itertools.chain(train.ids(), train.all_tokens()), **parts}
 
 
 def load_texts(config: TrainConfig) -> TextTask:
@@ -153,46 +194,49 @@ def load_texts(config: TrainConfig) -> TextTask:
     Raises:
       UsageError: files or tokenizer cannot be read, or no documents are left.
     """
-    skipped: list[str] = []
-    if config.train:
-        fields = Fields(config.text_field, config.id_field, config.domain_field)
-        documents, skipped = read_documents(config.train, fields)
-        val_documents = {}
-        for name, paths in config.val_files.items():
-            val_documents[name], more = read_documents(paths, Fields(config.text_field))
-            skipped += more
-    else:
-        documents, val_documents = default_documents(config.positions + 1)
     coder = Coder(_byte_tokens, byte_pieces, 256)
     if config.tokenizer is not None:
         coder = _load_tokenizer(config.tokenizer)
-    documents, tokens, more = _encode(coder, documents, "--train")
-    skipped += more
-    val = {}
-    for name, own in val_documents.items():
-        *texts, more = _encode(coder, own, f"validation set {name}")
-        val[name] = Texts(*texts)
-        skipped += more
+
+    skipped = Skipped()
+    if config.train:
+        fields = Fields(config.text_field, config.id_field, config.domain_field)
+        train = read_documents(config.train_files, fields, coder.sizes, skipped)
+        val = {
+            name: read_documents(paths, Fields(config.text_field), coder.sizes, skipped)
+            for name, paths in config.val_files.items()
+        }
+    else:
+        train, val = default_documents(config.positions + 1)
     dtype = jnp.dtype(config.dtype)
-    model = GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat)
-    return TextTask(documents, tokens, val, model, config.positions, coder.pieces, skipped)
+    return TextTask(
+        _texts(coder, train, "--train", skipped),
+        {name: _texts(coder, own, f"validation set {name}", skipped) for name, own in val.items()},
+        GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat),
+        config.positions,
+        skipped,
+    )
 
 
-def _byte_tokens(text: bytes) -> np.ndarray:
-    return np.frombuffer(text, np.uint8)
-
-
-def _encode(
-    coder: Coder, documents: Sequence[Document], where: str
-) -> tuple[list[Document], list[np.ndarray], list[str]]:
-    """Documents that are long enough, their tokens, and the ids of those that are not."""
-    tokens = [coder.encode(document.text) for document in documents]
-    pairs = [(own, ids) for own, ids in zip(documents, tokens) if len(ids) >= MIN_TOKENS]
-    if not pairs:
+def _texts(
+    coder: Coder, documents: Documents | list[Document], where: str, skipped: Skipped
+) -> Texts:
+    """Those of the documents that are long enough."""
+    if isinstance(documents, Documents):
+        sizes = documents.sizes
+    else:
+        sizes = np.array(coder.sizes([document.text for document in documents]), np.int64)
+        for n in np.flatnonzero(sizes < MIN_TOKENS):
+            skipped.add(documents[n].id)
+        documents = [own for own, size in zip(documents, sizes) if size >= MIN_TOKENS]
+        sizes = sizes[sizes >= MIN_TOKENS]
+    if not len(documents):
         raise UsageError(f"{where}: no documents of at least {MIN_TOKENS} tokens")
-    kept = [own for own, _ in pairs]
-    short = [own.id for own, ids in zip(documents, tokens) if len(ids) < MIN_TOKENS]
-    return kept, [ids for _, ids in pairs], short
+    return Texts(documents, sizes, coder)
+
+
+def _byte_tokens(texts: list[bytes]) -> list[np.ndarray]:
+    return [np.frombuffer(text, np.uint8) for text in texts]
 
 
 def _load_tokenizer(path: Path) -> Coder:
@@ -211,8 +255,9 @@ def _load_tokenizer(path: Path) -> Coder:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def encode(text: bytes) -> np.ndarray:
-        return np.array(tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
+    def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
+        found = tokenizer.encode_batch([text.decode(errors="replace") for text in texts])
+        return [np.array(each.ids, np.int32) for each in found]
 
     def pieces(text: bytes) -> list[str]:
         decoded = text.decode(errors="replace")
@@ -220,7 +265,7 @@ def _load_tokenizer(path: Path) -> Coder:
         # not lost. Special tokens have offsets (0, 0) wherever they are.
         starts = [start for start, _ in tokenizer.encode(decoded).offsets]
         edges = [0, *np.maximum.accumulate(starts)[1:].tolist(), len(decoded)]
-        return [decoded[start:end] for start, end in pairwise(edges)]
+        return [decoded[start:end] for start, end in itertools.pairwise(edges)]
 
     # Not get_vocab_size(): some vocabularies have gaps.
     return Coder(encode, pieces, 1 + max(tokenizer.get_vocab().values(), default=0))

@@ -47,7 +47,7 @@ class Windows:
         task = self._task
         if task is None:
             return Window(self._excerpts[place], words)
-        if task.examples[place].size <= task.length + 1:  # the whole text is one window
+        if task.examples.sizes[place] <= task.length + 1:  # the whole text is one window
             return Window(self._excerpts[place], "")
         if which not in self._most:
             self._most[which] = _counted_most(self._source, which)

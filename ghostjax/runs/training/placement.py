@@ -176,6 +176,14 @@ class Placement:
         owners = [device.process_index for device in self.mesh.devices[:, 0]]
         return np.flatnonzero(np.repeat(owners, count // len(owners)) == jax.process_index())
 
+    def read_rows(self, count: int) -> np.ndarray:
+        """Which of a batch's rows this process has to read: those of any of its devices."""
+        if self.mesh is None:
+            return np.arange(count)
+        own = np.vectorize(lambda device: device.process_index)(self.mesh.devices)
+        is_own = (own == jax.process_index()).any(1)
+        return np.flatnonzero(np.repeat(is_own, count // len(is_own)))
+
     def as_json(self) -> dict[str, Any]:
         """What ``run.json`` says of it."""
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]

@@ -97,7 +97,7 @@ def score_windows(
         scores,
         errors,
     )
-    ids = [task.examples[index].id for index in indices]
+    ids = [task.examples.id(index) for index in indices]
     check_sums(ids, result, int(sum(conflicts)), TOLERANCES[config.dtype])
     return result
 

@@ -61,7 +61,7 @@ def check_losses(
         )
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
-        ids = ", ".join(task.examples[batch.indices[n]].id for n in bad[:4])
+        ids = ", ".join(task.examples.id(batch.indices[n]) for n in bad[:4])
         more = f" and {bad.size - 4} more" if bad.size > 4 else ""
         raise UsageError(
             f"at the initial parameters, the loss of {ids}{more} is {losses[bad[0]]}: look at "

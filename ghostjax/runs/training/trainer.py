@@ -66,15 +66,19 @@ class Step:
     fault: str | None = None
 
 
-def batches(config: TrainConfig, task: LoadedTask, start: int = 0) -> Iterator[Batch]:
+def batches(
+    config: TrainConfig, task: LoadedTask, start: int = 0, placement: Placement = ONE_DEVICE
+) -> Iterator[Batch]:
     """Endless batches, from that of step ``start`` on.
 
     What is drawn at random for a step depends on ``config.seed`` and the step alone. A step takes B
     examples, as ``VisitOrder`` has them, and of every validation set V held-out examples, drawn
-    anew without replacement.
+    anew without replacement. Training rows that ``placement`` puts on no device of this process
+    are zero.
     """
     sets = list(task.val_sizes)
-    for step, (indices, starts, train_rows) in enumerate(train_batches(config, task, start), start):
+    found = train_batches(config, task, start, placement)
+    for step, (indices, starts, train_rows) in enumerate(found, start):
         val_rows = []
         for name in sets:
             chosen, rng = val_choice(config, name, task.val_sizes[name], step)
@@ -86,13 +90,22 @@ def batches(config: TrainConfig, task: LoadedTask, start: int = 0) -> Iterator[B
         yield Batch(indices, starts, train_rows, stacked)
 
 
-def train_batches(config: TrainConfig, task: LoadedTask, start: int = 0) -> Iterator[TrainBatch]:
+def train_batches(
+    config: TrainConfig, task: LoadedTask, start: int = 0, placement: Placement = ONE_DEVICE
+) -> Iterator[TrainBatch]:
     """What ``batches`` has of the training rows alone."""
     order = VisitOrder(len(task.examples), config.batch_size, config.seed)
+    own = placement.read_rows(config.batch_size)
+
+    def whole(leaf):
+        rows = np.zeros((config.batch_size, *leaf.shape[1:]), leaf.dtype)
+        rows[own] = leaf
+        return rows
+
     for step in itertools.count(start):
         indices = order(step)
-        rows, starts = task.train_rows(indices, generator(config.seed, "windows", step))
-        yield TrainBatch(indices, starts, rows)
+        rows, starts = task.train_rows(indices, generator(config.seed, "windows", step), own)
+        yield TrainBatch(indices, starts, jax.tree.map(whole, rows))
 
 
 def val_choice(
@@ -178,7 +191,8 @@ class Trainer:
         """
         config = self._config
         made: set[tuple[bool, bool]] = set()
-        for number, batch in zip(range(start, config.steps), batches(config, self._task, start)):
+        found = batches(config, self._task, start, self._placement)
+        for number, batch in zip(range(start, config.steps), found):
             begin = time.perf_counter()
             audited = self._audited(number)
             train_rows = self._placement.rows(batch.train_rows)
@@ -255,7 +269,7 @@ class Trainer:
         if not self.is_scored(step.number):
             by_row, others = np.isfinite(rows["loss"]), [steps["loss"]]
         if not by_row.all() or not np.isfinite(others).all():
-            ids = [self._task.examples[index].id for index in step.batch.indices[~by_row]]
+            ids = [self._task.examples.id(index) for index in step.batch.indices[~by_row]]
             where, remedy = "a validation loss", "lower --learning-rate or look at these examples"
             if ids:
                 listed = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if ids[4:] else "")

@@ -1,18 +1,35 @@
 import dataclasses
 import json
+from pathlib import Path
 
+import grain
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data import text
-from ghostjax.runs.data.documents import Document, Fields, read_documents
+from ghostjax.runs.data.documents import Document, read_documents
+from ghostjax.runs.data.load import load_task
+from ghostjax.runs.data.shards import Fields
+from ghostjax.runs.data.task import Skipped
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.store.fingerprint import fingerprints
+from ghostjax.runs.training.placement import Placement
+from ghostjax.runs.training.trainer import batches
 
 
-def read(paths, fields=None):
-    return [dataclasses.astuple(document) for document in read_documents(paths, fields).documents]
+def read(paths, fields=None, **more):
+    found = read_documents(paths, fields, **more)
+    assert list(found) == [found[n] for n in range(len(found))]
+    assert (
+        [document.id for document in found]
+        == list(found.ids())
+        == list(map(found.id, range(len(found))))
+    )
+    return [dataclasses.astuple(document) for document in found]
 
 
 def test_text_files_have_one_document_per_block(write_data):
@@ -98,11 +115,11 @@ def test_short_documents_are_skipped_and_told_and_keep_their_index(write_data):
         forum_jsonl='{"text": ""}\n\n{"text": "one"}\n{"text": "x"}\n{"text": "two"}',
         wiki_txt="one\n\nb\n\nthree",
     )
-    found = read_documents(paths.values())
-    ids = [document.id for document in found.documents]
-    assert ids == ["forum:1", "forum:3", "wiki:0", "wiki:2"]
+    skipped = Skipped()
+    found = read(paths.values(), skipped=skipped)
+    assert [name for name, *_ in found] == ["forum:1", "forum:3", "wiki:0", "wiki:2"]
     forum, wiki = paths.values()
-    assert found.skipped == [f"{forum}, line 1", f"{forum}, line 4", f"{wiki}, line 3"]
+    assert skipped == Skipped(3, [f"{forum}, line 1", f"{forum}, line 4", f"{wiki}, line 3"])
 
 
 RECORDS = [
@@ -126,10 +143,10 @@ def test_rows_of_parquet_are_documents(tmp_path):
     path = tmp_path / "forum.parquet"
     columns = {"body": ["one", "", "three"], "key": [1, 2, 3], "source": ["a", "b", "b"]}
     pq.write_table(pa.table(columns), path)
-    found = read_documents([path], Fields("body", "key", "source"))
-    documents = [dataclasses.astuple(document) for document in found.documents]
-    assert documents == [("1", "a", b"one"), ("3", "b", b"three")]
-    assert found.skipped == [f"{path}, row 1"]
+    skipped = Skipped()
+    found = read([path], Fields("body", "key", "source"), skipped=skipped)
+    assert found == [("1", "a", b"one"), ("3", "b", b"three")]
+    assert skipped == Skipped(1, [f"{path}, row 1"])
     with pytest.raises(UsageError, match=r"parquet, row 0: no field 'text' .set --text-field"):
         read_documents([path])
     with pytest.raises(UsageError, match=r"row 0: field 'key' is not a string but int"):
@@ -176,10 +193,113 @@ def test_files_of_one_name_may_have_fields_for_ids(write_data):
     assert found == ("k", "a", b"one")
 
 
-def test_documents_of_too_few_tokens_are_skipped():
-    coder = text.Coder(lambda text: np.array(text.split(), str), text.byte_pieces, 9)
+def test_documents_of_too_few_tokens_are_skipped(write_data):
+    def encode(texts):
+        return [np.array(text.split()) for text in texts]
+
+    coder, skipped = text.Coder(encode, text.byte_pieces, 9), Skipped()
+    paths = write_data(a_txt="one\n\none two")
     documents = [Document(f"a:{n}", "a", content) for n, content in enumerate([b"one", b"one two"])]
-    kept, tokens, skipped = text._encode(coder, documents, "--train")
-    assert (kept, len(tokens), skipped) == (documents[1:], 1, ["a:0"])
+    for given in (documents, read_documents(paths.values(), None, coder.sizes, skipped)):
+        texts = text._texts(coder, given, "--train", skipped)
+        assert [tuple(example) for example in texts] == [("a:1", "a", 2, "one two")]
+    assert skipped == Skipped(2, [f"{paths['a_txt']}, line 1", "a:0"])
     with pytest.raises(UsageError, match="--train: no documents of at least 2 tokens"):
-        text._encode(coder, documents[:1], "--train")
+        text._texts(coder, documents[:1], "--train", skipped)
+
+
+def test_a_carriage_return_ends_a_line_too(write_data):
+    paths = write_data(
+        a_txt=b"\xef\xbb\xbfone\rtwo\r\rthree \xe2\x80\xa8 x\n\x0c\r\nfour",
+        b_jsonl=b'{"text": "five"}\r{"text": "six"}',
+    )
+    assert [content for _, _, content in read(paths.values())] == [
+        b"one\ntwo",
+        "three \u2028 x".encode(),
+        b"four",
+        b"five",
+        b"six",
+    ]
+
+
+def shards(folder, suffix, count=11, size=4):
+    """Files of so many documents together."""
+    folder.mkdir()
+    for n in range(0, count, size):
+        records = [{"text": f"document {m} " * (m + 1), "key": f"k{m}"} for m in range(count)]
+        path, own = folder / f"part-{n // size}.{suffix}", records[n : n + size]
+        if suffix == "jsonl":
+            path.write_text("\n\n".join(map(json.dumps, own)))
+        else:
+            pq.write_table(pa.Table.from_pylist(own), path, row_group_size=3)
+    return f"{folder}/*.{suffix}"
+
+
+def test_a_pattern_of_shards_is_one_file_and_jsonl_is_parquet(tmp_path):
+    """The same examples, digests, and rows of every step."""
+    patterns = [shards(tmp_path / name, name) for name in ("jsonl", "parquet")]
+    patterns.append(shards(tmp_path / "one", "jsonl", size=11))
+    found, several = [], len(patterns)
+    for pattern in patterns * 2:
+        own = {"id_field": "key"} if len(found) < several else {}
+        config = TrainConfig(
+            tmp_path, train=(Path(pattern),), val=(f"a={pattern}",), length=8, batch_size=4,
+            val_batch_size=2, domain_field="key", **own,
+        )  # fmt: skip
+        task = load_task(config)
+        steps = [batch for batch, _ in zip(batches(config, task), range(6))]
+        leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(steps)]
+        found.append((fingerprints(task.contents()), list(task.examples), leaves))
+    assert found[0] == found[1] == found[2]
+    assert found[3] == found[4]  # ids have the files' names
+    assert found[3][0] != found[5][0]
+    files = [str(path) for path in TrainConfig(tmp_path, train=(Path(patterns[0]),)).train_files]
+    assert files == [patterns[0].replace("*", f"part-{n}") for n in range(3)]
+
+
+def test_a_pattern_that_fits_nothing_is_an_error_and_a_file_of_that_name_a_file(tmp_path):
+    for given in ({"train": (tmp_path / "*.jsonl",)}, {"val": (f"a={tmp_path}/*.jsonl",)}):
+        with pytest.raises(
+            UsageError, match=rf"--{next(iter(given))} {tmp_path}/\*\.jsonl: no file"
+        ):
+            TrainConfig(tmp_path, **given).as_json()
+    (tmp_path / "a[0].txt").write_text("one")
+    config = TrainConfig(tmp_path, train=(tmp_path / "a[0].txt",))
+    assert config.train_files == [tmp_path / "a[0].txt"]
+
+
+def test_a_file_that_changes_is_noticed(write_data):
+    path = write_data(a_jsonl='{"text": "one"}\n{"text": "two"}')["a_jsonl"]
+    found = read_documents([path])
+    path.write_text('{"text": "other"}\n{"text": "two"}')
+    for read_again in (lambda: found[1], lambda: list(found)):
+        with pytest.raises(UsageError, match=r"a\.jsonl changed while it was used"):
+            read_again()
+
+
+def test_documents_are_a_source_of_grain(write_data):
+    found = read_documents(write_data(a_txt="one\n\ntwo\n\nthree").values())
+    assert isinstance(found, grain.sources.RandomAccessDataSource)
+    data = grain.MapDataset.source(found).shuffle(seed=0).map(lambda document: document.text)
+    assert sorted(data[n] for n in range(len(data))) == [b"one", b"three", b"two"]
+
+
+def test_of_several_groups_of_rows_the_latest_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("ghostjax.runs.data.shards.RECENT_BYTES", 2**10)
+    pattern = shards(tmp_path / "parquet", "parquet", size=11)
+    (path,) = TrainConfig(tmp_path, train=(Path(pattern),)).train_files
+    found = read_documents([path])
+    order = np.random.default_rng(0).permutation(11)
+    assert [found[n].text.split()[1] for n in order] == [b"%d" % n for n in order]
+
+
+def test_a_process_reads_its_own_rows(micro_config, monkeypatch):
+    task, whole = load_task(micro_config), next(batches(micro_config, load_task(micro_config)))
+    monkeypatch.setattr(Placement, "read_rows", lambda self, count: np.array([1, 2]))
+    read, tokens = [], task.examples.tokens
+    monkeypatch.setattr(task.examples, "tokens", lambda own: read.extend(own) or tokens(own))
+    batch = next(batches(micro_config, task))
+    assert read == batch.indices[1:3].tolist() == whole.indices[1:3].tolist()
+    for name, rows in batch.train_rows.items():
+        np.testing.assert_array_equal(rows[1:3], whole.train_rows[name][1:3])
+        assert not rows[[0, 3]].any()

@@ -13,7 +13,7 @@ import pytest
 from ghostjax import directions, testing
 from ghostjax.runs import models
 from ghostjax.runs.data.batches import make_rows
-from ghostjax.runs.data.text import TextTask
+from ghostjax.runs.data.text import Coder, Texts, TextTask
 from ghostjax.runs.models import GPT, SIZES
 from ghostjax.runs.training.gradients import GROUPS, PARTS, in_groups
 from ghostjax.runs.training.optimizers import make_optimizer, make_schedule
@@ -36,7 +36,8 @@ TEXTS = [
     np.frombuffer(text, np.uint8)
     for text in (b"one and two", b"two and three and four", b"x = y[0]", b"for x in y:", b"to, fro")
 ]
-TASK = TextTask([], [], {}, GPT(SIZES["micro"]), LENGTH)
+NO_TEXTS = Texts([], np.array([], int), Coder(list, list, 256))
+TASK = TextTask(NO_TEXTS, {}, GPT(SIZES["micro"]), LENGTH)
 ROW_LOSSES = jax.jit(TASK.row_losses)
 
 
@@ -236,7 +237,7 @@ def test_a_rematerialized_loop_over_layers_changes_nothing(optimizer, monkeypatc
     records = []
     for few, remat in ((3, False), (0, True)):
         monkeypatch.setattr(models, "FEW_LAYERS", few)  # compiled one by one
-        task = TextTask([], [], {}, GPT(size, remat=remat), LENGTH)
+        task = TextTask(NO_TEXTS, {}, GPT(size, remat=remat), LENGTH)
         params = task.init_params(0)
         state = TrainState(params, optimizer.init(params))
         step = make_step(task.row_losses, optimizer, [0] * len(jax.tree.leaves(params)), order=2)
