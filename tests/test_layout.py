@@ -56,16 +56,17 @@ RANKS = {
 }
 # The rooms of ghostjax.runs, and which others each may import.
 ROOMS = {
+    "blocks": (),
     "errors": (),
     "models": (),
     "processes": ("errors",),
-    "store": ("errors", "processes"),
+    "store": ("blocks", "errors", "processes"),
     "config": ("errors", "models", "store"),
-    "data": ("errors", "models", "config"),
+    "data": ("blocks", "errors", "models", "config"),
     "training": ("errors", "models", "config", "data", "analysis"),
     "analysis": ("errors", "store"),
     "loop": ("errors", "store", "analysis"),
-    "report": ("errors", "config", "store", "data", "training", "analysis"),
+    "report": ("blocks", "errors", "config", "store", "data", "training", "analysis"),
     "commands": (
         "errors",
         "processes",

@@ -125,7 +125,7 @@ def _begin(
             files.write_json(config.out / "run.json", started)
         else:
             _note_changes(config, resumed, placement)
-        write_examples(config.out, zip(*task.examples))
+        write_examples(config.out, task.examples)
 
 
 def _prepare(

@@ -4,13 +4,14 @@ import array
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from ghostjax.runs.blocks import blocks
 from ghostjax.runs.data.shards import Fields, Recent, Shard, open_shard
 from ghostjax.runs.data.task import Skipped, check_stems
 from ghostjax.runs.errors import UsageError
@@ -19,9 +20,7 @@ MIN_BYTES = 2
 MIN_TOKENS = 2  # one token to read and one to predict
 
 EXCERPT = 120  # bytes
-_BLOCK = 256  # documents that are measured together
-
-_T = TypeVar("_T")
+BLOCK = 256  # documents that are measured together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Documents(Sequence[Document]):
     ) -> Iterator[str]:
         """Takes in a shard; yields the ids of all that is in it, of what is skipped, too."""
         filled = 0
-        for block in blocks(enumerate(shard.scan())):
+        for block in blocks(enumerate(shard.scan()), BLOCK):
             found = [
                 _document(shard, f"{shard.unit} {record.number}", record.fields, self._fields, n)
                 for n, record in block
@@ -195,13 +194,6 @@ class Ids:
         )
         pairs = [(int(order[n]), int(order[n + 1])) for n in same[np.argsort(order[same + 1])[:1]]]
         return pairs[0] if pairs else None
-
-
-def blocks(items: Iterable[_T]) -> Iterator[list[_T]]:
-    """The items, some hundred at a time."""
-    iterator = iter(items)
-    while block := list(itertools.islice(iterator, _BLOCK)):
-        yield block
 
 
 def _document(

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ghostjax.runs.blocks import blocks
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.batches import draw_starts, make_rows
 from ghostjax.runs.data.builtin import default_documents
 from ghostjax.runs.data.documents import (
+    BLOCK,
     MIN_TOKENS,
     Document,
     Documents,
-    blocks,
     read_documents,
 )
 from ghostjax.runs.data.elements import text_elements
@@ -96,7 +97,7 @@ class Texts(Examples):
 
     def all_tokens(self) -> Iterator[np.ndarray]:
         """Those of all documents in order."""
-        for block in blocks(document.text for document in self.documents):
+        for block in blocks((document.text for document in self.documents), BLOCK):
             yield from self._coder.encode(block)
 
     def pieces(self, n: int) -> list[str]:

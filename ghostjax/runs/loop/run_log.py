@@ -355,7 +355,7 @@ class RunLog:
 
     def _write_examples(self) -> None:
         if self._examples.has_news:
-            write_examples(self._out, self._examples.columns())
+            write_examples(self._out, zip(*self._examples.columns()))
             self._examples.has_news = False
 
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:

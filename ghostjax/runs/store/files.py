@@ -4,7 +4,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from ghostjax.runs.errors import StoppedError, UsageError
 from ghostjax.runs.store import schema
 from ghostjax.runs.store.seal import BLANK, is_intact, is_sealed, seal
+
+ROW_GROUP = 2**16  # rows that are written, and read, together
 
 _DIGEST = "digest"
 _CHANGED = "it changed since it was written, as its digest tells: put back a copy"
@@ -99,7 +101,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
-        with aside.open("wb") as file:
+        with aside.open("w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -127,7 +129,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """
     value = {**value, _DIGEST: BLANK}
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_file(path, lambda file: file.write(seal(text.encode())))
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+        seal(file)
+
+    write_file(path, write)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -138,10 +145,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         schema version before digests needs none.
     """
     try:
-        content = path.read_bytes()
-        if is_sealed(content) and not is_intact(content):
-            raise UsageError(f"{path}: {_CHANGED}")
-        value = json.loads(content)
+        with path.open("rb") as file:
+            has_digest = is_sealed(file)
+            if has_digest and not is_intact(file):
+                raise UsageError(f"{path}: {_CHANGED}")
+            file.seek(0)
+            value = json.load(file)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -152,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    if not is_sealed(content) and _needs_digest(value.get("schema_version")):
+    if not has_digest and _needs_digest(value.get("schema_version")):
         raise UsageError(f"{path}: its digest is missing")
     value.pop(_DIGEST, None)
     return value
@@ -160,16 +169,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """``write_file`` for a table, as Parquet with its digest and checksums of its pages."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, write_page_checksum=True) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({_DIGEST: BLANK})
-    content = seal(sink.getvalue().to_pybytes())
-    write_file(path, lambda file: file.write(content))
+    write_tables(path, table.schema, [table])
 
 
-def read_table(path: Path, table: str, sets: Sequence[str]) -> pa.Table:
-    """A table in the columns of ``schema.table_schema``.
+def write_tables(path: Path, fields: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """``write_table`` for what these are one after another; a row group each, written as they
+    come."""
+
+    def write(file: IO[bytes]) -> None:
+        with pq.ParquetWriter(file, fields, write_page_checksum=True) as writer:
+            for table in tables:
+                writer.write_table(table, ROW_GROUP)
+            writer.add_key_value_metadata({_DIGEST: BLANK})
+        seal(file)
+
+    write_file(path, write)
+
+
+def read_table(
+    path: Path, table: str, sets: Sequence[str], columns: Collection[str] | None = None
+) -> pa.Table:
+    """A table in the columns of ``schema.table_schema``, or some of these.
 
     Columns that are newer than the file are null.
 
@@ -178,31 +198,42 @@ def read_table(path: Path, table: str, sets: Sequence[str]) -> pa.Table:
         was written, has other columns than a table of its schema version, or is of a newer one.
     """
     try:
-        content = path.read_bytes()
-        if is_sealed(content) and not is_intact(content):
-            raise UsageError(f"{path} cannot be read: {_CHANGED}")
-        rows = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        with path.open("rb") as file:
+            has_digest = is_sealed(file)
+            if has_digest and not is_intact(file):
+                raise UsageError(f"{path} cannot be read: {_CHANGED}")
+            with pq.ParquetFile(file, page_checksum_verification=True) as source:
+                fields = _fields(path, source.schema_arrow, table, sets, has_digest)
+                wanted = [f for f in fields if columns is None or f.name in columns]
+                known = [f.name for f in wanted if f.name in source.schema_arrow.names]
+                rows = source.read(known)
     except FileNotFoundError:
         raise UsageError(f"{path} is missing") from None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{path} cannot be read: {reason}") from error
-    version = _version((rows.schema.metadata or {}).get(b"schema_version"))
+    found = [
+        rows[field.name] if field.name in known else pa.nulls(len(rows), field.type)
+        for field in wanted
+    ]
+    return pa.table(found, schema=pa.schema(wanted, fields.metadata))
+
+
+def _fields(
+    path: Path, found: pa.Schema, table: str, sets: Sequence[str], has_digest: bool
+) -> pa.Schema:
+    """What a file should have, once it is known to have what its version should."""
+    version = _version((found.metadata or {}).get(b"schema_version"))
     if version > schema.SCHEMA_VERSION:
         raise UsageError(f"{path} has {schema.newer(version)}")
-    if not is_sealed(content) and _needs_digest(version):
+    if not has_digest and _needs_digest(version):
         raise UsageError(f"{path} cannot be read: its digest is missing")
     written = schema.table_schema(table, sets, version)
     # Which columns may be null is for writers.
-    if (rows.schema.names, rows.schema.types) != (written.names, written.types):
+    if (found.names, found.types) != (written.names, written.types):
         columns = ", ".join(f"{field.name} {field.type}" for field in written)
         raise UsageError(f"{path}: expected the columns {columns}")
-    fields = schema.table_schema(table, sets)
-    columns = [
-        rows[field.name] if field.name in written.names else pa.nulls(len(rows), field.type)
-        for field in fields
-    ]
-    return pa.table(columns, schema=fields)
+    return schema.table_schema(table, sets)
 
 
 def _version(stated: bytes | None) -> int:

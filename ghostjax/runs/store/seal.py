@@ -6,40 +6,71 @@ cannot, and JSON has none at all.
 """
 
 import hashlib
+import os
 import re
+from typing import IO
 
 _NAME = b"ghostjax sha256 "
 _ZEROS = b"0" * 64
 _SEAL = re.compile(re.escape(_NAME) + rb"([0-9a-f]{64})")
+_BLOCK = 2**20  # bytes that are read at once
 
 BLANK = (_NAME + _ZEROS).decode()
 
 
-def seal(content: bytes) -> bytes:
-    """``content``, with its digest in the place of the last ``BLANK``.
+def seal(file: IO[bytes]) -> None:
+    """Puts the digest of a file, open for reading and writing, in the place of its last ``BLANK``.
 
-    >>> sealed = seal(b"text, " + BLANK.encode())
-    >>> is_sealed(sealed), is_intact(sealed), is_intact(sealed.replace(b"text", b"test"))
+    >>> import io
+    >>> file = io.BytesIO(b"text, " + BLANK.encode())
+    >>> seal(file)
+    >>> changed = io.BytesIO(file.getvalue().replace(b"text", b"test"))
+    >>> is_sealed(file), is_intact(file), is_intact(changed)
     (True, True, False)
 
     Raises:
       ValueError: there is no ``BLANK``.
     """
-    place = content.rindex(BLANK.encode()) + len(_NAME)
-    digest = hashlib.sha256(content).hexdigest().encode()
-    return content[:place] + digest + content[place + len(digest) :]
+    place, found = _last_seal(file)
+    if found != _ZEROS:
+        raise ValueError("there is no place for a digest.")
+    digest = _digest(file, place)
+    file.seek(place)
+    file.write(digest)
 
 
-def is_sealed(content: bytes) -> bool:
+def is_sealed(file: IO[bytes]) -> bool:
     """Whether there is a digest."""
-    return _SEAL.search(content) is not None
+    return _last_seal(file)[1] is not None
 
 
-def is_intact(content: bytes) -> bool:
+def is_intact(file: IO[bytes]) -> bool:
     """Whether there is a digest, and the last one is that of the content."""
-    seals = list(_SEAL.finditer(content))
-    if not seals:
-        return False
-    start, end = seals[-1].span(1)
-    blank = content[:start] + _ZEROS + content[end:]
-    return hashlib.sha256(blank).hexdigest().encode() == seals[-1][1]
+    place, found = _last_seal(file)
+    return found is not None and _digest(file, place) == found
+
+
+def _last_seal(file: IO[bytes]) -> tuple[int, bytes | None]:
+    """Where the last digest of a file is, and the digest; looked for from the end."""
+    start = file.seek(0, os.SEEK_END)
+    length = len(_NAME) + len(_ZEROS)
+    while start > 0:
+        end, start = start + length - 1, max(0, start - _BLOCK)
+        file.seek(start)
+        found = list(_SEAL.finditer(file.read(end - start)))
+        if found:
+            return start + found[-1].start(1), found[-1][1]
+    return 0, None
+
+
+def _digest(file: IO[bytes], place: int) -> bytes:
+    """The digest of a file with zeros from ``place`` on."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for start in range(0, place, _BLOCK):
+        digest.update(file.read(min(_BLOCK, place - start)))
+    digest.update(_ZEROS)
+    file.seek(place + len(_ZEROS))
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest().encode()

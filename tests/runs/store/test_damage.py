@@ -1,5 +1,7 @@
 """One changed byte, anywhere in a run directory, is noticed; what is older is read."""
 
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -95,9 +97,26 @@ def test_other_readers_find_the_checksums_of_pages(out):
 
 
 def test_a_seal_has_its_place():
-    with pytest.raises(ValueError, match="subsection not found"):
-        seal.seal(b"no place")
-    assert not seal.is_intact(b"no seal")
+    with pytest.raises(ValueError, match="no place for a digest"):
+        seal.seal(io.BytesIO(b"no place"))
+    assert not seal.is_intact(io.BytesIO(b"no seal"))
+
+
+@pytest.mark.parametrize("size", [81, 100, 160, 2**20])
+def test_a_seal_is_the_same_however_much_is_read_at_once(monkeypatch, size):
+    """In memory that does not grow with the file, and wherever the seal is."""
+    monkeypatch.setattr(seal, "_BLOCK", size)
+    for before, after in ((0, 0), (79, 1), (80, 300), (300, 79)):
+        content = b"a" * before + seal.BLANK.encode() + b"b" * after
+        file = io.BytesIO(seal.BLANK.encode() + content)
+        seal.seal(file)
+        digest = hashlib.sha256(seal.BLANK.encode() + content).hexdigest()
+        assert file.getvalue()[80 + before + 16 :][:64].decode() == digest
+        assert seal.is_intact(file)
+        for place in (0, 80 + before, len(file.getvalue()) - 1):
+            changed = bytearray(file.getvalue())
+            changed[place] ^= 1
+            assert not seal.is_intact(io.BytesIO(bytes(changed)))
 
 
 def as_first_version(out):

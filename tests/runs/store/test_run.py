@@ -8,7 +8,7 @@ import pytest
 from ghostjax.fidelity import step_weights
 from ghostjax.runs.analysis.values import sum_visits
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.store import files, schema
+from ghostjax.runs.store import begin, files, schema
 from ghostjax.runs.store.run import read_run
 from tests.runs import small_run
 
@@ -270,3 +270,24 @@ def test_the_log_is_read_without_ghostjax(whole, library, table):
     module = pytest.importorskip(library)
     rows = READERS[library](module, sorted((whole / "log").glob(f"{table}-*.parquet")))
     assert rows == getattr(read_run(whole), table).to_pylist()
+
+
+def test_examples_are_written_as_they_come_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(begin, "EXAMPLES_GROUP", 2)
+    rows = [(f"a:{n}", "a", n, "text") for n in range(5)]
+    begin.write_examples(tmp_path, iter(rows))
+    path = tmp_path / "examples.parquet"
+    assert pq.ParquetFile(path).metadata.num_row_groups == 3
+    found = files.read_table(path, "examples", ())
+    assert [tuple(row.values()) for row in found.to_pylist()] == rows
+    assert files.read_table(path, "examples", (), ["size"]).column_names == ["size"]
+
+    def until_it_breaks():
+        yield from rows
+        raise KeyboardInterrupt
+
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        begin.write_examples(tmp_path, until_it_breaks())
+    assert [file.name for file in tmp_path.iterdir()] == ["examples.parquet"]
+    assert path.read_bytes() == before
