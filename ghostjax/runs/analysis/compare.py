@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ghostjax.runs.analysis.statistics import differs, freedom, ranks, reliability, spearman
-from ghostjax.runs.analysis.values import By, Valued, find
+from ghostjax.runs.analysis.values import By, Valued
+from ghostjax.runs.store.run import find
 
 
 @dataclasses.dataclass(frozen=True)

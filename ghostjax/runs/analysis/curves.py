@@ -10,10 +10,9 @@ from ghostjax.runs.analysis.values import (
     Valued,
     both_ends,
     read_values,
-    visit_weights,
-    visited_examples,
+    weights_of_steps,
 )
-from ghostjax.runs.store.run import Run
+from ghostjax.runs.store.run import Run, find
 
 MAX_DOMAINS = 20  # those with the most visits
 _OF_SETS = {
@@ -69,8 +68,9 @@ def _kinds(source: Run, names: "_Names") -> Iterator[Curve]:
 def _values(
     source: Run, which: str, valued: Valued, count: int, names: "_Names"
 ) -> Iterator[Curve]:
-    places, steps = visited_examples(source), source.scores["step"].to_numpy()
-    scores = visit_weights(source, which) * source.numbers("scores", f"score_{which}")
+    places = np.concatenate([some["place"] for some in source.visits()])
+    steps = source.scores["step"].to_numpy()
+    scores = weights_of_steps(source, which)[steps] * source.numbers("scores", f"score_{which}")
     scored = np.isfinite(scores)
     places, steps, scores = places[scored], steps[scored], scores[scored]
 
@@ -80,14 +80,14 @@ def _values(
         return Curve(names(name), own, sums[len(sums) - 1 - ends])
 
     yield up_to(f"value/{which}/all", np.ones(len(steps), bool))
-    domains = valued.domains[places].astype(str)
+    domains = np.array(list(valued.domains))[places]
     found, visits = np.unique(domains, return_counts=True)
     for domain in found[np.argsort(-visits, kind="stable")][:MAX_DOMAINS]:
         yield up_to(f"value/{which}/domain {domain}", domains == domain)
     ranked = valued.ranked()
-    place = {name: n for n, name in enumerate(valued.ids)}
-    for n in np.concatenate(both_ends(ranked, count)):
-        yield up_to(f"examples/{which}/{ranked.ids[n]}", places == place[ranked.ids[n]])
+    ends = ranked.select(np.concatenate(both_ends(ranked, count)))
+    for name, place in zip(ends.ids, find(ends.ids, source.ids)):
+        yield up_to(f"examples/{which}/{name}", places == place)
 
 
 def _means(steps: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from ghostjax.runs.analysis.values import By, Valued
 
@@ -32,13 +33,13 @@ def by_domain(valued: Valued, by: By = "value") -> list[Domain]:
     """The domains, that with the highest mean first and those without a visit last."""
     if not len(valued):
         return []
-    names, place, counts = np.unique(
-        valued.domains.astype(str), return_inverse=True, return_counts=True
-    )
-    groups = np.split(np.argsort(place, kind="stable"), np.cumsum(counts)[:-1])
+    coded = pa.array(valued.domains, pa.string()).dictionary_encode()
+    codes, names = coded.indices.to_numpy(), coded.dictionary.to_pylist()
+    ends = np.cumsum(np.bincount(codes))
+    groups = dict(zip(names, np.split(np.argsort(codes, kind="stable"), ends[:-1])))
     found = []
-    for name, group in zip(names.tolist(), groups):
-        own = valued.select(group)
+    for name in sorted(names):
+        own = valued.select(groups[name])
         measured = own.ranked(by).measured(by)[0]
         total, visits = float(own.values[own.visits > 0].sum()), int(own.visits.sum())
         figures = [np.nan] * 3

@@ -18,7 +18,7 @@ from ghostjax.fidelity import (
     step_weights,
 )
 from ghostjax.runs.analysis.scale import number
-from ghostjax.runs.analysis.values import measured, scored_steps
+from ghostjax.runs.analysis.values import measured
 from ghostjax.runs.store.run import Run
 
 FEW_STEPS = 10  # fewer tell little about how predictions and the loss go together
@@ -82,7 +82,7 @@ def warnings(run: Run, name: str, fidelity: Fidelity) -> list[str]:
     Steps that are far from their prediction, and those at which certificate or audit failed, are
     told by their numbers.
     """
-    steps, tolerance = np.flatnonzero(scored_steps(run)), tolerance_of(run.metadata)
+    steps, tolerance = np.flatnonzero(run.scored), tolerance_of(run.metadata)
     certificate = measured(run, f"conservation_error_{name}")
     checks = (
         np.zeros(len(steps)) if certificate is None else certificate,
@@ -92,14 +92,17 @@ def warnings(run: Run, name: str, fidelity: Fidelity) -> list[str]:
     return [
         *fidelity.warnings(),
         *_first(f"Broken at {line}." for line in broken if line),
-        *_first(_far_off_steps(run, name)),
+        *_far_off_steps(run, name),
     ]
 
 
 def _first(lines: Iterable[str]) -> list[str]:
     lines = list(lines)
-    rest = len(lines) - MAX_NAMED
-    return lines[:MAX_NAMED] + ([f"So it is in {rest} more steps."] if rest > 0 else [])
+    return lines[:MAX_NAMED] + _more(len(lines))
+
+
+def _more(count: int) -> list[str]:
+    return [f"So it is in {count - MAX_NAMED} more steps."] if count > MAX_NAMED else []
 
 
 def _far_off_steps(run: Run, name: str) -> list[str]:
@@ -109,18 +112,24 @@ def _far_off_steps(run: Run, name: str) -> list[str]:
     if not len(steps):
         return []
     weights = step_weights(predicted, actual)
-    of_visit = run.scores["step"].to_numpy()
-    scores = np.abs(run.numbers("scores", f"score_{name}"))
-    found = []
-    for step in steps[np.argsort(-np.abs(predicted - actual)[steps], kind="stable")]:
-        first, end = np.searchsorted(of_visit, [step, step + 1])
-        row = int(np.argmax(scores[first:end]))
-        found.append(
-            f"Step {step}, validation set {name}: predicted a decrease of "
-            f"{number(predicted[step])}, actual {number(actual[step])}; the largest score is that "
-            f"of row {row}, {run.scores['id'][int(first) + row]}; the step's scores count "
-            f"{number(weights[step], 2)} in the values."
-        )
+    named = steps[np.argsort(-np.abs(predicted - actual)[steps], kind="stable")][:MAX_NAMED]
+    largest = _largest_scores(run, f"score_{name}", named)
+    return [
+        f"Step {step}, validation set {name}: predicted a decrease of {number(predicted[step])}, "
+        f"actual {number(actual[step])}; the largest score is that of row {largest[step][0]}, "
+        f"{largest[step][1]}; the step's scores count {number(weights[step], 2)} in the values."
+        for step in named.tolist()
+    ] + _more(len(steps))
+
+
+def _largest_scores(run: Run, column: str, steps: np.ndarray) -> dict[int, tuple[int, str]]:
+    """By step, which row has the largest score, and whose it is."""
+    found = {}
+    for some in run.visits(column):
+        for step in steps[np.isin(steps, some["step"])].tolist():
+            first, end = np.searchsorted(some["step"], [step, step + 1])
+            row = int(np.argmax(np.abs(some[column][first:end])))
+            found[step] = row, run.ids[int(some["place"][first + row])].as_py()
     return found
 
 

@@ -122,13 +122,14 @@ def differs(values: np.ndarray, errors: np.ndarray, degrees: np.ndarray) -> np.n
     return np.abs(values) > stats.t.ppf(1 - LEVEL / 2, degrees) * errors
 
 
-def without_sum(steps: np.ndarray, scores: np.ndarray) -> float:
-    """The share of the steps [n] whose scores [n] add up to zero, within rounding.
+def without_sum(sums: np.ndarray, sizes: np.ndarray) -> float:
+    """The share of the steps with scores whose sum is zero, within rounding.
 
-    >>> without_sum(np.array([0, 0, 1, 1]), np.array([0.5, -0.5, 0.5, 0.4]))
+    Args:
+      sums, sizes: [steps], of the scores of each and of their absolute values.
+
+    >>> without_sum(np.array([0.0, 0.9, 0.0]), np.array([1.0, 0.9, 0.0]))
     0.5
     """
-    steps, scores = steps[np.isfinite(scores)], scores[np.isfinite(scores)]
-    sizes = np.bincount(steps, np.abs(scores))
-    sums = np.abs(np.bincount(steps, scores))[sizes > 0]
-    return float(np.mean(sums < 1e-4 * sizes[sizes > 0])) if len(sums) else 0.0
+    sums, sizes = np.abs(sums[sizes > 0]), sizes[sizes > 0]
+    return float(np.mean(sums < 1e-4 * sizes)) if len(sums) else 0.0

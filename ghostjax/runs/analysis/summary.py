@@ -11,7 +11,7 @@ from ghostjax import fidelity
 from ghostjax.runs.analysis import judgement
 from ghostjax.runs.analysis.domains import by_domain
 from ghostjax.runs.analysis.statistics import roc_auc
-from ghostjax.runs.analysis.values import Valued, measured, read_values, scored_steps
+from ghostjax.runs.analysis.values import Valued, measured, read_values
 from ghostjax.runs.store import files
 from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.store.schema import SCHEMA_VERSION, table_schema
@@ -31,7 +31,7 @@ def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
         "schema_version": SCHEMA_VERSION,
         "finished": True,
         "steps": run.end,
-        "scored_steps": int(scored_steps(run).sum()),
+        "scored_steps": int(run.scored.sum()),
         "loss": run.steps["loss"][-1].as_py(),
         "val_loss": {name: last_loss(run, name) for name in run.sets},
         "unit": run.unit,
@@ -73,7 +73,7 @@ def run_warnings(run: Run, fidelities: dict[str, fidelity.Fidelity]) -> list[str
 
 def measure_fidelity(run: Run, name: str, valued: Valued) -> fidelity.Fidelity:
     """The fidelity of the values for validation set ``name``, from the log."""
-    scored, visited = scored_steps(run), valued.select(valued.visited)
+    scored, visited = run.scored, valued.select(valued.visited)
     is_known = len(visited) == 0 or visited.has_error.any()
     return fidelity.summarize(
         predicted=measured(run, f"predicted_{name}"),

@@ -5,13 +5,12 @@ Values are computed here alone, in ``sum_visits``.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from ghostjax.fidelity import step_weights
+from ghostjax.runs.analysis.columns import Column
 from ghostjax.runs.analysis.statistics import differs, freedom
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store.run import Run
@@ -33,16 +32,16 @@ class Valued:
     """Training examples with their values for one validation set; columns of one length, n.
 
     Attributes:
-      ids, domains, excerpts: [n], texts.
+      ids, domains, excerpts: [n], texts: a ``Column`` each.
       visits: int64 [n], how many of their visits were scored.
       values, errors: float64 [n], the values and their standard errors; NaN without a visit, and
         the errors also where those of the scores were not measured.
       fourths: float64 [n], the summed fourth powers of the visits' errors.
     """
 
-    ids: np.ndarray
-    domains: np.ndarray
-    excerpts: np.ndarray
+    ids: Sequence[str]
+    domains: Sequence[str]
+    excerpts: Sequence[str]
     visits: np.ndarray
     values: np.ndarray
     errors: np.ndarray
@@ -80,50 +79,27 @@ class Valued:
     @property
     def apart(self) -> np.ndarray:
         """[n] bool: the value differs from zero; never with fewer than ``MIN_VISITS`` visits."""
-        degrees = freedom(self.errors**2, self.fourths, self.visits)
-        return self.is_told & differs(self.values, self.errors, degrees)
+        told = np.flatnonzero(self.is_told)  # often few, and quantiles of Student's t take long
+        values, errors, fourths = (each[told] for each in (self.values, self.errors, self.fourths))
+        found = np.zeros(len(self), bool)
+        found[told] = differs(values, errors, freedom(errors**2, fourths, self.visits[told]))
+        return found
 
     @property
     def verdicts(self) -> np.ndarray:
         """[n], of type ``Verdict``: what can be said of each example."""
-        told = np.where(self.values > 0, "helps", "hurts")
-        found = np.where(self.apart, told, np.where(self.is_told, "unclear", "few visits"))
-        found = np.where(self.has_error, found, "no error bar")
-        return np.where(self.visited, found, "not visited").astype(object)
+        codes = np.where(self.values > 0, 0, 1)
+        codes[~self.apart] = 2
+        codes[~self.is_told] = 3
+        codes[~self.has_error] = 4
+        codes[~self.visited] = 5
+        return np.array(get_args(Verdict), object)[codes]
 
     def ranked(self, by: By = "value") -> "Valued":
         """The examples that were visited, the most helpful first; ties in their old order."""
         visited = self.select(self.visited)
         # NaN goes last.
         return visited.select(np.argsort(-visited.measured(by)[0], kind="stable"))
-
-
-def find(ids: Sequence[str], among: Sequence[str]) -> np.ndarray:
-    """Where each id is in ``among``, which has every id once; -1 for those it has not.
-
-    >>> find(["b", "x", "b"], ["a", "b"]).tolist()
-    [1, -1, 1]
-    """
-    ids, among = (pa.array(each, pa.string()) for each in (ids, among))
-    return pc.index_in(ids, value_set=among).fill_null(-1).to_numpy()
-
-
-def visited_examples(run: Run) -> np.ndarray:
-    """Which of ``run.examples`` each of ``run.scores`` is of.
-
-    Raises:
-      UsageError: an id is there twice, or the log has one that is not one of an example.
-    """
-    ids, visits = (table["id"].combine_chunks() for table in (run.examples, run.scores))
-    if len(ids.unique()) < len(ids):
-        raise UsageError(f"{run.path / 'examples.parquet'}: an id is there twice")
-    found = find(visits, ids)
-    if (found < 0).any():
-        unknown = visits[int(np.argmin(found))].as_py()
-        raise UsageError(
-            f"{run.path}: the log has id {unknown!r}, which is not in examples.parquet"
-        )
-    return found
 
 
 class Sums(NamedTuple):
@@ -141,66 +117,61 @@ class Sums(NamedTuple):
     fourths: np.ndarray
 
 
-def scored_steps(run: Run) -> np.ndarray:
-    """Which steps were scored, [steps] bool."""
-    scored = np.isfinite(run.numbers("scores", f"score_{run.sets[0]}"))
-    return np.bincount(run.scores["step"].to_numpy()[scored], minlength=run.end) > 0
-
-
 def measured(run: Run, column: str) -> np.ndarray | None:
     """A column of the scored steps; None where no step has it, as the loop did not measure it."""
-    found = run.numbers("steps", column)[scored_steps(run)]
+    found = run.numbers("steps", column)[run.scored]
     return None if np.isnan(found).all() else found
 
 
-def visit_weights(run: Run, name: str) -> np.ndarray:
-    """What each of ``run.scores`` counts for a validation set: the weight of its step.
+def weights_of_steps(run: Run, name: str) -> np.ndarray:
+    """What the visits of each step count for a validation set, [steps].
 
     See ``fidelity.step_weights``.
     """
     decreases = (run.numbers("steps", f"{which}_{name}") for which in ("predicted", "actual"))
-    return step_weights(*decreases)[run.scores["step"].to_numpy()]
+    return step_weights(*decreases)
 
 
 def sum_visits(run: Run) -> Sums:
-    """The values so far, in the order of ``run.examples`` and ``run.sets``.
+    """The values so far, in the order of the run's examples and ``run.sets``.
 
         value = sum over visits of weight[step] * score
         error = sqrt( sum over visits of (weight[step] * error)^2 )
 
     Raises:
-      UsageError: the log holds no steps yet, or as ``visited_examples``.
+      UsageError: the log holds no steps yet, or as ``Run.visits``.
     """
     if not run.end:
         raise UsageError(f"{run.path}: no steps in the log yet, so there are no values")
-    indices, count = visited_examples(run), len(run.examples)
-    values, errors, fourths = np.zeros((3, count, len(run.sets)))
-    scored = np.isfinite(run.numbers("scores", f"score_{run.sets[0]}"))
-    visits = np.bincount(indices[scored], minlength=count)
-    for k, name in enumerate(run.sets):
-        weights = visit_weights(run, name)
-        scores, own = (
-            (weights * run.numbers("scores", f"{what}_{name}"))[scored]
-            for what in ("score", "error")
-        )
-        values[:, k], squares, fourths[:, k] = (
-            np.bincount(indices[scored], each, count) for each in (scores, own**2, own**4)
-        )
-        errors[:, k] = np.sqrt(squares)
-    values[visits == 0] = errors[visits == 0] = np.nan
-    return Sums(visits, values, errors, fourths)
+    count = len(run.ids)
+    visits = np.zeros(count, np.int64)
+    values, squares, fourths = np.zeros((3, len(run.sets), count))
+    weights = [weights_of_steps(run, name) for name in run.sets]
+    columns = [f"{what}_{name}" for name in run.sets for what in ("score", "error")]
+    for some in run.visits(*columns):
+        scored = np.isfinite(some[columns[0]])
+        step, place = some["step"][scored], some["place"][scored]
+        np.add.at(visits, place, 1)
+        for k, name in enumerate(run.sets):
+            score, error = (
+                weights[k][step] * some[f"{what}_{name}"][scored] for what in ("score", "error")
+            )
+            for sums, own in ((values, score), (squares, error**2), (fourths, error**4)):
+                np.add.at(sums[k], place, own)
+    errors = np.sqrt(squares, out=squares)
+    values[:, visits == 0] = errors[:, visits == 0] = np.nan
+    return Sums(visits, values.T, errors.T, fourths.T)
 
 
 def read_values(run: Run) -> dict[str, Valued]:
-    """The examples of a run, in the order of ``run.examples``, for every validation set.
+    """The examples of a run, in their order, for every validation set.
 
     Raises:
       UsageError: as ``sum_visits``.
     """
     visits, *sums = sum_visits(run)
-    texts = [
-        np.array(run.examples[name].to_pylist(), object) for name in ("id", "domain", "excerpt")
-    ]
+    places = np.arange(len(visits))
+    texts = [Column(read, places) for read in (run.ids.take, run.domains.take, run.excerpts)]
     return {
         name: Valued(*texts, visits, *(each[:, k] for each in sums))
         for k, name in enumerate(run.sets)

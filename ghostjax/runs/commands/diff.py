@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +120,8 @@ def _compare(a: Run, b: Run, config: DiffConfig) -> dict[str, Comparison]:
     check_choice("validation set", config.set, shared)
     values = [read_values(run) for run in (a, b)]
     if config.domain is not None:
-        domains = {name for found in values for name in next(iter(found.values())).domains}
+        texts = (next(iter(found.values())).domains for found in values)
+        domains = {name for own in texts for name in pa.array(own).unique().to_pylist()}
         check_choice("domain", config.domain, sorted(domains))
         values = [
             {name: valued.select(valued.domains == config.domain) for name, valued in found.items()}

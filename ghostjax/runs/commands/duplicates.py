@@ -127,13 +127,13 @@ COLUMNS = (
 
 
 def _rows(name: str, valued: Valued, groups: list[Group]) -> Iterator[dict[str, Any]]:
-    verdicts = valued.verdicts
     for number, group in enumerate(groups, 1):
         of_group = name, number, len(group.members), group.value(valued)
-        for n, similarity in zip(*group):
-            about = valued.ids[n], valued.domains[n], similarity, valued.visits[n]
-            found = valued.values[n], valued.errors[n], verdicts[n], valued.excerpts[n]
-            yield dict(zip(COLUMNS, (*of_group, *about, *found), strict=True))
+        own = valued.select(group.members)
+        numbers = own.visits, own.values, own.errors
+        columns = own.ids, own.domains, group.similarities, *numbers, own.verdicts, own.excerpts
+        for row in zip(*columns, strict=True):
+            yield dict(zip(COLUMNS, (*of_group, *row), strict=True))
 
 
 def _table(number: int, group: Group, values: dict[str, Valued], console: Console) -> Table:
@@ -142,18 +142,19 @@ def _table(number: int, group: Group, values: dict[str, Valued], console: Consol
     columns |= {"visits": right, **{f"value: {name}": right for name in values}}
     title = f"Group {number}: {len(group.members)} examples"
     table = output.plain_table(title, {**columns, "excerpt": {"ratio": 1}}, console)
-    first = next(iter(values.values()))
-    for n, similarity in list(zip(*group))[:MAX_MEMBERS]:
+    first = next(iter(values.values())).select(group.members[:MAX_MEMBERS])
+    about = zip(first.ids, first.domains, first.visits, first.excerpts)
+    for (name, domain, visits, excerpt), n, similarity in zip(about, *group):
         table.add_row(
-            output.plain_cell(first.ids[n], console),
-            output.plain_cell(first.domains[n], console),
+            output.plain_cell(name, console),
+            output.plain_cell(domain, console),
             f"{similarity:.2f}",
-            str(first.visits[n]),
+            str(visits),
             *(
                 output.with_error(own.values[n], own.errors[n], console) if own.visits[n] else "-"
                 for own in values.values()
             ),
-            output.plain_cell(first.excerpts[n], console),
+            output.plain_cell(excerpt, console),
         )
     sums = {name: group.value(own) for name, own in values.items()}
     told = [f"{name} {value:+.2e}" for name, value in sums.items() if math.isfinite(value)]

@@ -1,10 +1,12 @@
 """``ghostjax export``: a cleaned or re-weighted subset of the training examples, as a file."""
 
 import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +24,10 @@ from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
 from ghostjax.runs.store.files import write_file
-from ghostjax.runs.store.run import Run, read_run
+from ghostjax.runs.store.run import read_run
 
 SUFFIXES = (".jsonl", ".parquet")
+_BLOCK = 2**10  # examples that are written at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,25 +135,14 @@ def run(config: ExportConfig) -> None:
     valued = read_values(source)[config.set or source.sets[0]]
     needs_data = config.documents or config.unique is not None
     task = read_task(source)[1] if needs_data else None
+    if config.documents and not isinstance(task, TextTask):
+        raise UsageError(f"--documents: {source.path} is no run on texts")
     kept, copies = choose(valued, config, task)
     weights = np.ones(len(kept), np.float32)
     if config.weights == "softmax":
         scores = np.float32(valued.measured(config.by)[0][kept])
         weights = np.asarray(selection.softmax(scores, config.temperature))
-    rows = valued.select(kept)
-    columns = {
-        "id": pa.array(rows.ids, pa.string()),
-        "domain": pa.array(rows.domains, pa.string()),
-        "visits": pa.array(rows.visits, pa.int64()),
-        "weight": pa.array(weights, pa.float32()),
-        # from_pandas: NaN is null.
-        "value": pa.array(rows.values, pa.float64(), from_pandas=True),
-        "error": pa.array(rows.errors, pa.float64(), from_pandas=True),
-        "verdict": pa.array(rows.verdicts, pa.string()),
-    }
-    if config.documents:
-        columns["text"] = pa.array(_texts(source, task, kept), pa.string())
-    _write(config.out, pa.table(columns))
+    _write(config.out, _tables(valued, kept, weights, task if config.documents else None))
     if not config.quiet:
         console = output.make_console(sys.stdout)
         line = f"{config.out}: {len(kept)} of {len(valued)} examples"
@@ -164,7 +156,9 @@ def choose(valued: Valued, config: ExportConfig, task: LoadedTask | None) -> tup
     Raises:
       UsageError: none is.
     """
-    is_kept = config.mask(valued) & ~np.isin(valued.verdicts.astype(str), config.drop)
+    is_kept = config.mask(valued) & ~np.logical_or.reduce(
+        [valued.verdicts == one for one in config.drop], initial=False
+    )
     needs_value = config.top is not None or config.weights == "softmax"
     if needs_value:
         is_kept &= np.isfinite(valued.values)
@@ -198,17 +192,39 @@ def _copies(
     )
 
 
-def _texts(source: Run, task: LoadedTask | None, kept: np.ndarray) -> list[str]:
-    if not isinstance(task, TextTask):
-        raise UsageError(f"--documents: {source.path} is no run on texts")
-    return [task.text(index) for index in kept]
+def _tables(
+    valued: Valued, kept: np.ndarray, weights: np.ndarray, task: TextTask | None
+) -> Iterator[pa.Table]:
+    """What is written, some examples at a time."""
+    for start in range(0, len(kept), _BLOCK):
+        places = kept[start : start + _BLOCK]
+        rows = valued.select(places)
+        columns = {
+            "id": pa.array(rows.ids, pa.string()),
+            "domain": pa.array(rows.domains, pa.string()),
+            "visits": pa.array(rows.visits, pa.int64()),
+            "weight": pa.array(weights[start : start + _BLOCK], pa.float32()),
+            # from_pandas: NaN is null.
+            "value": pa.array(rows.values, pa.float64(), from_pandas=True),
+            "error": pa.array(rows.errors, pa.float64(), from_pandas=True),
+            "verdict": pa.array(rows.verdicts, pa.string()),
+        }
+        if task is not None:
+            columns["text"] = pa.array(map(task.text, places), pa.string())
+        yield pa.table(columns)
 
 
-def _write(path: Path, table: pa.Table) -> None:
-    if path.suffix == ".parquet":
-        write_file(path, lambda file: pq.write_table(table, file))
-        return
-    lines = "".join(
-        json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in table.to_pylist()
-    )
-    write_file(path, lambda file: file.write(lines.encode()))
+def _write(path: Path, tables: Iterator[pa.Table]) -> None:
+    def write(file: IO[bytes]) -> None:
+        if path.suffix == ".parquet":
+            first = next(tables)
+            with pq.ParquetWriter(file, first.schema) as writer:
+                for table in itertools.chain([first], tables):
+                    writer.write_table(table)
+            return
+        for table in tables:
+            for row in table.to_pylist():
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+                file.write(line.encode())
+
+    write_file(path, write)

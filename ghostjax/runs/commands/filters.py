@@ -3,10 +3,12 @@
 import dataclasses
 import fnmatch
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 import tyro
 
 from ghostjax.runs.analysis.values import Valued, Verdict
@@ -54,7 +56,9 @@ class Filter:
         """
         found = valued.visits >= self.min_visits
         if self.domain is not None:
-            check_choice("domain", self.domain, sorted(set(valued.domains)))
+            check_choice(
+                "domain", self.domain, sorted(pa.array(valued.domains).unique().to_pylist())
+            )
             found &= valued.domains == self.domain
         if self.id:
             globs = "|".join(rf"\A{fnmatch.translate(glob)}" for glob in self.id)
@@ -65,7 +69,7 @@ class Filter:
         if self.text is not None:
             found &= _matches(re.compile(self.text, re.IGNORECASE), valued.excerpts)
         if self.verdict:
-            found &= np.isin(valued.verdicts.astype(str), self.verdict)
+            found &= np.logical_or.reduce([valued.verdicts == one for one in self.verdict])
         return found
 
     @property
@@ -81,5 +85,5 @@ class Filter:
         return ", ".join(part for part in told if part)
 
 
-def _matches(pattern: re.Pattern[str], texts: np.ndarray) -> np.ndarray:
-    return np.array([pattern.search(text) is not None for text in texts], bool)
+def _matches(pattern: re.Pattern[str], texts: Sequence[str]) -> np.ndarray:
+    return np.fromiter((pattern.search(text) is not None for text in texts), bool, len(texts))

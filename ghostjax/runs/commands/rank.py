@@ -12,12 +12,7 @@ import numpy as np
 import tyro
 
 from ghostjax.runs.analysis.mixture import domain_mixture
-from ghostjax.runs.analysis.values import (
-    Valued,
-    both_ends,
-    find,
-    read_values,
-)
+from ghostjax.runs.analysis.values import Valued, both_ends, read_values
 from ghostjax.runs.analysis.visits import Visits, of_visits
 from ghostjax.runs.commands.filters import Filter
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
@@ -136,7 +131,7 @@ def run(config: RankConfig) -> None:
         which = f" of {config.words}" if config.words else ""
         raise UsageError(f"{config.run}: none of the examples{which} was visited so far")
 
-    if config.by in OF_VISITS and not np.isfinite(source.numbers("scores", config.by)).any():
+    if config.by in OF_VISITS and not source.has("scores", config.by):
         way_out = OF_VISITS[config.by]
         raise UsageError(f"--by {config.by}: the log of {config.run} has no {way_out}")
 
@@ -149,7 +144,7 @@ def run(config: RankConfig) -> None:
     if config.csv:
         output.print_csv(_rows(source, values, config))
     elif config.json:
-        output.print_json(list(_rows(source, values, config)))
+        output.print_json(_rows(source, values, config))
     else:
         console = output.make_console(sys.stdout)
         count = config.count or DEFAULT_COUNT
@@ -179,50 +174,54 @@ def run(config: RankConfig) -> None:
 
 def _by_visits(source: Run, valued: Valued, column: str) -> tuple[Valued, Visits]:
     """The examples that have a loss or norm, the one with the highest first, and what they have."""
-    found = _of_visits(source, valued)[column]
+    found = _select(of_visits(source, column), valued.ids.places)
     order = np.argsort(-found.mean, kind="stable")  # NaN goes last
     order = order[np.isfinite(found.mean[order])]
-    return valued.select(order), Visits(*(each[order] for each in found))
+    return valued.select(order), _select(found, order)
 
 
-def _of_visits(source: Run, valued: Valued) -> dict[str, Visits]:
-    """By name, what the examples' visits had."""
-    place = find(valued.ids, source.examples["id"].combine_chunks())
-    return {name: Visits(*(each[place] for each in of_visits(source, name))) for name in OF_VISITS}
+def _select(visits: Visits, which: np.ndarray) -> Visits:
+    return Visits(*(each[which] for each in visits))
 
 
 def _rows(source: Run, values: dict[str, Valued], config: RankConfig) -> Iterator[dict[str, Any]]:
+    visits = {name: of_visits(source, name) for name in OF_VISITS}
     for name, valued in values.items():
         if config.by in OF_VISITS:
             ranked, _ = _by_visits(source, valued, config.by)
-            rest = valued.select(find(valued.ids, ranked.ids) < 0)
+            is_left = np.ones(len(source.ids), bool)
+            is_left[ranked.ids.places] = False
+            rest = valued.select(is_left[valued.ids.places])
         else:
             ranked, rest = valued.ranked(config.by), valued.select(~valued.visited)
-        chosen = np.arange(len(ranked))
+        ranks = np.arange(len(ranked))
         if config.count is not None:
             first, last = both_ends(ranked, config.count)
-            chosen, rest = np.concatenate([first, last[::-1]]), rest.select(slice(0))
-        for part, ranks in ((ranked, chosen), (rest, np.arange(len(rest)))):
-            means, mean_errors = part.measured("mean")
-            verdicts, visits = part.verdicts, _of_visits(source, part)
-            for index in ranks:
-                row = {
-                    "set": name,
-                    "rank": int(index) + 1 if part is ranked else None,
-                    "id": part.ids[index],
-                    "domain": part.domains[index],
-                    "visits": part.visits[index],
-                    "value": part.values[index],
-                    "error": part.errors[index],
-                    "mean": means[index],
-                    "mean_error": mean_errors[index],
-                    "verdict": verdicts[index],
-                    "excerpt": part.excerpts[index],
-                }
-                for column, own in visits.items():
-                    row |= {
-                        column: own.mean[index],
-                        f"first_{column}": own.first[index],
-                        f"last_{column}": own.last[index],
-                    }
-                yield row
+            ranks, rest = np.concatenate([first, last[::-1]]), rest.select(slice(0))
+        yield from _of_part(name, ranked.select(ranks), ranks + 1, visits)
+        yield from _of_part(name, rest, None, visits)
+
+
+def _of_part(
+    name: str, part: Valued, ranks: np.ndarray | None, visits: dict[str, Visits]
+) -> Iterator[dict[str, Any]]:
+    means, mean_errors = part.measured("mean")
+    texts = zip(part.ids, part.domains, part.verdicts, part.excerpts, strict=True)
+    for n, (one, domain, verdict, excerpt) in enumerate(texts):
+        row = {
+            "set": name,
+            "rank": None if ranks is None else int(ranks[n]),
+            "id": one,
+            "domain": domain,
+            "visits": part.visits[n],
+            "value": part.values[n],
+            "error": part.errors[n],
+            "mean": means[n],
+            "mean_error": mean_errors[n],
+            "verdict": verdict,
+            "excerpt": excerpt,
+        }
+        for column, own in visits.items():
+            mean, first, last = (each[part.ids.places[n]] for each in own)
+            row |= {column: mean, f"first_{column}": first, f"last_{column}": last}
+        yield row

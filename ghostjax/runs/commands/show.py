@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ghostjax.runs.analysis.values import read_values, visit_weights
+from ghostjax.runs.analysis.values import read_values, weights_of_steps
 from ghostjax.runs.commands.options import check_choice, check_count, check_formats
 from ghostjax.runs.commands.sources import read_task
 from ghostjax.runs.config import TrainConfig
@@ -21,7 +21,7 @@ from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.data.text import TextTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import output
-from ghostjax.runs.store.run import Run, read_run
+from ghostjax.runs.store.run import Run, find, read_run
 from ghostjax.runs.training.trainer import val_choice
 
 MAX_HELD_OUT = 20  # in the printed table
@@ -84,22 +84,21 @@ def run(config: ShowConfig) -> None:
     config.check()
     source = read_run(config.run)
     check_choice("validation set", config.set, list(source.sets))
-    ids = source.examples["id"].to_pylist()
-    if config.id not in ids:
+    place = int(find([config.id], source.ids)[0])
+    if place < 0:
         raise UsageError(
             f"no training example {config.id!r} in {source.path}; ghostjax rank {source.path} "
             "--csv lists their ids"
         )
-    place = ids.index(config.id)
-    visits = np.flatnonzero(np.asarray(source.scores["id"].to_pylist(), object) == config.id)
-    if not len(visits):
+    sets = [config.set] if config.set else list(source.sets)
+    visits = _visits(source, place, sets)
+    if not len(visits["step"]):
         raise UsageError(f"{config.id} was not visited so far, so it has no value")
     found, note = None, ""
     try:
         found = read_task(source)
     except UsageError as error:
         note = f"No windows and validation examples: {error}"
-    sets = [config.set] if config.set else list(source.sets)
     rows = {name: list(_rows(source, name, place, visits, found)) for name in sets}
     if config.count is not None:
         rows = {name: _most(own, config.count) for name, own in rows.items()}
@@ -126,38 +125,45 @@ def _as_json(val_examples: list[dict[str, Any]] | None) -> str | None:
     return None if val_examples is None else json.dumps(val_examples)
 
 
+def _visits(source: Run, place: int, sets: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of the log for the visits of one example, and ``row``, its place in the batch."""
+    columns = ["loss", "norm", "learning_rate", "start"]
+    columns += [f"{what}_{name}" for name in sets for what in ("score", "error")]
+    found = []
+    for some in source.visits(*columns):
+        some["row"] = np.arange(len(some["step"])) - np.searchsorted(some["step"], some["step"])
+        found.append({name: own[some["place"] == place] for name, own in some.items()})
+    return {name: np.concatenate([some[name] for some in found]) for name in found[0]}
+
+
 def _rows(
     source: Run,
     name: str,
     place: int,
-    visits: np.ndarray,
+    visits: dict[str, np.ndarray],
     found: tuple[TrainConfig, LoadedTask] | None,
 ) -> Iterator[dict[str, Any]]:
     _, task = found or (None, None)
     held_out = None if found is None else _held_out(*found, name)
     pieces = task.pieces(place) if isinstance(task, TextTask) else None
-    weights = visit_weights(source, name)
-    scores, errors = (source.numbers("scores", f"{what}_{name}") for what in ("score", "error"))
-    columns = "loss", "norm", "learning_rate"
-    losses, norms, rates = (source.numbers("scores", what) for what in columns)
-    steps, starts = (source.scores["step"].to_numpy(), source.numbers("scores", "start"))
-    size, value = source.examples["size"][place].as_py(), 0.0
-    for n in visits:
-        step, start = int(steps[n]), None if np.isnan(starts[n]) else int(starts[n])
+    weights, value = weights_of_steps(source, name), 0.0
+    scores, errors = (visits[f"{what}_{name}"] for what in ("score", "error"))
+    for n, step in enumerate(visits["step"].tolist()):
+        start = None if np.isnan(visits["start"][n]) else int(visits["start"][n])
         is_scored = bool(np.isfinite(scores[n]))
-        value += weights[n] * scores[n] if is_scored else 0.0
-        end = min(start + task.length + 1, size) if pieces is not None else None
+        value += weights[step] * scores[n] if is_scored else 0.0
+        end = min(start + task.length + 1, len(pieces)) if pieces is not None else None
         val_examples = held_out(step) if held_out is not None and is_scored else None
         yield {
             "set": name,
             "step": step,
-            "row": int(n - np.searchsorted(steps, step)),
-            "loss": losses[n],
-            "norm": norms[n],
-            "learning_rate": rates[n],
+            "row": int(visits["row"][n]),
+            "loss": visits["loss"][n],
+            "norm": visits["norm"][n],
+            "learning_rate": visits["learning_rate"][n],
             "score": scores[n],
             "error": errors[n],
-            "weight": weights[n] if is_scored else np.nan,
+            "weight": weights[step] if is_scored else np.nan,
             "value": value,
             "start": start,
             "end": end,

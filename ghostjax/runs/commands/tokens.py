@@ -13,7 +13,6 @@ import tyro
 from ghostjax.runs.analysis.values import (
     best_and_worst,
     read_values,
-    visited_examples,
 )
 from ghostjax.runs.commands.options import (
     check_choice,
@@ -28,7 +27,7 @@ from ghostjax.runs.errors import UsageError
 from ghostjax.runs.report import heat, output
 from ghostjax.runs.store import checkpoints
 from ghostjax.runs.store.files import write_file
-from ghostjax.runs.store.run import Run, read_run
+from ghostjax.runs.store.run import Run, find, read_run
 from ghostjax.runs.training.positions import Windows, score_windows
 from ghostjax.runs.training.trainer import Trainer
 
@@ -129,7 +128,7 @@ def run(config: TokensConfig) -> None:
     if config.csv:
         output.print_csv(_rows(source, task, found, groups))
     elif config.json:
-        output.print_json(list(_rows(source, task, found, groups)))
+        output.print_json(_rows(source, task, found, groups))
     else:
         texts = _texts(source, task, found, groups)
         about = heat.About.of(source, train_config, step)
@@ -160,16 +159,16 @@ def _groups(
     source: Run, config: TokensConfig, sets: Sequence[str]
 ) -> dict[str, list[tuple[str, list[int]]]]:
     """By validation set, titles and which examples are shown under them."""
-    places = {name: n for n, name in enumerate(source.examples["id"].to_pylist())}
-    for name in config.id:
-        if name not in places:
+    places = dict(zip(config.id, find(config.id, source.ids).tolist()))
+    for name, place in places.items():
+        if place < 0:
             raise UsageError(
                 f"--id: no training document {name!r} in {source.path}; ghostjax rank "
                 f"{source.path} --csv lists their ids"
             )
     if config.id:
         chosen = list(dict.fromkeys(places[name] for name in config.id))
-        visited = set(visited_examples(source).tolist())
+        visited = {place for some in source.visits() for place in set(some["place"].tolist())}
         lists = {
             "Chosen documents": [index for index in chosen if index in visited],
             "Chosen documents that were not visited, so without a value": [
@@ -183,8 +182,7 @@ def _groups(
         ranked = values[which].ranked()
         lists = best_and_worst(ranked.values, config.count or DEFAULT_COUNT)
         groups[which] = [
-            (f"{title}, by value", [places[ranked.ids[n]] for n in indices])
-            for title, indices in lists
+            (f"{title}, by value", ranked.ids.places[indices].tolist()) for title, indices in lists
         ]
     return groups
 
@@ -216,24 +214,28 @@ def _score(
     shapes = jax.eval_shape(lambda: trainer.init_state(task.init_params(train_config.seed)))
     state = checkpoints.restore(source.path, step, shapes, source.identity)
     chosen = {index for lists in groups.values() for _, indices in lists for index in indices}
-    seen = _starts(source, step)
+    seen = _starts(source, step, chosen)
     windows = [
         (index, start)
         for index in sorted(chosen)
-        for start in sorted(seen.get(task.examples.id(index), [0])[: config.windows])
+        for start in sorted(seen.get(index, [0])[: config.windows])
     ]
     return score_windows(train_config, task, trainer.optimizer, state, step, *zip(*windows))
 
 
-def _starts(source: Run, step: int) -> dict[str, list[int]]:
-    """By id, where the windows of its visits start, the visit nearest to the checkpoint first."""
-    scores = source.scores
-    steps, starts = scores["step"].to_numpy(), scores["start"].to_numpy()
-    ids = scores["id"].to_pylist()
-    found: dict[str, dict[int, None]] = {}
-    for n in np.argsort(np.abs(steps - step), kind="stable"):
-        found.setdefault(ids[n], {})[int(starts[n])] = None
-    return {name: list(own) for name, own in found.items()}
+def _starts(source: Run, step: int, chosen: set[int]) -> dict[int, list[int]]:
+    """By example, where the windows of its visits start, the visit nearest to the checkpoint
+    first."""
+    visits = [
+        visit
+        for some in source.visits("start")
+        for visit in zip(some["step"].tolist(), some["place"].tolist(), some["start"])
+        if visit[1] in chosen
+    ]
+    found: dict[int, dict[int, None]] = {}
+    for _, place, start in sorted(visits, key=lambda visit: abs(visit[0] - step)):
+        found.setdefault(place, {})[int(start)] = None
+    return {place: list(own) for place, own in found.items()}
 
 
 def _rows(source: Run, task: TextTask, found: Windows, groups: Any) -> Iterator[dict[str, Any]]:

@@ -3,12 +3,14 @@
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.compute as pc
 
 from ghostjax.fidelity import far_off, step_weights
 from ghostjax.runs.analysis import domains
 from ghostjax.runs.analysis.scale import Scale, number
 from ghostjax.runs.analysis.statistics import without_sum
-from ghostjax.runs.analysis.values import Valued, both_ends, visit_weights, visited_examples
+from ghostjax.runs.analysis.values import Valued, both_ends
+from ghostjax.runs.analysis.visits import scores_by_domain, sums_of_steps
 from ghostjax.runs.report import pictures
 from ghostjax.runs.report.html import Figure, Table
 from ghostjax.runs.report.terminal import standing
@@ -127,27 +129,21 @@ def by_domain(place: str, valued: Valued, scale: Scale) -> Figure:
 
 def over_time(place: str, source: Run, which: str) -> Figure:
     """The mean score of a visit, by domain, over the steps."""
-    steps = source.scores["step"].to_numpy()
-    scores = source.numbers("scores", f"score_{which}")
-    domain_of = np.array(source.examples["domain"].to_pylist(), object)[visited_examples(source)]
-    names, counts = np.unique(domain_of.astype(str), return_counts=True)
-    names = list(names[np.argsort(-counts, kind="stable")])
-    shown = names if len(names) <= MAX_LINES + 1 else names[:MAX_LINES]
     bins = _bins(source.end, 20)
     centers = (bins[:-1] + bins[1:] - 1) / 2
-    lines = {}
-    for name in shown:
-        lines[name] = _means(steps, scores, bins, domain_of == name)
-    if len(shown) < len(names):
-        lines["all others"] = _means(steps, scores, bins, ~np.isin(domain_of, shown))
+    names, sums, counts, of_steps = scores_by_domain(source, which, bins)
+    some = len(names) if len(names) <= MAX_LINES + 1 else MAX_LINES
+    lines = {name: _mean(sums[n], counts[n]) for n, name in enumerate(names[:some])}
+    if some < len(names):
+        lines["all others"] = _mean(sums[some:].sum(0), counts[some:].sum(0))
     scale = Scale.of(np.concatenate(list(lines.values())))
-    first, last = _ends(_means(steps, scores, bins, np.ones(len(steps), bool)))
+    first, last = _ends(_mean(sums.sum(0), counts.sum(0)))
     caption = (
         "How much one visit of an example helped, on average over the visits of a stretch of "
         f"steps. Over all examples it was {scale.plain(first)} in the first stretch and "
         f"{scale.plain(last)} in the last{f' ({scale.words})' if scale.words else ''}."
     )
-    if share := without_sum(steps, scores):
+    if share := without_sum(*of_steps):
         caption += (
             f" In {share:.0%} of the steps the scores add up to 0, as they do where an optimizer "
             "clips the gradient's norm: they compare the rows of such a step, and do not tell "
@@ -171,15 +167,10 @@ def over_time(place: str, source: Run, which: str) -> Figure:
 
 def chosen_examples(place: str, source: Run, which: str, ranked: Valued) -> Figure:
     """How the values of the examples of either end came about, visit by visit."""
-    ids = source.scores["id"].to_numpy(zero_copy_only=False)
-    scores = visit_weights(source, which) * source.numbers("scores", f"score_{which}")
-    steps = source.scores["step"].to_numpy()
+    ends = ranked.select(np.concatenate(both_ends(ranked, pictures.SERIES // 2)))
+    sums = sums_of_steps(source, which, ends.ids.places)
     at = np.unique(np.linspace(0, source.end - 1, min(MAX_POINTS, source.end)).round().astype(int))
-    lines = {}
-    for n in np.concatenate(both_ends(ranked, pictures.SERIES // 2)):
-        own = (ids == ranked.ids[n]) & np.isfinite(scores)
-        sums = np.bincount(steps[own], scores[own], source.end)
-        lines[str(ranked.ids[n])] = np.cumsum(sums)[at]
+    lines = {name: np.cumsum(own)[at] for name, own in zip(ends.ids, sums)}
     scale = Scale.of(np.concatenate(list(lines.values())))
     caption = (
         "What the visits up to a step add up to, for the most helpful and the most harmful "
@@ -214,7 +205,8 @@ def predicted_and_actual(place: str, source: Run, which: str) -> Figure:
         f"{which} by {number(abs(predicted.sum()))}; they {_verb(actual.sum())[1]} it by "
         f"{number(abs(actual.sum()))} ({_measured_on(source)}, in {source.unit})."
     )
-    scored = np.nansum(source.numbers("scores", f"score_{which}"))
+    column = f"score_{which}"
+    scored = sum(float(np.nansum(some[column])) for some in source.visits(column))
     if abs(scored - predicted.sum()) > 0.1 * abs(predicted.sum()):
         caption += (
             f" The scores add up to {number(scored)}: they are of all validation rows, and of what "
@@ -283,11 +275,9 @@ def single_steps(place: str, source: Run, which: str) -> Figure:
 
 def by_kind(place: str, source: Run, which: str) -> Figure:
     """How much of the scores the parameters of each kind of layer carry."""
-    rows = source.kinds.to_pydict()
-    sums: dict[str, float] = {}
-    for kind, name, score in zip(rows["kind"], rows["set"], rows["score"]):
-        if name == which:
-            sums[kind] = sums.get(kind, 0.0) + score
+    own = source.kinds.filter(pc.equal(source.kinds["set"], which))
+    found = own.group_by("kind", use_threads=False).aggregate([("score", "sum")])
+    sums = dict(zip(found["kind"].to_pylist(), found["score_sum"].to_pylist()))
     whole = sum(map(abs, sums.values()))
     if not whole:
         return Figure("The log has no scores by kind of layer.")
@@ -385,6 +375,10 @@ def _means(steps: np.ndarray, values: np.ndarray, bins: np.ndarray, mask: np.nda
     place = np.searchsorted(bins, steps[mask], side="right") - 1
     counts = np.bincount(place, minlength=len(bins) - 1)
     sums = np.bincount(place, values[mask], len(bins) - 1)
+    return _mean(sums, counts)
+
+
+def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ghostjax.runs.blocks import blocks
 from ghostjax.runs.store.run import Run
 
 PLAIN_WIDTH = 120  # of output that is not a terminal
+_BLOCK = 2**10  # rows that are printed at once
 
 
 def make_console(stream: TextIO) -> Console:
@@ -116,25 +118,35 @@ def print_csv(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] | None =
     Floats have all their digits; None and NaN are empty. Texts go through ``plain``, so that a line
     of the output is a row.
     """
-    rows = list(rows)
+    if columns is not None:
+        _write_csv([list(columns)])
+    for some in blocks(rows, _BLOCK):
+        if columns is None:
+            columns = list(some[0])
+            _write_csv([columns])
+        _write_csv(map(_csv_cell, row.values()) for row in some)
+
+
+def _write_csv(lines: Iterable[Iterable[Any]]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0] if columns is None else columns)
-    writer.writerows(map(_csv_cell, row.values()) for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(lines)
     _write(text.getvalue())
 
 
 def print_json(value: Any) -> None:
     """Prints JSON: in ASCII, control characters escaped, null for NaN and infinities.
 
-    A list at the top has one element per line.
+    A list at the top, or an iterator, has one element per line.
     """
-    value = _finite(value)
-    if isinstance(value, list):
-        lines = ",\n".join(json.dumps(item, allow_nan=False) for item in value)
-        _write(f"[\n{lines}\n]\n" if value else "[]\n")
-    else:
-        _write(json.dumps(value, allow_nan=False, indent=2) + "\n")
+    if not isinstance(value, list | Iterator):
+        _write(json.dumps(_finite(value), allow_nan=False, indent=2) + "\n")
+        return
+    end = "["
+    for some in blocks(value, _BLOCK):
+        lines = ",\n".join(json.dumps(_finite(item), allow_nan=False) for item in some)
+        _write(f"{end}\n{lines}")
+        end = ","
+    _write("[]\n" if end == "[" else "\n]\n")
 
 
 def _csv_cell(value: Any) -> Any:

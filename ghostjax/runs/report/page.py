@@ -1,6 +1,6 @@
 """A run as one HTML page that needs no network."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def make_report(
     headings = {which: f"Validation set {which}" if several else "The values" for which in values}
     places = {"trust": "Can the values be trusted?"}
     places |= {f"v{n}": heading for n, heading in enumerate(headings.values(), 1)}
-    windows = Windows(source, task)
+    windows = Windows(source, task, _shown(values, count))
     sets = [
         {
             "place": f"v{n}",
@@ -143,7 +143,7 @@ def _others(source: Run, measured: dict[str, Fidelity]) -> list[str]:
         for which in source.sets
         for column, (table, what) in _OPTIONAL.items()
         if column != "audit_error"  # told among what was measured
-        and not np.isfinite(source.numbers(table, f"{column}_{which}")).any()
+        and not source.has(table, f"{column}_{which}")
     ]
     return [text for text in stated if text not in known] + lacks
 
@@ -169,11 +169,10 @@ def _validation_set(
         "Single steps": single_steps(place, source, which),
         "Share by kind of layer": by_kind(place, source, which),
     }
-    places = {name: n for n, name in enumerate(valued.ids)}
 
-    def examples(some: Valued, indices: Iterable[int]) -> list[dict[str, Any]]:
-        shown = {n: windows.of(which, places[some.ids[n]]) for n in indices}
-        return _examples(some, scale, shown)
+    def examples(some: Valued, indices: np.ndarray) -> list[dict[str, Any]]:
+        own = some.select(indices)
+        return _examples(own, indices, scale, [windows.of(which, n) for n in own.ids.places])
 
     lists = [
         (f"Examples: {title[0].lower()}{title[1:]}", examples(ranked, indices))
@@ -184,36 +183,50 @@ def _validation_set(
     return {"intro": intro, "charts": charts, "lists": lists, "note": note, "listing": listing}
 
 
-def _examples(ranked: Valued, scale: Scale, windows: dict[int, Window]) -> list[dict[str, Any]]:
-    verdicts = ranked.verdicts
+def _examples(
+    shown: Valued, ranks: np.ndarray, scale: Scale, windows: list[Window]
+) -> list[dict[str, Any]]:
+    rows = zip(ranks, shown.ids, shown.domains, shown.verdicts, windows, strict=True)
     return [
         {
-            "rank": int(n) + 1 if ranked.visits[n] else None,
-            "id": ranked.ids[n],
-            "domain": ranked.domains[n],
-            "value": scale.signed(ranked.values[n]) if ranked.visits[n] else "-",
-            "error": scale.plain(ranked.errors[n]) if ranked.has_error[n] else "",
-            "exact": _exact(ranked.values[n]),
-            "exact_error": _exact(ranked.errors[n]),
-            "visits": int(ranked.visits[n]),
-            "verdict": verdicts[n],
-            "mark": MARKS[verdicts[n]],
-            "sign": verdicts[n] if verdicts[n] in ("helps", "hurts") else "unclear",
+            "rank": int(rank) + 1 if shown.visits[n] else None,
+            "id": name,
+            "domain": domain,
+            "value": scale.signed(shown.values[n]) if shown.visits[n] else "-",
+            "error": scale.plain(shown.errors[n]) if shown.has_error[n] else "",
+            "exact": _exact(shown.values[n]),
+            "exact_error": _exact(shown.errors[n]),
+            "visits": int(shown.visits[n]),
+            "verdict": verdict,
+            "mark": MARKS[verdict],
+            "sign": verdict if verdict in ("helps", "hurts") else "unclear",
             "windows": window.words,
             "excerpt": window.text,
         }
-        for n, window in windows.items()
+        for n, (rank, name, domain, verdict, window) in enumerate(rows)
     ]
 
 
+def _shown(values: dict[str, Valued], count: int) -> np.ndarray:
+    """Which examples the page has: of each validation set those that are listed, a few hundred."""
+    found = []
+    for valued in values.values():
+        ranked, unvisited = valued.ranked(), valued.select(~valued.visited)
+        found += [ranked.ids.places[own] for own in both_ends(ranked, max(MAX_LISTED, count))]
+        found += [unvisited.ids.places[:MAX_UNVISITED]]
+        found += [ranked.ids.places[own] for _, own in best_and_worst(ranked.values, count)]
+    return np.concatenate(found)
+
+
 def _listing(
-    source: Run, valued: Valued, examples: Callable[[Valued, Iterable[int]], list[dict[str, Any]]]
+    source: Run, valued: Valued, examples: Callable[[Valued, np.ndarray], list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The table of examples: all of them, or both ends of the ranking and some not visited."""
     ranked, unvisited = valued.ranked(), valued.select(~valued.visited)
     first, last = both_ends(ranked, MAX_LISTED)
     some = unvisited.select(slice(0, MAX_UNVISITED))
-    rows = examples(ranked, [*first, *last[::-1]]) + examples(some, range(len(some)))
+    rows = examples(ranked, np.concatenate([first, last[::-1]]))
+    rows += examples(some, np.arange(len(some)))
     note = f"{len(rows)} of {len(valued)} examples"
     if len(rows) < len(valued):
         note += (

@@ -68,13 +68,14 @@ def print_visits(
     columns |= {f"mean {what}": right, "first": right, "last": right, "excerpt": {"ratio": 1}}
     for title, indices in zip(("Highest", "Lowest"), both_ends(ranked, count)):
         table = output.plain_table(f"{title} {what}, mean over visits{about}", columns, console)
-        for n in indices:
+        shown = ranked.select(indices)
+        for n, name, domain, excerpt in zip(indices, shown.ids, shown.domains, shown.excerpts):
             table.add_row(
                 str(n + 1),
-                output.plain_cell(ranked.ids[n], console),
-                output.plain_cell(ranked.domains[n], console),
+                output.plain_cell(name, console),
+                output.plain_cell(domain, console),
                 *(f"{own[n]:.3f}" if what == "loss" else f"{own[n]:.2e}" for own in found),
-                output.plain_cell(ranked.excerpts[n], console),
+                output.plain_cell(excerpt, console),
             )
         if len(indices):
             console.print(table)
@@ -163,15 +164,18 @@ def _ranking(title: str, ranked: Valued, indices: np.ndarray, by: By, console: C
         "excerpt": {"ratio": 1},
     }
     table = output.plain_table(title, columns, console)
-    measured, errors = ranked.measured(by)
-    for index in indices:
+    shown = ranked.select(indices)
+    texts = zip(indices, shown.ids, shown.domains, shown.excerpts)
+    for (index, name, domain, excerpt), value, error, visits in zip(
+        texts, *shown.measured(by), shown.visits
+    ):
         table.add_row(
             str(index + 1),
-            output.plain_cell(ranked.ids[index], console),
-            output.plain_cell(ranked.domains[index], console),
-            output.with_error(measured[index], errors[index], console),
-            str(ranked.visits[index]),
-            output.plain_cell(ranked.excerpts[index], console),
+            output.plain_cell(name, console),
+            output.plain_cell(domain, console),
+            output.with_error(value, error, console),
+            str(visits),
+            output.plain_cell(excerpt, console),
         )
     return table
 

@@ -9,7 +9,7 @@ there are; together these are one part, which is there when all of them are.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +98,15 @@ def cut_log(out: Path, sets: Sequence[str], step: int) -> None:
                 path.unlink()
 
 
-def read_part(part: Part, table: str, sets: Sequence[str]) -> pa.Table:
-    """The rows of a part.
+def read_part(
+    part: Part, table: str, sets: Sequence[str], columns: Collection[str] | None = None
+) -> pa.Table:
+    """The rows of a part, in all columns or in some, the steps among them.
 
     Raises:
       UsageError: it cannot be read, as ``read_table`` says, or has other steps than its name says.
     """
-    rows = pa.concat_tables([read_table(path, table, sets) for path in part.paths])
+    rows = pa.concat_tables([read_table(path, table, sets, columns) for path in part.paths])
     if len(part.paths) > 1:  # a step's rows in the order of the processes, as in its batch
         rows = rows.take(np.argsort(rows["step"].to_numpy(), kind="stable"))
     try:

@@ -2,21 +2,28 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.store.files import read_json, read_table
+from ghostjax.runs.store.files import ROW_GROUP, read_json, read_table
 from ghostjax.runs.store.log import find_parts, missing_steps, read_part
 from ghostjax.runs.store.schema import LOG_TABLES, SCHEMA_VERSION, SET_NAME, newer, table_schema
+
+SMALL = 2**22  # bytes of a table's files
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory. Tables are read when they are first asked for, and kept.
+    """A run directory. Tables are read when they are first asked for, and kept. What is about every
+    example or visit is better read in columns, or in parts: then little more than what is asked for
+    is in memory, however long the run is.
 
     Reading a table raises ``UsageError``, one line that names the file, where it is missing,
     cannot be read, was changed since it was written, has other columns than
@@ -57,6 +64,64 @@ class Run:
         """The log's table of kinds of layers, all parts in order."""
         return self._log("kinds")
 
+    @functools.cached_property
+    def ids(self) -> pa.Array:
+        """Of the examples, each once."""
+        found = self._column("id")
+        if len(found.unique()) < len(found):
+            raise UsageError(f"{self.path / 'examples.parquet'}: an id is there twice")
+        return found
+
+    @functools.cached_property
+    def domains(self) -> pa.Array:
+        """Of the examples."""
+        return self._column("domain")
+
+    def excerpts(self, places: np.ndarray) -> pa.Array:
+        """Of some examples: those of a few are read with what is near them in the file alone."""
+        path = self.path / "examples.parquet"
+        _ = self.ids  # for which the whole file was checked
+        with pq.ParquetFile(path) as source:
+            groups = [source.metadata.row_group(n) for n in range(source.num_row_groups)]
+            ends = np.cumsum([group.num_rows for group in groups])
+            wanted = np.unique(np.searchsorted(ends, places, side="right"))
+            rows = source.read_row_groups(wanted.tolist(), ["excerpt"])["excerpt"]
+        sizes = np.array([groups[n].num_rows for n in wanted], np.int64)
+        firsts = np.zeros(len(groups), np.int64)  # of a group, its place in the file minus in rows
+        firsts[wanted] = ends[wanted] - np.cumsum(sizes)
+        return _array(rows.take(places - firsts[np.searchsorted(ends, places, side="right")]))
+
+    def visits(self, *columns: str) -> Iterator[dict[str, np.ndarray]]:
+        """The log's visits in order, many at a time: of each its ``step``, ``place``, the example
+        that it is of, and ``columns`` as float64, NaN where there is no value.
+
+        Raises:
+          UsageError: an id is there twice, or the log has one that is not one of an example.
+        """
+        for rows in self._parts("scores", ("step", "id", *columns), len(self.ids)):
+            ids = _array(rows["id"])
+            places = find(ids, self.ids)
+            if (places < 0).any():
+                unknown = ids[int(np.argmin(places))].as_py()
+                raise UsageError(
+                    f"{self.path}: the log has id {unknown!r}, which is not in examples.parquet"
+                )
+            found = {name: _numbers(rows[name]) for name in columns}
+            yield {"step": rows["step"].to_numpy(), "place": places, **found}
+
+    @functools.cached_property
+    def scored(self) -> np.ndarray:
+        """Which steps were scored, [steps] bool."""
+        found, column = np.zeros(self.end, bool), f"score_{self.sets[0]}"
+        for rows in self._parts("scores", ("step", column)):
+            found[rows["step"].to_numpy()[np.isfinite(_numbers(rows[column]))]] = True
+        return found
+
+    def has(self, table: str, column: str) -> bool:
+        """Whether a column of the log has a number anywhere."""
+        parts = self._parts(table, ("step", column))
+        return any(np.isfinite(_numbers(rows[column])).any() for rows in parts)
+
     @property
     def is_finished(self) -> bool:
         """Whether the run is over, so that its values are final."""
@@ -70,7 +135,7 @@ class Run:
 
     def numbers(self, table: str, column: str) -> np.ndarray:
         """A column of the log as float64, NaN where there is no value."""
-        return getattr(self, table)[column].to_numpy(zero_copy_only=False).astype(np.float64)
+        return _numbers(getattr(self, table)[column])
 
     def begun(self) -> dict[str, Any]:
         """``metadata`` that has the id of the run, and the options and fingerprints it began with.
@@ -98,9 +163,31 @@ class Run:
         rows = [table_schema(table, self.sets).empty_table()]
         for part in find_parts(self.path, table):
             if part.first < self.end:
-                rows.append(read_part(part, table, self.sets))
-        joined = pa.concat_tables(rows)
-        return joined.slice(0, np.searchsorted(joined["step"].to_numpy(), self.end))
+                rows.append(self._within(read_part(part, table, self.sets)))
+        return pa.concat_tables(rows)
+
+    def _within(self, rows: pa.Table) -> pa.Table:
+        return rows.slice(0, np.searchsorted(rows["step"].to_numpy(), self.end))
+
+    def _parts(self, table: str, columns: Sequence[str], least: int = 0) -> Iterator[pa.Table]:
+        """The log in so many rows at a time or more; a small one is kept, as by its property."""
+        parts = [part for part in find_parts(self.path, table) if part.first < self.end]
+        size = sum(path.stat().st_size for part in parts for path in part.paths)
+        if table in self.__dict__ or size <= SMALL:
+            yield getattr(self, table).select(columns)
+            return
+        held: list[pa.Table] = []
+        for part in parts:
+            held.append(self._within(read_part(part, table, self.sets, columns)))
+            if part is parts[-1] or sum(map(len, held)) >= max(least, ROW_GROUP):
+                yield pa.concat_tables(held)
+                held = []
+
+    def _column(self, name: str) -> pa.Array:
+        if "examples" in self.__dict__:
+            return _array(self.examples[name])
+        path = self.path / "examples.parquet"
+        return _array(read_table(path, "examples", self.sets, [name])[name])
 
 
 def read_run(path: Path) -> Run:
@@ -139,6 +226,25 @@ def read_run(path: Path) -> Run:
             if end < last:
                 raise missing_steps(path, table, end, last)
     return Run(path, metadata, tuple(sets), summary, min(ends.values()))
+
+
+def find(ids: Any, among: Any) -> np.ndarray:
+    """Where each id is in ``among``, which has every id once; -1 for those it has not.
+
+    >>> find(["b", "x", "b"], ["a", "b"]).tolist()
+    [1, -1, 1]
+    """
+    ids, among = (pa.array(each, pa.string()) for each in (ids, among))
+    return pc.index_in(ids, value_set=among).fill_null(-1).to_numpy()
+
+
+def _array(column: pa.ChunkedArray) -> pa.Array:
+    found = column.combine_chunks()
+    return found if isinstance(found, pa.Array) else pa.concat_arrays(found.chunks)
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False).astype(np.float64)
 
 
 def _is_set_name(name: Any) -> bool:

@@ -16,6 +16,8 @@ from ghostjax import RunLog
 from ghostjax.cli import main
 from ghostjax.runs.analysis.values import best_and_worst, read_values
 from ghostjax.runs.commands.rank import RankConfig, run
+from ghostjax.runs.report.page import make_report
+from ghostjax.runs.store import run as store_run
 from ghostjax.runs.store import schema
 from ghostjax.runs.store.files import write_table
 from ghostjax.runs.store.run import read_run
@@ -152,6 +154,22 @@ def test_a_log_from_before_there_were_norms_is_read_and_has_none(tmp_path, capsy
     assert rows == [{**row, **dict.fromkeys(norms, "")} for row in before]
     message = fails(["rank", path, "--by", "norm"], capsys)
     assert f"--by norm: the log of {path} has no norms of gradients: train with --norms" in message
+
+
+def test_a_log_that_is_read_in_parts_says_the_same(made_up, capsys, monkeypatch):
+    def told():
+        argv = ["show", str(made_up), "wiki:0", "--json", "--quiet"]
+        assert main(argv) == 0
+        shown = capsys.readouterr().out
+        return shown, ranked(made_up, capsys, "--csv"), make_report(read_run(made_up))
+
+    whole = told()
+    monkeypatch.setattr(store_run, "SMALL", -1)
+    monkeypatch.setattr(store_run, "ROW_GROUP", 1)
+    run = read_run(made_up)
+    assert [len(some["step"]) for some in run.visits("loss")] == [16 * 8, 14 * 8]
+    assert not {"scores", "examples"} & run.__dict__.keys()
+    assert told() == whole
 
 
 def test_no_example_is_at_both_ends(made_up, capsys):

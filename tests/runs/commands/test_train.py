@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ghostjax.runs.analysis.summary import measure_fidelity, run_warnings
-from ghostjax.runs.analysis.values import read_values, scored_steps, sum_visits
+from ghostjax.runs.analysis.values import read_values, sum_visits
 from ghostjax.runs.commands import train
 from ghostjax.runs.commands.signals import noted
 from ghostjax.runs.data.load import load_task
@@ -218,7 +218,7 @@ def test_some_steps_are_scored(micro_config, micro_run, tmp_path, monkeypatch):
             train.run(config)
     train.run(dataclasses.replace(config, resume=True, score_every=1))
     done = read_run(config.out)
-    assert scored_steps(done).tolist() == [False, True] * 3
+    assert done.scored.tolist() == [False, True] * 3
     assert done.summary["scored_steps"] == 3
     # The same training, whose losses are all there.
     for table in ("scores", "steps"):

@@ -6,6 +6,7 @@ import json
 import re
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -383,7 +384,8 @@ def test_of_a_long_text_the_window_that_counted_most_is_shown(
     assert text.count(f'<p class="excerpt" dir="auto">{window}</p>') >= 1
     task = read_task(micro_run)[1]
     task.length = 200  # so that every text fits into a window
-    assert Windows(micro_run, task).of("held", 4).text == ("line 4 of the forum, " * 5).strip()
+    windows = Windows(micro_run, task, np.array([4]))
+    assert windows.of("held", 4).text == ("line 4 of the forum, " * 5).strip()
 
     assert main(["report", str(micro_run.path), "--out", str(out), "--no-windows", "--quiet"]) == 0
     rows = {re.sub("<.*?>", "", row[1]): row for row in listed(out.read_text())}

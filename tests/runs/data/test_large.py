@@ -1,0 +1,65 @@
+"""Data larger than memory: what a document costs is counted in bytes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[3]
+DOCUMENTS, FEW, SHARDS = 1_000_000, 1_000, 20
+# Of a document, beside a run of few: that of all Python objects of its text, id and domain is 500.
+BYTES = {"train": 300, "rank": 300, "report": 300}
+PEAK = (
+    "import resource, sys; from ghostjax.cli import main; code = main(sys.argv[1:]); "
+    "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+)
+
+
+def write_shards(folder, count):
+    folder.mkdir()
+    for shard in range(SHARDS):
+        own = range(shard * count // SHARDS, (shard + 1) * count // SHARDS)
+        lines = (f'{{"text": "document {n} of very many, and what it says"}}\n' for n in own)
+        (folder / f"part-{shard:02d}.jsonl").write_text("".join(lines))
+
+
+def peak(*argv):
+    """The largest resident set of a command, in bytes."""
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, argv)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code, size = found.stderr.split()[-2:]
+    assert code == "0", found.stderr
+    return int(size) * (1 if sys.platform == "darwin" else 1024)
+
+
+@pytest.mark.slow
+def test_a_million_documents_take_a_few_hundred_bytes_each(tmp_path):
+    peaks = {}
+    # The first compiles, which takes more than all else.
+    for name, count in (("first", FEW), ("few", FEW), ("many", DOCUMENTS)):
+        data, out = tmp_path / f"data-{name}", tmp_path / name
+        write_shards(data, count)
+        options = ["--model", "micro", "--length", 16, "--order", 1, "--steps", 4, "--quiet"]
+        options += ["--batch-size", 8, "--val-batch-size", 4, "--mesh", "data=1"]
+        options += ["--train", data / "*.jsonl", "--val", tmp_path / "data-first" / "*-0[01].jsonl"]
+        peaks[name] = {
+            "train": peak("train", "--out", out, *options),
+            "rank": peak("rank", out, "--quiet"),
+            "report": peak("report", out, "--quiet", "--no-windows"),
+        }
+    of_each = {
+        verb: (peaks["many"][verb] - peaks["few"][verb]) / (DOCUMENTS - FEW) for verb in BYTES
+    }
+    assert all(0 < of_each[verb] <= most for verb, most in BYTES.items()), of_each
+    begun = json.loads((tmp_path / "many" / "run.json").read_text())
+    assert begun["examples"] == DOCUMENTS
+    assert (tmp_path / "many" / "report.html").stat().st_size < 2**21
