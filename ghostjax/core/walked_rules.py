@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind
+from ghostjax._jaxprs import bind, describe_operation
 from ghostjax.core.custom_rules import in_rule, not_a_sum
+from ghostjax.core.devices import crosses
 from ghostjax.core.examples import Regrouped
 from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex, kinds_of_outputs
 from ghostjax.core.meeting import (
@@ -88,6 +89,11 @@ class WalkedRule(Meeting):
             for value, var in zip(operands, self.eqn.invars)
         ]
         program = pullback(self.eqn, active, active)
+        if any(where.rows.is_apart for where in self._given):
+            # Another device has other rows at the same places.
+            over = [step.eqn for step in program.steps if crosses(step.eqn, self.num_rows)]
+            if over:
+                raise RowAxisError(f"{describe_operation(over[0])} goes over the devices of rows")
         atoms = [atom for step in program.steps for atom in step.inputs] + program.outputs
         used = {atom for atom in atoms if not is_literal(atom)}
         self.kept = [k for k in range(len(operands)) if program.inputs[k] in used]
