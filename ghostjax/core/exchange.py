@@ -40,20 +40,28 @@ def as_sent(count: int, num_rows: int | None) -> int:
     return SentRows(count, axes) if axes else count
 
 
-def has_exchange(
-    jaxpr: Any, infos: Sequence[RowInfo], num_rows: int | None, axes: tuple[str, ...]
-) -> bool:
-    """Whether an operation in it sends rows over these axes of the mesh."""
+def sent_over(
+    jaxpr: Any, infos: Sequence[RowInfo], num_rows: int | None, every: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The axes of the mesh that rows are sent over: those that they are split over; or ``every``,
+    if rows are sent that are out of place, as from one stage of a pipeline to the next."""
+    split = split_axes(num_rows)
+    if _has_exchange(jaxpr, infos, num_rows, split, (Rows, Mixed)):
+        return split
+    return every if _has_exchange(jaxpr, infos, num_rows, every, Mixed) else ()
+
+
+def _has_exchange(jaxpr, infos, num_rows, axes: tuple[str, ...], kinds: Any) -> bool:
     if not axes:
         return False
     known = dict(zip(jaxpr.invars, infos, strict=True))
     for eqn in jaxpr.eqns:
         own = [known.get(atom) if is_var(atom) else None for atom in eqn.invars]
-        sent = any(info is not None and is_number(atom) for info, atom in zip(own, eqn.invars))
+        sent = any(isinstance(i, kinds) and is_number(atom) for i, atom in zip(own, eqn.invars))
         if sent and eqn.primitive.name in _SENDS and goes_over(eqn, axes):
             return True
         for inner, inner_infos, _, inner_rows in inside(eqn, own, [True] * len(own), num_rows):
-            if has_exchange(inner, inner_infos, inner_rows, axes):
+            if _has_exchange(inner, inner_infos, inner_rows, axes, kinds):
                 return True
         known.update(zip(eqn.outvars, propagate(eqn, own, num_rows)))
     return False
@@ -81,7 +89,8 @@ def sent_out(place: Any, shape: tuple[int, ...], local: int) -> Track:
     if not isinstance(place, Rows):
         return Track(place)
     ids = jnp.asarray(numbers(Track(place), shape, local))
-    ids = ids + local * lax.axis_index(split_axes(local))
+    if split_axes(local):
+        ids = ids + local * lax.axis_index(split_axes(local))
     return Track(Moved(tuple(ids.shape)), ids)
 
 
@@ -92,7 +101,9 @@ def brought_back(walk: Any, eqn: Any, track: Track, spec: Any, shape, local: int
         return track.place
     axes = split_axes(local)
     for axis, size in enumerate(shape):
-        if axes and names_along(eqn, spec, axis)[-len(axes) :] == axes and size % local == 0:
+        names = names_along(eqn, spec, axis)
+        is_own = names[-len(axes) :] == axes if axes else track.ids.shape[axis] > 1 and not names
+        if is_own and size % local == 0:
             place = Rows(axis, 1, size // local)
             differ = merged(track.ids, sent_out(place, shape, local).ids)[1]
             walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])

@@ -103,6 +103,8 @@ def rows_after(
     if eqn.primitive.name == "select_n" and all(k > 0 for k in deciding) and len(deciding) > 1:
         return [_selected(eqn, {k: tracks[k] for k in deciding}, operands, count)]
     others = others_of(eqn, tracks, actives, deciding)
+    if _is_chosen_by_device(eqn, deciding, others, count):
+        return [_selected_on_devices(eqn, *deciding, tracks, operands, count)]
     if _joins_alike(eqn, [tracks[k] for k in deciding]):
         deciding, others = deciding[:1], Others.CONSTANTS
     parts = [moved(eqn, k, tracks[k], operands, count, others, conflicts) for k in deciding]
@@ -303,6 +305,22 @@ def _selected_beside_data(
     conflicts.append(jnp.sum((most != least) & differ, dtype=jnp.int32))
     found = jnp.where(most == least, lax.select_n(least, *cases), all_of)
     return track_of(found, shape, count)
+
+
+def _is_chosen_by_device(eqn, deciding: list[int], others: Others, count) -> bool:
+    is_one = eqn.primitive.name == "select_n" and len(deciding) == 1 and deciding[0] > 0
+    return is_one and others is Others.CONSTANTS and bool(getattr(count, "sent", ()))
+
+
+def _selected_on_devices(eqn, position: int, tracks, operands, count) -> Track:
+    """Of one value and constants, as others than the last device take zeros: a place that is taken
+    from constants as a whole belongs to nobody."""
+    shape = shape_of(eqn.outvars[0])
+    ids = numbers(tracks[position], shape, count)
+    is_own = jnp.broadcast_to(operands[0], shape).astype(jnp.int32) == position - 1
+    axes = [axis for axis, size in enumerate(ids.shape) if size == 1]
+    is_own = jnp.any(is_own, axis=axes, keepdims=True)
+    return Track(Moved(is_own.shape), jnp.where(is_own, ids, NOBODY))
 
 
 def chosen(eqn, position: int, ids: Any, weights: Any) -> tuple[Any, Any] | None:

@@ -22,7 +22,7 @@ from ghostjax.core.devices import (
     split_axes,
 )
 from ghostjax.core.examples import Regrouped
-from ghostjax.core.exchange import SentRows, brought_back, has_exchange, sent_out
+from ghostjax.core.exchange import SentRows, brought_back, sent_out, sent_over
 from ghostjax.core.harvest import summed, sums_of_left
 from ghostjax.core.place_rules import Mixed, shape_of
 from ghostjax.core.tracking import HANDLERS
@@ -44,13 +44,11 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         walk.places_after(eqn, operands)
     infos, local = enter(eqn, places, walk.num_rows)
     split = split_axes(local)[len(split_axes(walk.num_rows)) :]
-    # A device that sends rows to others sees those of all.
-    is_sent = (
-        walk.follows
-        and split == split_axes(local)
-        and has_exchange(params["jaxpr"], infos, local, split)
-    )
     key, devices, classes = walk.next_key(), _Devices(eqn), []
+    sent = ()
+    if walk.follows and split == split_axes(local):
+        sent = sent_over(params["jaxpr"], infos, local, tuple(devices.names))
+    is_sent = bool(sent)
 
     entered = [
         enter_positions(eqn, value.where.positions, spec, walk.labels)
@@ -60,7 +58,8 @@ def _shard_map(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     def body(primals, tangents, of_rows, others, labels, slots):
         inner = walk.inside(key, jax.tree.map(devices.own, slots))
         inner.labels = labels
-        inner.num_rows = SentRows(walk.num_rows, split) if is_sent else local
+        # A device that sends rows to others sees those of all.
+        inner.num_rows = SentRows(walk.num_rows, sent) if is_sent else local
         for names, arrays in ((walk.arrays_of_rows, of_rows), (walk.other_arrays, others)):
             for name, array in zip(names, arrays):
                 setattr(inner, name, array)
