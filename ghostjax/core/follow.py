@@ -309,17 +309,15 @@ def _selected_beside_data(
 
 def _is_chosen_by_device(eqn, deciding: list[int], others: Others, count) -> bool:
     is_one = eqn.primitive.name == "select_n" and len(deciding) == 1 and deciding[0] > 0
-    return is_one and others is Others.CONSTANTS and bool(getattr(count, "sent", ()))
+    return is_one and others is Others.CONSTANTS and getattr(count, "sent", ()) != ()
 
 
 def _selected_on_devices(eqn, position: int, tracks, operands, count) -> Track:
-    """Of one value and constants, as others than the last device take zeros: a place that is taken
-    from constants as a whole belongs to nobody."""
+    """Of one value and constants: what is taken from constants as a whole belongs to nobody."""
     shape = shape_of(eqn.outvars[0])
     ids = numbers(tracks[position], shape, count)
     is_own = jnp.broadcast_to(operands[0], shape).astype(jnp.int32) == position - 1
-    axes = [axis for axis, size in enumerate(ids.shape) if size == 1]
-    is_own = jnp.any(is_own, axis=axes, keepdims=True)
+    is_own = jnp.any(is_own, [k for k, size in enumerate(ids.shape) if size == 1], keepdims=True)
     return Track(Moved(is_own.shape), jnp.where(is_own, ids, NOBODY))
 
 
