@@ -62,7 +62,7 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         return walk.equation(inner, own)
 
     run(program.steps, env, evaluate)
-    _check_factors(walk, program, env, active)
+    _check_factors(walk, eqn, program, env, active)
     for atom, (track, var) in zip(program.outputs, wanted, strict=True):
         value = None if is_literal(atom) else env[atom]
         if value is None or not value.active or not track.is_apart:
@@ -80,7 +80,7 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
     return found if all(is_apart) else None
 
 
-def _check_factors(walk: Any, program: Any, env: dict[int, Value], active: list[bool]) -> None:
+def _check_factors(walk: Any, eqn: Any, program: Any, env: dict[int, Value], active: list[bool]):
     """An error where cotangents of rows meet what is mixed of rows that gradient flows through."""
     flowing = {number for number, flows in zip(program.inputs, active) if flows}
     for step in program.steps:
@@ -88,7 +88,11 @@ def _check_factors(walk: Any, program: Any, env: dict[int, Value], active: list[
         rows = any(env[k].active and env[k].where.rows.is_apart for k in numbers_of)
         for k in numbers_of if rows else ():
             if k in flowing and not env[k].active and isinstance(env[k].rows, Mixed):
-                raise RowAxisError(combined(describe_operation(step.eqn, walk.around), env[k].rows))
+                which = "backward" if eqn.primitive.name == "custom_vjp_call" else "derivative"
+                raise RowAxisError(
+                    f"in the {which} rule of {describe_operation(eqn, walk.around)}: "
+                    f"{combined(describe_operation(step.eqn), env[k].rows)}"
+                )
         if not flowing.isdisjoint(numbers_of) and not stops(step.eqn):
             pairs = zip(step.outputs, step.eqn.outvars)
             flowing.update(k for k, var in pairs if is_real_or_complex(var))
