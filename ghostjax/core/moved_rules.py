@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation, inner_jaxprs, stops
@@ -67,16 +68,19 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         value = None if is_literal(atom) else env[atom]
         if value is None or not value.active or not track.is_apart:
             continue  # no gradient, or none that rows have
-        back = value.where.rows
-        if not back.is_apart:
+        back, differ = value.where.rows, None
+        if back.is_apart:
+            pair = [numbers(each, shape_of(var), walk.num_rows) for each in (back, track)]
+            differ = merged(*pair)[1]
+        is_known = isinstance(differ, np.ndarray) and all(is_apart)
+        if differ is None or (is_known and differ.any()):
             reason = getattr(back.place, "reason", "it depends on no row")
+            reason = reason if differ is None else "they are in another order"
             raise RowAxisError(
                 f"in the derivative rule of {describe_operation(eqn, walk.around)}: rows are not "
                 f"brought back to where they were ({reason}). {WAY_OUT}"
             )
-        pair = [numbers(each, shape_of(var), walk.num_rows) for each in (back, track)]
-        differ = jnp.asarray(merged(*pair)[1])
-        walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])
+        walk.count_conflicts([jnp.sum(jnp.asarray(differ), dtype=jnp.int32)])
     return found if all(is_apart) else None
 
 
