@@ -77,6 +77,10 @@ class RuleMeeting(Meeting):
             _check_alone(eqn, program, paths, self.num_rows)
 
     @property
+    def mixes_rows(self) -> bool:
+        return self._split is not None and self._split.mixes
+
+    @property
     def adds_up_over_devices(self) -> bool:
         """Whether the rule has sums over devices, typed as the ``shard_map`` around has it."""
         return any(holds(step.eqn, "psum_invariant") for step in self._program.steps)

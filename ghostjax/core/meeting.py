@@ -102,7 +102,10 @@ class Meeting:
       in_rows: by parameter, whether its dots belong to rows; if not, they are one scalar.
       outputs: shapes and dtypes.
       kept: positions of the operands whose values ``sums`` needs.
+      mixes_rows: whether what rows give depends on data of other rows, such as how many count.
     """
+
+    mixes_rows = False
 
     def __init__(
         self,

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, inner_jaxprs
+from ghostjax._jaxprs import describe_operation, inner_jaxprs, stops
 from ghostjax.core.linear import is_real_or_complex
-from ghostjax.core.mixing import FOLLOWED, FORWARDS, WAY_OUT
-from ghostjax.core.place_rules import shape_of
+from ghostjax.core.mixing import FOLLOWED, FORWARDS, WAY_OUT, combined
+from ghostjax.core.place_rules import Mixed, shape_of
 from ghostjax.core.program import is_literal, run
 from ghostjax.core.rules import pullback, pushforward
 from ghostjax.core.tracks import Track, Where, merged, numbers
@@ -62,21 +63,43 @@ def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | N
         return walk.equation(inner, own)
 
     run(program.steps, env, evaluate)
+    _check_factors(walk, eqn, program, env, active)
     for atom, (track, var) in zip(program.outputs, wanted, strict=True):
         value = None if is_literal(atom) else env[atom]
         if value is None or not value.active or not track.is_apart:
             continue  # no gradient, or none that rows have
-        back = value.where.rows
-        if not back.is_apart:
+        back, differ = value.where.rows, None
+        if back.is_apart:
+            pair = [numbers(each, shape_of(var), walk.num_rows) for each in (back, track)]
+            differ = merged(*pair)[1]
+        is_known = isinstance(differ, np.ndarray) and all(is_apart)
+        if differ is None or (is_known and differ.any()):
             reason = getattr(back.place, "reason", "it depends on no row")
+            reason = reason if differ is None else "they are in another order"
             raise RowAxisError(
                 f"in the derivative rule of {describe_operation(eqn, walk.around)}: rows are not "
                 f"brought back to where they were ({reason}). {WAY_OUT}"
             )
-        pair = [numbers(each, shape_of(var), walk.num_rows) for each in (back, track)]
-        differ = jnp.asarray(merged(*pair)[1])
-        walk.count_conflicts([jnp.sum(differ, dtype=jnp.int32)])
+        walk.count_conflicts([jnp.sum(jnp.asarray(differ), dtype=jnp.int32)])
     return found if all(is_apart) else None
+
+
+def _check_factors(walk: Any, eqn: Any, program: Any, env: dict[int, Value], active: list[bool]):
+    """An error where cotangents of rows meet what is mixed of rows that gradient flows through."""
+    flowing = {number for number, flows in zip(program.inputs, active) if flows}
+    for step in program.steps:
+        numbers_of = [atom for atom in step.inputs if not is_literal(atom)]
+        rows = any(env[k].active and env[k].where.rows.is_apart for k in numbers_of)
+        for k in numbers_of if rows else ():
+            if k in flowing and not env[k].active and isinstance(env[k].rows, Mixed):
+                which = "backward" if eqn.primitive.name == "custom_vjp_call" else "derivative"
+                raise RowAxisError(
+                    f"in the {which} rule of {describe_operation(eqn, walk.around)}: "
+                    f"{combined(describe_operation(step.eqn), env[k].rows)}"
+                )
+        if not flowing.isdisjoint(numbers_of) and not stops(step.eqn):
+            pairs = zip(step.outputs, step.eqn.outvars)
+            flowing.update(k for k, var in pairs if is_real_or_complex(var))
 
 
 def _is_sum(eqn: Any, operands: Sequence[Value]) -> bool:

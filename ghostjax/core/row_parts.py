@@ -146,6 +146,8 @@ class Part:
     def without(self, arrays: dict[int, Any], weights: Any) -> dict[int, Any]:
         """The operands with ones for what there is in rows of weight 0, which may be no number."""
         count, found = self.whole.num_rows, dict(arrays)
+        if self.whole.mixes_rows:
+            return found
         for position in self.inexact_data & arrays.keys():
             info = self.operand_rows[position]
             if count is None or isinstance(info, Rows):

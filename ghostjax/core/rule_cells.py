@@ -44,7 +44,7 @@ def split_along(
     if not all(isinstance(info, Rows) for places in summed.values() for info in places):
         return None
     grids = {atom: SummedCells(tuple(places), tuple(sizes)) for atom, places in summed.items()}
-    return dataclasses.replace(first, summed=grids)
+    return dataclasses.replace(first, summed=grids, mixes=any(own.mixes for own in found))
 
 
 def _by_axis(eqn: Any, operands: Sequence[Value], cells: Cells) -> list[list[RowInfo]] | None:

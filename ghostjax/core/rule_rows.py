@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, is_var, stops
+from ghostjax._jaxprs import describe_operation, is_var, scan_counts, stops
 from ghostjax.core.inside import inside, is_container
 from ghostjax.core.linear import (
     Kind,
@@ -76,12 +76,14 @@ class Split:
       summed: values that the rest sums over their rows, with their places.
       after: steps that are linear in these.
       outputs: positions of the outputs that are not zero.
+      mixes: whether the rule uses statistics of the batch, so that no row can be left out of it.
     """
 
     before: list[Step]
     summed: dict[int, Rows]
     after: list[Step]
     outputs: list[int]
+    mixes: bool
 
 
 def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
@@ -91,8 +93,17 @@ def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
       RowAxisError: rows are mixed before they are summed.
       NotLinearError: what follows is not linear in the sums.
     """
-    before, after, summed, late = [], [], {}, set()
+    before, after, summed, late, mixes = [], [], {}, set(), False
     for step, infos, moving, rows in follow(program.steps, places, num_rows):
+        active = [not is_literal(atom) and atom in places.active for atom in step.inputs]
+        for eqn, info, is_active in _statistics(step.eqn, infos, moving, active, num_rows):
+            if is_active:
+                raise RowAxisError(
+                    f"{describe_operation(eqn)} combines what is summed over rows with a value in "
+                    f"which rows are mixed ({info.reason}), so that no row has a gradient of its "
+                    f"own. {WAY_OUT}"
+                )
+            mixes = True
         sums = _loses_rows(infos, moving, rows)
         if sums:
             _check_aligned(step.eqn, infos, moving, num_rows)
@@ -115,7 +126,7 @@ def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
     outputs = [k for k, atom in enumerate(program.outputs) if kinds(atom) is not Kind.ZERO]
     if any(kinds(program.outputs[position]) is Kind.FIXED for position in outputs):
         raise NotLinearError(None)
-    return Split(before, summed, after, outputs)
+    return Split(before, summed, after, outputs, mixes)
 
 
 def kinds_of(
@@ -144,6 +155,41 @@ def _loses_rows(infos, moving, rows) -> bool:
     return any(isinstance(info, Mixed) for info in rows) and any(
         is_moving and isinstance(info, Rows) for info, is_moving in zip(infos, moving)
     )
+
+
+def _statistics(eqn: Any, infos, moving, active, num_rows) -> Iterator[tuple[Any, Mixed, bool]]:
+    """Values without cotangents in which rows are mixed, where they meet what has cotangents; and
+    whether gradient flows through them."""
+    if not any(moving):
+        return
+    if not is_container(eqn):
+        for info, is_moving, is_active in zip(infos, moving, active):
+            if isinstance(info, Mixed) and not is_moving:
+                yield eqn, info, is_active
+        return
+    pairs = [inside(eqn, infos, which, num_rows) for which in (moving, active)]
+    for (jaxpr, own, own_moving, own_rows), (*_, own_active, _) in zip(*pairs, strict=True):
+        # In a round of a loop over rows all slices are of one row; what is carried is of several.
+        own = [None if is_slice else info for info, is_slice in zip(own, _row_slices(eqn, infos))]
+        known = dict(zip(jaxpr.invars, zip(own, own_moving, own_active)))
+        for inner in jaxpr.eqns:
+            given = [
+                known.get(atom, (None, False, False)) if is_var(atom) else (None, False, False)
+                for atom in inner.invars
+            ]
+            sides = [list(side) for side in zip(*given)] or [[], [], []]
+            yield from _statistics(inner, *sides, own_rows)
+            rows, flows = propagate(inner, sides[0], own_rows), any(sides[2]) and not stops(inner)
+            known.update(
+                (var, (info, any(sides[1]), flows)) for var, info in zip(inner.outvars, rows)
+            )
+
+
+def _row_slices(eqn: Any, infos: list[RowInfo]) -> list[bool]:
+    if eqn.primitive.name != "scan":
+        return [False] * len(infos)
+    first = sum(scan_counts(eqn))
+    return [k >= first and isinstance(i, Rows) and i.axis == 0 for k, i in enumerate(infos)]
 
 
 def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows: int) -> None:

@@ -157,7 +157,10 @@ class Tracking:
     def _followed_rule(self, eqn, operands, error: RowAxisError) -> list[Track]:
         """Rows that do not stay in place in a derivative rule, or ``error``."""
         if eqn.primitive.name in FOLLOWED:
-            found = self._apart(eqn, operands, FOLLOWED[eqn.primitive.name])
+            try:
+                found = self._apart(eqn, operands, FOLLOWED[eqn.primitive.name])
+            except RowAxisError:  # it does not name the rule
+                raise error from None
             if found is not None:
                 return found
         raise error
