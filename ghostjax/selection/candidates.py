@@ -109,17 +109,37 @@ Policy = Callable[[Candidates, int], jax.Array]
 
 
 def by_score(candidates: Candidates, k: int) -> jax.Array:
-    """The k rows with the largest scores, of those that are finite: a policy, [N] weights."""
+    """The k rows with the largest scores, of those that are finite, a policy.
+
+    Returns:
+      Weights [N], float32: N / k for the rows that are taken, 0 for the others.
+
+    Raises:
+      ValueError: k is not from 1 to N.
+
+    >>> from types import SimpleNamespace
+    >>> by_score(SimpleNamespace(scores=jnp.array([1.0, jnp.nan, 3.0])), 1)
+    Array([0., 0., 3.], dtype=float32)
+    """
     return top_k(_finite(candidates.scores), k)
 
 
 def by_loss(candidates: Candidates, k: int) -> jax.Array:
-    """The k rows with the smallest losses, a policy that needs one forward pass."""
+    """The k rows with the smallest losses, a policy that needs one forward pass; as ``by_score``.
+
+    >>> from types import SimpleNamespace
+    >>> by_loss(SimpleNamespace(losses=jnp.array([1.0, 2.0, 3.0])), 1)
+    Array([3., 0., 0.], dtype=float32)
+    """
     return top_k(_finite(-candidates.losses), k)
 
 
 def by_norm(candidates: Candidates, k: int) -> jax.Array:
-    """The k rows with the largest gradients, of those that are finite, a policy.
+    """The k rows with the largest gradients, of those that are finite, a policy; as ``by_score``.
+
+    >>> from types import SimpleNamespace
+    >>> by_norm(SimpleNamespace(squared_norms=jnp.array([1.0, 4.0, jnp.inf])), 1)
+    Array([0., 3., 0.], dtype=float32)
 
     Source: GraNd scores, Paul et al., arXiv:2107.07075; Katharopoulos and Fleuret,
     arXiv:1803.00942.
@@ -128,7 +148,12 @@ def by_norm(candidates: Candidates, k: int) -> jax.Array:
 
 
 def at_random(candidates: Candidates, k: int) -> jax.Array:
-    """Any k rows, a policy that costs nothing; the step needs a key."""
+    """Any k rows, a policy that costs nothing; the step needs a key. As ``by_score``.
+
+    >>> from types import SimpleNamespace
+    >>> float(at_random(SimpleNamespace(key=jax.random.key(0), count=5), 2).sum())
+    5.0
+    """
     return top_k(jax.random.uniform(candidates.key, (candidates.count,)), k)
 
 
