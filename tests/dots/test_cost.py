@@ -13,16 +13,14 @@ from benchmarks import _models
 from ghostjax import directions, explain, value_and_dots_fn, value_grad_and_dots
 
 TRAIN_ROWS, VAL_ROWS = 4, 4
-SIZES = {"LAYERS": 2, "FEATURES": 128, "HEADS": 4, "POSITIONS": 64, "VOCABULARY": 512}
+SIZES = {"layers": 2, "features": 128, "heads": 4, "positions": 64, "vocabulary": 512}
 
 
 @pytest.fixture(scope="module")
 def setup():
     """``(loss_fn, (params, train, val))`` of the benchmarks' model, made smaller."""
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
-        for name, size in SIZES.items():
-            patch.setattr(_models, name, size)
-        row_losses, params, batch = _models.setup(TRAIN_ROWS + VAL_ROWS)
+    with jax.numpy_rank_promotion("allow"):
+        row_losses, params, batch = _models.setup(TRAIN_ROWS + VAL_ROWS, **SIZES)
         train = jax.tree.map(lambda leaf: leaf[:TRAIN_ROWS], batch)
         val = jax.tree.map(lambda leaf: leaf[TRAIN_ROWS:], batch)
         yield lambda params, batch: jnp.mean(row_losses(params, batch)), (params, train, val)
