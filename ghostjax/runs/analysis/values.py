@@ -19,12 +19,6 @@ By = Literal["value", "mean"]
 Verdict = Literal["helps", "hurts", "unclear", "few visits", "no error bar", "not visited"]
 
 MIN_VISITS = 8  # an error from fewer tells too little to claim anything
-VERDICTS = (
-    "helps and hurts: the value differs from zero by a t test at 5%, so that of examples without "
-    f"any effect, one in twenty is among them; unclear: it does not; few visits: less than "
-    f"{MIN_VISITS}, too few to tell; no error bar: the scores have no standard errors; not "
-    "visited: there is no value"
-)
 
 
 @dataclasses.dataclass(frozen=True)
