@@ -104,9 +104,9 @@ def value_and_clipped_grad(
         ``squared_norms``. A loss that gives [N] is added up, its value and gradient are sums.
       max_norm: C > 0, the largest norm of a row's gradient over all parameters; may be traced.
       weights: w >= 0, [N], floats or booleans: 0 for padding, whose gradient then does not count
-        whatever it is (but NaN is NaN in a function whose own backward rule adds up rows in loops
-        or moves them). Rows are still N. With labels [S], of examples. Weights above 1 make the
-        sensitivity C times the largest.
+        whatever it is (but NaN makes ``grads`` NaN in a function whose own backward rule adds up
+        rows in loops, moves them or uses statistics of all of them). Rows are still N. With labels
+        [S], of examples. Weights above 1 make the sensitivity C times the largest.
 
     Returns:
       ``fn(*args, labels=None, num_labels=None, **kwargs) -> (value, grads)``, or
