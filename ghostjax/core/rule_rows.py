@@ -158,14 +158,12 @@ def _loses_rows(infos, moving, rows) -> bool:
 
 
 def _statistics(eqn: Any, infos, moving, active, num_rows) -> Iterator[tuple[Any, Mixed, bool]]:
-    """Values without cotangents in which rows are mixed, where they meet what has cotangents; and
-    whether gradient flows through them."""
-    if not any(moving):
-        return
+    """Values without cotangents in which rows are mixed, where something is made of them; and
+    whether gradient flows through them to where they meet what has cotangents."""
     if not is_container(eqn):
         for info, is_moving, is_active in zip(infos, moving, active):
             if isinstance(info, Mixed) and not is_moving:
-                yield eqn, info, is_active
+                yield eqn, info, is_active and any(moving)
         return
     pairs = [inside(eqn, infos, which, num_rows) for which in (moving, active)]
     for (jaxpr, own, own_moving, own_rows), (*_, own_active, _) in zip(*pairs, strict=True):
