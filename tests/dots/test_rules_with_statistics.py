@@ -44,10 +44,13 @@ def gradients(h, head, c):
     return c @ head.T, jnp.einsum("btf,btv->fv", h, c)
 
 
-def test_how_many_count():
+@pytest.mark.parametrize("shares_first", [False, True])
+def test_how_many_count(shares_first):
     """Norms and clipped gradients counted ones in place of other rows' masks."""
 
     def by_count(h, head, mask, c):
+        if shares_first:  # the cotangent has its mask already, of zeros and ones
+            return gradients(h, head, c * (mask / jnp.sum(mask))[..., None])
         return gradients(h, head, c / jnp.sum(mask))
 
     count = jnp.sum(BATCH["mask"])
