@@ -74,13 +74,26 @@ def through_optimizer(
     Source: Data Shapley in One Training Run, arXiv:2406.11011, takes the update to be that of SGD;
     here its derivative is that of the optimizer at hand.
     """
-    check_direction(params, grads, "grads")
     stacked = check_direction(params, val_grads, "val_grads", stacked=True) is not None
+    evaluated, _ = through_and_undefined(tx, opt_state, params, grads, **extra_args)
+    return (jax.vmap(evaluated) if stacked else evaluated)(val_grads)
+
+
+def through_and_undefined(
+    tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any, **extra_args: Any
+) -> tuple[Callable[[Any], Any], jax.Array]:
+    """What ``through_optimizer`` makes of one ``val_grads``, and ``count_undefined``.
+
+    They have most of their work in common, which neither tracing nor XLA would find.
+    """
+    check_direction(params, grads, "grads")
     _warn_of_micro_steps(opt_state)
     update, forward = _traced(_update_function(tx, opt_state, params, extra_args), grads)
+    closed = jax.make_jaxpr(lambda grads: _undefined(update, grads))(grads)
+    treedef = jax.tree.structure(params)
+    undefined = treedef.unflatten(evaluate(closed, jax.tree.leaves(grads)))
 
-    def direction(grads, val_grads):
-        undefined = _undefined(update, grads)
+    def direction(grads, undefined, val_grads):
         updates, pull_back = jax.vjp(update, jax.tree.map(_away_from_zero, grads))
         cotangents = jax.tree.map(
             lambda leaf, is_undefined, like: jnp.where(is_undefined, 0, -leaf).astype(like.dtype),
@@ -94,14 +107,13 @@ def through_optimizer(
             undefined,
         )
 
-    closed = jax.make_jaxpr(direction)(grads, params)
+    closed = jax.make_jaxpr(direction)(grads, undefined, params)
     _check_derivative(forward.jaxpr, closed.jaxpr, grads)
 
     def evaluated(val_grads):
-        leaves = evaluate(closed, jax.tree.leaves((grads, val_grads)))
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return treedef.unflatten(evaluate(closed, jax.tree.leaves((grads, undefined, val_grads))))
 
-    return (jax.vmap(evaluated) if stacked else evaluated)(val_grads)
+    return evaluated, _count(undefined)
 
 
 def count_undefined(
@@ -124,8 +136,7 @@ def count_undefined(
     """
     update = _update_function(tx, opt_state, params, extra_args)
     closed = jax.make_jaxpr(lambda grads: _undefined(update, grads))(grads)
-    undefined = evaluate(closed, jax.tree.leaves(grads))
-    return sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in undefined)
+    return _count(evaluate(closed, jax.tree.leaves(grads)))
 
 
 def midpoint(
@@ -263,7 +274,7 @@ def _warn_of_micro_steps(opt_state: Any) -> None:
             "optax.MultiSteps: micro-steps that gather gradients and do not update have direction "
             "zero, so all of their rows score 0; differentiate the whole batch in one step, in "
             "parts where memory is short, to score every row.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -322,12 +333,17 @@ def _undefined(update: Callable[[Any], Any], grads: Any) -> Any:
     return jax.tree.map(lambda small, tangent: small & ~jnp.isfinite(tangent), is_small, tangents)
 
 
+def _count(undefined: Any) -> jax.Array:
+    return sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(undefined))
+
+
 def _check_derivative(forward: core.Jaxpr, direction: core.Jaxpr, grads: Any) -> None:
     """Every gradient that the update uses must have a derivative that is not zero by its form."""
     count = len(forward.invars)
     each = [1 << position for position in range(count)]
     used = _dependence(forward, each)
-    derivatives = _dependence(direction, [0] * count + [1] * count)
+    # Its arguments: gradients, which of them are undefined, and what is pulled back.
+    derivatives = _dependence(direction, [0] * 2 * count + [1] * count)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
     faults = [
         f"  {jax.tree_util.keystr(path) or 'params'}"
