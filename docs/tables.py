@@ -26,11 +26,34 @@ PEERS = {
     "kfac_jax": "kfac-jax",
 }
 SILENT, WARNED = "wrong, silently", "wrong, with a warning"
+FLOOR = "+ validation gradient"
 METHODS = {
     "plain step": "plain step",
-    "plain step and validation gradient": "+ validation gradient",
-    "`value_grad_and_dots`": "value_grad_and_dots",
-    "`value_and_dots_fn`": "late direction",
+    "plain step + validation gradient, the floor of any exact method": FLOOR,
+    "`value_grad_and_dots` with that gradient": "value_grad_and_dots",
+    "the same with six directions": "... K = 6 directions",
+    "`value_and_dots_fn`, the direction later": "late direction",
+    "the same through clipping and AdamW, at the current gradient": "late, AdamW, clipping",
+    "`GradDotProdEngine`, 8 + 8 rows (a run of its own)": "engine",
+    "`jax.jvp` of the row losses, and the step": "jvp of row losses",
+    "`vmap(grad)`": "vmap(grad)",
+    "`micro_grad` of optax": "micro_grad",
+    "`lax.scan` over rows, one gradient at a time": "scan over rows",
+}
+LOOPS = {"... K = 6 directions", "micro_grad", "scan over rows"}
+CLIPPED = {
+    "GPT-2 shape, T 128, B 16": "GPT-2 shape, B 16",
+    "the same, B 256": "GPT-2 shape, B 256",
+    "T 16, B 128": "GPT-2 shape, T 16, B 128",
+    "6 layers, scan + remat, B 16": "GPT-2 shape, 6 layers, scan+remat, B 16",
+    "CNN, B 256": "CNN, B 256",
+    "MLP, B 256": "MLP, B 256",
+}
+CLIPPING = {
+    "`value_and_clipped_grad`": "value_and_clipped_grad",
+    "`jax_privacy.clipped_grad`": "jax_privacy",
+    "the same, row by row": "jax_privacy, row by row",
+    "optax's aggregation of `vmap(grad)`": "optax of vmap(grad)",
 }
 
 
@@ -69,18 +92,50 @@ def staleness() -> str:
 
 
 def cost() -> str:
-    """Of one step on a GPT-2 shape."""
+    """Of one step on a GPT-2 shape. XLA counts one round of a loop."""
     found = result("dots_cost")["B 8, V 8"]
+    found["engine"] = result("engine_cost")["B 8, V 8"]["engine"]
+
+    def flops(key):
+        return "(not counted in loops)" if key in LOOPS else f"{found[key]['gflop']:.1f}"
+
     rows = [
-        [
-            name,
-            f"{found[key]['gflop']:.1f}",
-            f"{found[key]['scratch_mib']:.0f}",
-            f"{found[key]['time']:.2f}",
-        ]
+        [name, flops(key), f"{found[key]['scratch_mib']:.0f}", f"{found[key]['time']:.2f}"]
         for name, key in METHODS.items()
     ]
     return rows_of(["", "GFLOP", "scratch MiB", "time / plain step"], rows)
+
+
+def cost_over_floor() -> str:
+    """Of steps of several shapes, over a plain step and a validation gradient."""
+    found = result("dots_cost")
+    rows = [
+        [
+            name,
+            *(
+                f"{shape[key]['over_floor']:.2f}" if key in shape else ""
+                for shape in found.values()
+            ),
+        ]
+        for name, key in METHODS.items()
+        if key not in ("plain step", FLOOR, "engine")
+    ]
+    return rows_of(["", *found], rows)
+
+
+def clipping() -> str:
+    """Time and memory of clipped gradients over those of a plain step."""
+    found = result("clipping")
+
+    def cell(row):
+        figures = row["time"], row["memory"]
+        return " / ".join(f"{figure:.{2 if figure < 10 else 0}f}" for figure in figures)
+
+    rows = [
+        [name, *(cell(found[shape][key]) for shape in CLIPPED.values())]
+        for name, key in CLIPPING.items()
+    ]
+    return rows_of(["", *CLIPPED], rows)
 
 
 def files_of(folder: str) -> str:
@@ -176,14 +231,15 @@ def summary_of_peers() -> str:
 TABLES = {
     "fidelity": fidelity,
     "staleness": staleness,
-    "cost": cost,
+    "cost_over_floor": cost_over_floor,
     "files": functools.partial(files_of, "ghostjax"),
     "core": functools.partial(files_of, "ghostjax/core"),
     "errors_of_peers": errors_of_peers,
     "costs_of_peers": costs_of_peers,
 }
 README = ROOT / "README.md"
-IN_README = re.compile(r"(?<=<!-- docs/tables.py -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+OF_README = {"cost": cost, "clipping": clipping, "peers": summary_of_peers}
+IN_README = re.compile(r"(<!-- docs/tables.py: (\w+) -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 
 
 def filled(markdown: str) -> str:
@@ -192,8 +248,8 @@ def filled(markdown: str) -> str:
 
 
 def current(readme: str) -> str:
-    """The README with the table that the results give now."""
-    return IN_README.sub(lambda _: summary_of_peers(), readme)
+    """The README with the tables that the results give now."""
+    return IN_README.sub(lambda found: found[1] + OF_README[found[2]](), readme)
 
 
 if __name__ == "__main__":
