@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from ghostjax._explained_memory import device_bytes, memory_of
 from ghostjax._explanation import Explanation, Use
@@ -32,6 +33,7 @@ def explain(
     coupled: str = "error",
     directions: int | None = None,
     budget: int | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Callable[..., Explanation]:
     """Where parameters meet data, how their dots are made there, and what that costs.
 
@@ -45,6 +47,8 @@ def explain(
       directions: K, where the direction is to have a leading axis of K directions; None where it
         has none. Static.
       budget: how many bytes a device has; by default what the device says, which a CPU does not.
+      optimizer: whose state is on the device, too: ``optimizer.init`` of what ``argnums`` names, in
+        shapes, split over the mesh like the parameters. None: no state is counted.
 
     Returns:
       ``fn(*args, **kwargs) -> Explanation``, with arguments as for ``loss_fn``: arrays, or
@@ -59,6 +63,7 @@ def explain(
     Raises:
       What ``value_grad_and_dots`` raises for the loss and its arguments.
       ValueError: ``directions`` or ``budget`` is less than one, or arguments are on several meshes.
+      TypeError: ``optimizer`` is no ``optax.GradientTransformation``.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -81,6 +86,11 @@ def explain(
 
     if budget is not None and budget < 1:
         raise ValueError(f"budget must be a positive number of bytes, got {budget}.")
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"optimizer must be an optax.GradientTransformation, got {type(optimizer).__name__}. "
+            "Give the transformation, such as optax.adamw(1e-3), and not its state."
+        )
 
     @functools.wraps(loss_fn)
     def fn(*args: Any, **kwargs: Any) -> Explanation:
@@ -105,7 +115,7 @@ def explain(
             return arrays
 
         arrays = jax.eval_shape(opened, given)
-        memory = memory_of(lambda leaves: (opened(leaves), found[-1]), given, directions)
+        memory = memory_of(lambda leaves: (opened(leaves), found[-1]), given, directions, optimizer)
         return _explained(found[0], arrays, directions, memory, budget or device_bytes())
 
     return fn

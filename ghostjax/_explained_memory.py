@@ -5,30 +5,40 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax._dots import directed
 from ghostjax._late import with_factors
 from ghostjax._loss import Arrays, Loss
 from ghostjax._memory import Needs, needs
-from ghostjax._placement import Spec, local_bytes, whole
+from ghostjax._placement import Spec, as_spec, local_bytes, whole
 from ghostjax._step_memory import StepMemory
 
 
 def memory_of(
-    opened: Callable[[Any], tuple[Arrays, Loss]], given: Sequence[Any], directions: int | None
+    opened: Callable[[Any], tuple[Arrays, Loss]],
+    given: Sequence[Any],
+    directions: int | None,
+    optimizer: optax.GradientTransformation | None,
 ) -> StepMemory:
     """Of a loss that ``opened`` traces.
 
     Args:
       given: the arrays of its arguments, or their shapes, with shardings.
+      optimizer: the one whose state is on the devices, too.
     """
     sizes = mesh_of(given)
     specs = [_spec_of(leaf) for leaf in given]
     leading = () if directions is None else (directions,)
-    arrays = jax.make_jaxpr(lambda leaves: opened(leaves)[0].params)(given).jaxpr
-    params = needs(arrays, specs, sizes).specs
-    avals = [var.aval for var in arrays.outvars]
+
+    def tree_of(leaves):
+        arrays, loss = opened(leaves)
+        return loss.params.unflatten(arrays.params)
+
+    traced, shapes = jax.make_jaxpr(tree_of, return_shape=True)(given)
+    params = needs(traced.jaxpr, specs, sizes).specs
+    avals = [var.aval for var in traced.jaxpr.outvars]
     vectors = [_stacked(aval, leading) for aval in avals]
     moved = [((),) * len(leading) + spec for spec in params]
 
@@ -56,6 +66,8 @@ def memory_of(
 
     found = [program(function) for function in (plain, early, late)]
     parameters = _total(avals, params, sizes)
+    tree = jax.tree.structure(shapes).unflatten([_stacked(aval, ()) for aval in avals])
+    state = [] if optimizer is None else _state_of(optimizer, tree, params)
     taken = {name for spec in params for names in spec for name in names}
 
     def added(own: Needs) -> dict[str, int]:
@@ -64,6 +76,7 @@ def memory_of(
     return StepMemory(
         mesh=dict(sizes),
         parameters=parameters,
+        optimizer=sum(local_bytes(*leaf, sizes) for leaf in state),
         data=_total(given, specs, sizes) - parameters,
         direction=_total(vectors, moved, sizes),
         gradient=parameters,
@@ -97,12 +110,26 @@ def mesh_of(arrays: Sequence[Any]) -> dict[str, int]:
     return dict(*meshes)
 
 
+def _state_of(optimizer, params: Any, specs: Sequence[Spec]) -> list[tuple[Any, Spec]]:
+    """The leaves of its state: split like the parameter whose path a leaf's path ends with, where
+    their shapes agree; whole where there is none."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params))
+    by_path = {jax.tree_util.keystr(path): pair for path, *pair in zip(paths, leaves, specs)}
+
+    def spec_of(path, leaf):
+        ends = (jax.tree_util.keystr(path[start:]) for start in range(len(path) + 1))
+        owner, spec = next((by_path[end] for end in ends if end in by_path), (None, None))
+        return spec if owner is not None and owner.shape == leaf.shape else whole(leaf)
+
+    state = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
+    return [(leaf, spec_of(path, leaf)) for path, leaf in state]
+
+
 def _spec_of(array: Any) -> Spec:
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return whole(array)
-    names = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
-    return tuple((own,) if isinstance(own, str) else tuple(own or ()) for own in names)
+    return as_spec(sharding.spec, array.ndim)
 
 
 def _stacked(aval: Any, leading: tuple[int, ...]) -> jax.ShapeDtypeStruct:

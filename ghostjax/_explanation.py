@@ -120,7 +120,8 @@ class Explanation:
     def fits(self) -> bool | None:
         """Whether a step of ``value_grad_and_dots`` takes no more than the budget, if there is one.
 
-        Optimizer state and what else there is on the device is not in it.
+        Optimizer state is in it where ``explain`` was given the ``optimizer``, with an update in
+        place; what else there is on the device is not.
         """
         return None if self.budget is None else self.memory.bytes <= self.budget
 

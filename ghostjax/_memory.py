@@ -13,14 +13,14 @@ from jax.extend import core
 
 from ghostjax._flops import MOVING, is_product
 from ghostjax._jaxprs import inner_jaxprs, is_var, live_equations, scan_counts
-from ghostjax._placement import Spec, local_bytes, placed, whole
+from ghostjax._placement import COLLECTIVES, Spec, as_spec, local_bytes, placed, whole
 
 _WRITTEN = frozenset(
     """
     concatenate cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice gather pad
     random_bits random_wrap rev scatter sort threefry2x32 top_k
     """.split()  # noqa: SIM905
-)
+) | frozenset(COLLECTIVES)
 _VIEWS = (MOVING - _WRITTEN) | {"convert_element_type"}
 
 
@@ -56,8 +56,10 @@ def needs(jaxpr: core.Jaxpr, specs: Sequence[Spec], sizes: Mapping[str, int]) ->
             sent.update(found.sent)
         else:
             at = placed(eqn, own, sizes)
-            # What a device has of a sum stands beside the sum.
-            outputs, transient = at.specs, at.sent.get("all-reduce", 0)
+            outputs, transient = at.specs, 0
+            if eqn.primitive.name not in COLLECTIVES:
+                # What a device has of a sum stands beside the sum.
+                transient = at.sent.get("all-reduce", 0)
             sent.update(at.sent)
             for k, size in at.gathered.items():
                 (source,) = sources.get(eqn.invars[k], {eqn.invars[k]}) or {None}
@@ -138,17 +140,16 @@ def _of_call(eqn, specs: Sequence[Spec], sizes) -> Needs:
     bodies = _bodies(eqn)
     if name == "scan":
         return _of_scan(eqn, bodies[0][0], specs, sizes)
-    if name == "shard_map":  # of what one device has, already
-        found = [needs(jaxpr, [whole(v.aval) for v in jaxpr.invars], {}) for jaxpr, _ in bodies]
-    else:
-        found = [
-            needs(
-                jaxpr,
-                [whole(v.aval) for v in jaxpr.invars] if offset is None else specs[offset:],
-                sizes,
-            )
-            for jaxpr, offset in bodies
-        ]
+    if name == "shard_map":
+        return _of_shard_map(eqn, bodies[0][0], specs, sizes)
+    found = [
+        needs(
+            jaxpr,
+            [whole(v.aval) for v in jaxpr.invars] if offset is None else specs[offset:],
+            sizes,
+        )
+        for jaxpr, offset in bodies
+    ]
     scratch = max(own.scratch for own in found)
     outputs = tuple(
         next(
@@ -164,6 +165,31 @@ def _of_call(eqn, specs: Sequence[Spec], sizes) -> Needs:
 def _fits(specs, outvars) -> bool:
     ranks = [len(getattr(var.aval, "shape", ())) for var in outvars]
     return [len(spec) for spec in specs] == ranks
+
+
+def _of_shard_map(eqn, body, specs: Sequence[Spec], sizes) -> Needs:
+    """Inside, shapes are those of one device along the manual axes of the mesh; others split on."""
+    known, sizes = sizes, {**eqn.params["mesh"].shape, **sizes}
+    manual = frozenset(eqn.params["newly_manual_axes"])
+    inside, copies = [], 0
+    for var, spec, own in zip(body.invars, specs, eqn.params["in_specs"], strict=True):
+        inside.append(tuple(tuple(n for n in names if n not in manual) for names in spec))
+        given = as_spec(own, len(spec))
+        lost = (manual.intersection(names).difference(of) for names, of in zip(spec, given))
+        if any(lost):
+            copies += local_bytes(var.aval, inside[-1], sizes)
+    found = needs(body, inside, sizes)
+    outputs = tuple(
+        tuple(
+            tuple(name for name in (*before, *after) if name in known)
+            for before, after in zip(as_spec(own, len(spec)), spec)
+        )
+        for own, spec in zip(eqn.params["out_specs"], found.specs, strict=True)
+    )
+    sent = collections.Counter(found.sent)
+    if copies:
+        sent["all-gather"] += copies
+    return Needs(outputs, found.scratch + copies, sent)
 
 
 def _of_scan(eqn, body, specs, sizes) -> Needs:

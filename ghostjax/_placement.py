@@ -41,9 +41,17 @@ def whole(aval: Any) -> Spec:
     return ((),) * len(getattr(aval, "shape", ()))
 
 
+def as_spec(spec: Any, rank: int) -> Spec:
+    """Of a ``PartitionSpec``."""
+    names = [*spec, *[None] * (rank - len(spec))]
+    return tuple((own,) if isinstance(own, str) else tuple(own or ()) for own in names)
+
+
 def placed(eqn: Any, specs: Sequence[Spec], sizes: Mapping[str, int]) -> Placed:
     """The outputs of an equation that runs no jaxpr, of operands that are split like ``specs``."""
     name = eqn.primitive.name
+    if name in COLLECTIVES:
+        return _collective(eqn, specs, sizes)
     if name in _SENDING:
         return _SENDING[name](eqn, specs, sizes)
     if name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
@@ -203,11 +211,34 @@ def _scatter(eqn, specs, sizes) -> Placed:
     return Placed((tuple(found),), {"all-reduce": size} if left else {})
 
 
+def _collective(eqn, specs, sizes) -> Placed:
+    """Inside of ``shard_map``: what it says, of what one device has."""
+    outputs = tuple(_like_operands(eqn, var.aval, specs) for var in eqn.outvars)
+    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+    names = names if isinstance(names, (tuple, list)) else (names,)
+    if math.prod(sizes.get(name, 1) for name in names) == 1:
+        return Placed(outputs)
+    size = sum(local_bytes(var.aval, spec, sizes) for var, spec in zip(eqn.outvars, outputs))
+    return Placed(outputs, {COLLECTIVES[eqn.primitive.name]: size})
+
+
 def _squeezed(eqn, specs) -> Spec:
     removed = {axis % len(specs[0]) for axis in eqn.params["dimensions"]}
     return tuple(names for axis, names in enumerate(specs[0]) if axis not in removed)
 
 
+# Of ``shard_map``, and what compilers call them.
+COLLECTIVES = {
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "all_to_all": "all-to-all",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "ppermute": "collective-permute",
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "reduce_scatter": "reduce-scatter",
+}
 # Operations that move axes, or take some of what there is.
 _MOVES: dict[str, Callable[[Any, Sequence[Spec]], Spec]] = {
     "broadcast_in_dim": _broadcast,

@@ -17,11 +17,14 @@ from ghostjax.core import (
     Found,
     Labels,
     Regrouped,
+    Rows,
     Squares,
+    map_parts,
     mapped,
     on_this_mesh,
     pair_squares,
     pairs_cost_less,
+    splits_rows,
     square,
     typed_as,
     varying,
@@ -102,16 +105,15 @@ class Pass:
             for path in meeting.moving:
                 uses.setdefault(path, []).append(key)
         over_pairs = {path for path, keys in uses.items() if self._goes_over_pairs(keys)}
-        keys = [
-            k for k, meeting in self.meetings().items() if not over_pairs.issuperset(meeting.moving)
-        ]
-
-        def of_example(number):
-            gradient = self.gradient(number, keys)
-            return {path: square(gradient[path]) for path in uses.keys() - over_pairs}
-
-        squares = dict(self.squares)
-        later = jax.lax.map(of_example, jnp.arange(self.examples)) if keys else {}
+        cut = {
+            path
+            for path, keys in uses.items()
+            if path not in over_pairs and all(map(self._is_cut, keys))
+        }
+        squares, later = dict(self.squares), {}
+        for paths in (cut, uses.keys() - over_pairs - cut):
+            keys = {key for path in paths for key in uses[path]}
+            later |= self._row_by_row(paths, sorted(keys), is_cut=paths is cut)
         for path in over_pairs:
             later[path] = pair_squares([self._factors(key) for key in uses[path]])
         for path, found in later.items():
@@ -119,6 +121,41 @@ class Pass:
         scale = self.loss.scale**2
         leaves = or_nan([squares[path] * scale for path in sorted(squares)], self.conflicts)
         return jax.tree.unflatten(self.loss.params, leaves)
+
+    def _is_cut(self, key: str) -> bool:
+        """Whether a row's gradient needs no more of a meeting's factors than what these have of
+        that row."""
+        meeting = self.found.meetings[key]
+        if self.labels is not None or isinstance(meeting, Regrouped):
+            return False
+        leaves = jax.tree.leaves(self.factors[key])
+        return splits_rows(*leaves) if self.loss.per_example else meeting.is_cut(leaves)
+
+    def _row_by_row(
+        self, paths: Collection[int], keys: Collection[str], is_cut: bool
+    ) -> dict[int, Any]:
+        """Squared norms, [B] or [S], of parameters whose uses are those meetings."""
+
+        def of_example(number, factors):
+            gradient = dataclasses.replace(self, factors=factors).gradient(number, keys)
+            return {path: square(gradient[path]) for path in paths}
+
+        factors = {key: self.factors[key] for key in keys}
+        if not keys:
+            return {}
+        if not is_cut:
+            return jax.lax.map(lambda n: of_example(n, factors), jnp.arange(self.examples))
+        leaves, treedef = jax.tree.flatten(factors)
+        places = [Rows(0)] * len(leaves)
+        if not self.loss.per_example:
+            places = treedef.flatten_up_to({key: self._places(key) for key in keys})
+        return map_parts(lambda parts: of_example(0, treedef.unflatten(parts)), leaves, places)
+
+    def _places(self, key: str) -> Any:
+        """Where the rows of a meeting's factors are."""
+        meeting, (kept, cotangents) = self.found.meetings[key], self.factors[key]
+        inside = meeting.outputs[meeting.differentiable[0]].shape
+        return meeting.places(kept, cotangents[0].ndim - len(inside))
 
     def _goes_over_pairs(self, keys: Collection[str]) -> bool:
         """Whether the meetings are uses of one matrix, outside of loops, for which that pays."""

@@ -4,12 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import explain, testing, value_and_dots_fn, value_grad_and_dots
-from ghostjax._step_memory import StepMemory
+from ghostjax._step_memory import StepMemory, in_bytes
 from tests.dots import test_collectives as blocks
+from tests.dots.checks import mean_squares
 from tests.dots.models import MODELS
 
 MIB = 2**20
@@ -74,6 +76,79 @@ def test_on_meshes(layout):
         assert sent == blocks.traffic(testing.collectives(step)) - base == blocks.ADDED[layout]
 
 
+P = PartitionSpec
+
+
+def feed_forward(params, x):
+    return mean_squares(jnp.tanh(x @ params["first"]) @ params["second"] + x)
+
+
+def gathering(params, x):
+    return feed_forward(
+        jax.tree.map(lambda w: jax.lax.all_gather(w, "data", tiled=True), params), x
+    )
+
+
+def summing(params, x):
+    h = jnp.tanh(x @ params["first"]) @ params["second"]
+    return mean_squares(jax.lax.psum(h, "model") + x)
+
+
+TENSOR = {"first": P(None, "model"), "second": P("model")}
+# Bodies, how parameters are split, what shard_map takes of that, its options.
+MAPPED = {
+    "fsdp": (gathering, {name: P("data") for name in TENSOR}, P("data"), {"check_vma": False}),
+    "tensor": (summing, TENSOR, TENSOR, {}),
+    "some_axes": (feed_forward, TENSOR, P(), {"axis_names": {"data"}}),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_shard_map(name):
+    """Its body has what one device has, and says what is sent."""
+    body, specs, inside, options = MAPPED[name]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    row_losses = jax.shard_map(
+        body, mesh=mesh, in_specs=(inside, P("data")), out_specs=P("data"), **options
+    )
+    rows = NamedSharding(mesh, P("data"))
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = {
+        name: jax.ShapeDtypeStruct(blocks.PARAMS[name].shape, jnp.float32, sharding=place)
+        for name, place in shardings.items()
+    }
+    x = jax.ShapeDtypeStruct(blocks.X.shape, jnp.float32, sharding=rows)
+
+    def loss_fn(params, x):
+        return jnp.mean(row_losses(params, x))
+
+    explained = explain(loss_fn)(params, x)
+    base = compiled(plain, loss_fn, (params, x, params), shardings)
+    step = compiled(early, loss_fn, (params, x, params), (shardings, rows))
+    memory, sent = explained.memory, blocks.traffic(testing.collectives(step))
+    sent -= blocks.traffic(testing.collectives(base))
+    assert_near(memory.plain_scratch, base.memory_analysis().temp_size_in_bytes)
+    assert_near(memory.scratch, step.memory_analysis().temp_size_in_bytes)
+    assert_near(explained.plain_flops / mesh.size, base.cost_analysis()["flops"], 1.05)
+    assert_near(explained.flops / mesh.size, step.cost_analysis()["flops"], 1.1)
+    if name == "fsdp":  # XLA gathers once what is gathered again
+        assert memory.sent.keys() == sent.keys()
+        assert memory.sent["all-gather"] >= sent["all-gather"]
+    else:
+        assert memory.sent == sent
+
+
+def test_shard_map_of_arrays_on_no_mesh():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    row_losses = jax.shard_map(
+        feed_forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+    )
+    params = {name: blocks.PARAMS[name] for name in TENSOR}
+    memory = explain(lambda params, x: jnp.mean(row_losses(params, x)))(params, blocks.X).memory
+    assert memory.mesh == {}
+    assert memory.data == blocks.X.nbytes
+
+
 def test_explicit_axes():
     args, _ = on_mesh("replicated", AxisType.Explicit)
     automatic, _ = on_mesh("replicated")
@@ -126,10 +201,44 @@ def test_a_budget():
     assert "take fewer directions at a time, each is" in str(small)
 
 
+def test_the_state_of_an_optimizer():
+    """As optax places it: like the parameters, and a counter of its own."""
+    (params, x, _), _ = on_mesh("fsdp_and_tensor")
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    state = optax.adamw(1e-3).init(jax.device_put(blocks.PARAMS, shardings))
+    found = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    without = explain(blocks.loss_fn)(params, x)
+    explained = functools.partial(explain, blocks.loss_fn, optimizer=optax.adamw(1e-3))
+    memory = explained()(params, x).memory
+    assert memory.optimizer == found == 2 * memory.parameters + 4
+    assert without.memory.optimizer == 0
+    assert memory.bytes == without.memory.bytes + found
+    assert memory.late_bytes == without.memory.late_bytes + found
+    assert not explained(budget=without.memory.bytes)(params, x).fits
+    enough = explained(budget=memory.late_bytes)(params, x)
+    assert enough.fits
+    assert "does not fit" not in str(enough)
+    assert f", optimizer state {in_bytes(found)}, data" in str(enough)
+    assert "optimizer state" not in str(without)
+
+
+def test_a_state_that_is_not_like_the_parameters():
+    """Adafactor's rows and columns are counted whole; one array is a tree, too."""
+    (params, x, _), _ = on_mesh("fsdp")
+    tx = optax.adafactor(1e-3, min_dim_size_to_factor=16)
+    memory = explain(blocks.loss_fn, optimizer=tx)(params, x).memory
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(blocks.PARAMS)))
+    split = memory.parameters / sum(leaf.nbytes for leaf in blocks.PARAMS.values())
+    assert whole * split < memory.optimizer <= whole
+    w = jax.ShapeDtypeStruct((512,), jnp.float32)
+    memory = explain(lambda w, x: jnp.mean(x @ w), optimizer=optax.sgd(0.1, momentum=0.9))
+    assert memory(w, jnp.ones((4, 512))).memory.optimizer == 4 * 512
+
+
 def memory_of(**given):
     names = ("parameters", "data", "direction", "gradient")
     sizes = dict.fromkeys((*names, "plain_scratch", "scratch", "late_scratch"), MIB)
-    none = {"mesh": {}, "sent": {}, "late_sent": {}, "whole": ()}
+    none = {"optimizer": 0, "mesh": {}, "sent": {}, "late_sent": {}, "whole": ()}
     return StepMemory(**(sizes | none | given))
 
 
@@ -172,6 +281,8 @@ def test_ways_out(memory, budget, expected):
 def test_what_is_asked_for_must_make_sense():
     with pytest.raises(ValueError, match=r"budget must be a positive number of bytes, got 0"):
         explain(blocks.loss_fn, budget=0)
+    with pytest.raises(TypeError, match=r"must be an optax.GradientTransformation, got dict"):
+        explain(blocks.loss_fn, optimizer={})
     (params, x, _), _ = on_mesh("replicated")
     other = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(other, PartitionSpec("rows")))

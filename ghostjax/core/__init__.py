@@ -27,6 +27,8 @@ from ghostjax.core.promises import ROW_RULES as ROW_RULES
 from ghostjax.core.promises import RowRule as RowRule
 from ghostjax.core.push import Push as Push
 from ghostjax.core.reach import marked_where_unused as marked_where_unused
+from ghostjax.core.row_blocks import map_parts as map_parts
+from ghostjax.core.row_map import splits_rows as splits_rows
 from ghostjax.core.split import Split as Split
 from ghostjax.core.squares import DirectedSquares as DirectedSquares
 from ghostjax.core.squares import Squares as Squares

@@ -131,7 +131,7 @@ class Part:
         if not self.is_cut:
             return arrays, self._weighted(cotangents, self.weights(start))
         cut = {k: self._cut(array, self.operand_rows[k], start) for k, array in arrays.items()}
-        return cut, [self._cut(*pair, start) for pair in zip(cotangents, self._places())]
+        return cut, [self._cut(*pair, start) for pair in zip(cotangents, self.places())]
 
     def weighted_gradient(
         self, arrays: dict[int, Any], consts: Any, cotangents: Sequence[Any], weights: Any
@@ -156,7 +156,8 @@ class Part:
                 found[position] = jnp.where(is_own, array, jnp.ones_like(array))
         return found
 
-    def _places(self) -> list[Any]:
+    def places(self) -> list[Any]:
+        """Of the cotangents."""
         return [self.whole.rows[position] for position in self.whole.differentiable]
 
     def weights(self, start: Any) -> jax.Array:
@@ -167,8 +168,7 @@ class Part:
 
     def _weighted(self, cotangents, weights):
         return [
-            weighted(*pair, self.whole.num_rows, weights)
-            for pair in zip(cotangents, self._places())
+            weighted(*pair, self.whole.num_rows, weights) for pair in zip(cotangents, self.places())
         ]
 
     def _shape(self, array: Any, info: Any) -> Any:
@@ -180,11 +180,11 @@ class Part:
     def _cut(self, array: jax.Array, info: Any, start: Any) -> jax.Array:
         if not isinstance(info, Rows):
             return array
-        one = array.shape[info.axis] // self.whole.num_rows
         if isinstance(start, int):
-            end = (start + self.count) * one
-            return jax.lax.slice_in_dim(array, start * one, end, axis=info.axis)
-        return jax.lax.dynamic_slice_in_dim(array, start * one, self.count * one, info.axis)
+            end = (start + self.count) * info.inner
+            return jax.lax.slice_in_dim(array, start * info.inner, end, axis=info.axis)
+        size = self.count * info.inner
+        return jax.lax.dynamic_slice_in_dim(array, start * info.inner, size, info.axis)
 
 
 def _can_be_cut(whole: Meeting, operands: Sequence[Value]) -> bool:

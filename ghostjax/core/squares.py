@@ -20,7 +20,10 @@ from ghostjax.core.convolutions import conv_squares, is_unfolded
 from ghostjax.core.directed import Directed, through_channel, to_slots
 from ghostjax.core.gram import gram_squares, squares_cost_less
 from ghostjax.core.meeting import one_per_row, where_taken, wide_dtype
+from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import Product, Repeated, make_meeting
+from ghostjax.core.row_blocks import map_parts
+from ghostjax.core.row_map import splits_rows
 from ghostjax.core.row_parts import Part, has_split_rows
 from ghostjax.core.types import cotangent_as
 from ghostjax.core.uses import Use, pair_squares, pairs_cost_less, use_of
@@ -117,11 +120,33 @@ class RowMeeting:
             squares = whole.squares(arrays[1 - whole.parameter], *cotangents)
             return dict.fromkeys(self.moving, squares)
 
-        def of_row(row):
-            found = self.gradient(row, kept, cotangents)
+        def of_row(row, factors):
+            found = self.gradient(row, *factors)
             return {path: sum(map(square, own)) for path, own in found.items()}
 
-        return jax.lax.map(of_row, jnp.arange(self.num_rows))
+        factors = kept, cotangents
+        if not self.is_cut(factors):
+            return jax.lax.map(lambda row: of_row(row, factors), jnp.arange(self.num_rows))
+        leaves, treedef = jax.tree.flatten(factors)
+        places = treedef.flatten_up_to(self.places(kept))
+        return map_parts(lambda parts: of_row(0, treedef.unflatten(parts)), leaves, places)
+
+    def is_cut(self, factors: Any) -> bool:
+        """Whether a row's gradient needs no more of them than what they have of that row, which a
+        device can take of the rows that it has."""
+        return not self.by_weights and self.part.is_cut and splits_rows(*jax.tree.leaves(factors))
+
+    def places(self, kept: Any, loops: int = 0) -> tuple[Any, list[Any]]:
+        """Of what it kept, and of the cotangents: where their rows are, behind the axes of loops;
+        None for what all rows need."""
+
+        def behind(info):
+            return info.at(loops + info.axis) if isinstance(info, Rows) else None
+
+        arrays, consts = kept
+        kept = {position: behind(self.part.operand_rows[position]) for position in arrays}
+        none = jax.tree.map(lambda _: None, consts)
+        return (kept, none), [behind(info) for info in self.part.places()]
 
 
 def square(array: Any) -> jax.Array:

@@ -97,6 +97,34 @@ def test_row_by_row(specs, form, expected, monkeypatch):
         assert leaf.sharding.is_equivalent_to(split, leaf.ndim)
 
 
+def in_shard_map(mesh):
+    """``eager``, by every device for its own rows."""
+
+    def local(params, x, directions):
+        dots, grads = eager(params, x, directions)
+        return dots, jax.lax.pmean(grads, "data")
+
+    whole, out_specs = PartitionSpec(), (PartitionSpec(None, "data"), PartitionSpec())
+    options = {"mesh": mesh, "in_specs": (whole, ROWS, whole), "out_specs": out_specs}
+    return jax.jit(jax.shard_map(local, check_vma=False, **options))
+
+
+@pytest.mark.parametrize("way", ["automatic", "explicit", "shard_map"])
+def test_export_for_several_devices(way, expected, monkeypatch):
+    """The page of what is refused says what JAX says, and the ways out."""
+    take_rows(monkeypatch)
+    mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
+    args = placed(mesh, SPECS["whole"], ROWS)
+    function = in_shard_map(mesh) if way == "shard_map" else jitted("eager")
+    if way == "automatic":
+        with pytest.raises(NotImplementedError, match="serialization of host_callbacks is not yet"):
+            jax.export.export(function)(*args)
+        return
+    exported = jax.export.export(function)(*args)
+    assert exported.nr_devices == mesh.size
+    compare(exported.call(*args), expected)
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -107,8 +107,28 @@ def of_tied_tables(params, x):
     return mean_squares(jnp.tanh(params["w"][ids]) @ params["w"].T)
 
 
-# By loops of their own: convolutions, pairs of positions of one use and of several.
+def of_repeated(params, x):
+    """A table that is small beside the positions, tied; layers in a loop; a matrix used twice."""
+    ids = (2 * jnp.abs(x[..., 0])).astype(jnp.int32)
+
+    def layer(h, of_layer):
+        return h + jnp.tanh(h @ of_layer["w"] + of_layer["b"][None, None]), None
+
+    h, _ = jax.lax.scan(layer, params["table"][ids], params["layers"])
+    h = jnp.tanh(jnp.tanh(h @ params["w"]) @ params["w"])
+    return mean_squares(h @ params["table"].T)
+
+
+REPEATED = {
+    "table": draw(4, 4),
+    "layers": {"w": draw(2, 4, 4) / 2, "b": draw(2, 4)},
+    "w": draw(4, 4) / 2,
+}
+
+# By loops of their own: convolutions, pairs of positions of one use and of several; and the
+# gradient of a row put together from all uses.
 LOOPS = {
+    "repeated": (of_repeated, REPEATED),
     "convolution": (of_images, {"w": draw(3, 3, 1, 4)}),
     "tied": (of_tied_tables, {"w": draw(64, 8)}),
     "pairs": (lambda params, x: mean_squares(x[..., :2] @ params["w"]), {"w": draw(2, 64)}),
@@ -127,3 +147,22 @@ def test_loops_over_rows_stay_on_their_devices(name):
     grads = testing.per_example_grads(row_losses, *jax.device_get((params, x)))
     squares = jax.tree.map(lambda leaf: jnp.square(leaf).reshape(16, -1).sum(1), grads)
     testing.assert_dots_close(compiled(params, x), squares)
+
+
+@pytest.mark.parametrize("name", ["norms", "clipped"])
+def test_a_row_put_together_stays_where_it_is(name):
+    """Its features, too, where parameters are split over a second axis of the mesh."""
+    mesh = mesh_of(AxisType.Auto)
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, WHOLE), REPEATED)
+    shardings["table"] = NamedSharding(mesh, PartitionSpec("model"))
+    x = draw(16, 24, 8, seed=3)
+    args = jax.device_put((REPEATED, x), (shardings, NamedSharding(mesh, ROWS)))
+    function = jax.jit(FUNCTIONS[name](of_repeated))
+    compiled = function.lower(*args).compile()
+    found, sent = compiled(*args), testing.collectives(compiled)
+    testing.assert_dots_close(jax.device_get(found), jax.device_get(function(REPEATED, x)))
+    assert all(shape[:1] != (16,) for own in sent for shape in own.shapes)  # nothing has all rows
+    if name == "norms":
+        assert {own.kind for own in sent} == {"all-reduce"}
+        for leaf in jax.tree.leaves(found):
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, ROWS), 1)

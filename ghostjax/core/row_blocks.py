@@ -1,0 +1,82 @@
+"""Numbers of one row after another, of arrays that may be split over a mesh by rows and by more.
+
+    numbers[b] = function(what each array has of row b)
+
+A loop over rows that are sharded makes XLA gather them. So rows lie in as many blocks as the mesh
+has devices, and a round of the loop takes one row of each:
+
+    row      0 1 2 | 3 4 5 | 6 7 8 | ...
+    round    0 1 2 | 0 1 2 | 0 1 2 | ...
+
+Blocks stay where their rows are, however these are split, and features where they are: nothing is
+gathered, and numbers come out sharded like the rows.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from ghostjax._jaxprs import holds
+from ghostjax.core.place_rules import Rows
+
+
+def map_parts(
+    function: Callable[[list[Any]], Any], arrays: Sequence[Any], places: Sequence[Rows | None]
+) -> Any:
+    """A tree of scalars of what arrays have of one row after another, each [B].
+
+    Args:
+      function: of a list: of every array what it has of one row, with all axes.
+      places: of every array, where its rows are, with ``outer`` 1; None where all rows need all.
+    """
+    pairs = list(zip(arrays, places, strict=True))
+    parts = [_part(array, place, 0) for array, place in pairs]
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(parts)
+    of_row, treedef = core.jaxpr_as_fun(closed), jax.tree.structure(shapes)
+    num_rows = next(_rounds(array, place) for array, place in pairs if place is not None)
+    blocks = _blocks(closed.jaxpr, num_rows, arrays)
+    if blocks == 1:
+        numbers = jax.lax.map(
+            lambda row: of_row(*(_part(*pair, row) for pair in pairs)), jnp.arange(num_rows)
+        )
+        return treedef.unflatten(numbers)
+    axes = [None if place is None else place.axis for place in places]
+    split = [array if place is None else _split(array, place, blocks) for array, place in pairs]
+
+    def of_round(number):
+        rows = [
+            array if place is None else _part(array, place.at(place.axis + 1), number)
+            for array, place in zip(split, places)
+        ]
+        return jax.vmap(of_row, in_axes=axes)(*rows)
+
+    numbers = jax.lax.map(of_round, jnp.arange(num_rows // blocks))
+    return treedef.unflatten([found.T.reshape(num_rows) for found in numbers])
+
+
+def _blocks(jaxpr: core.Jaxpr, num_rows: int, arrays: Sequence[Any]) -> int:
+    """As many as the mesh has devices that the types of arrays tell, or as divide the rows."""
+    # A convolution of several rows with a kernel each has groups of features. Where these are
+    # split, XLA's partitioner makes wrong numbers (jax 0.10).
+    if any(holds(eqn, "conv_general_dilated") for eqn in jaxpr.eqns):
+        return 1
+    return math.gcd(num_rows, max(jax.typeof(array).sharding.mesh.size for array in arrays) or 1)
+
+
+def _rounds(array: jax.Array, place: Rows) -> int:
+    return array.shape[place.axis] // place.inner
+
+
+def _part(array: jax.Array, place: Rows | None, row: Any) -> jax.Array:
+    if place is None:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, row * place.inner, place.inner, place.axis)
+
+
+def _split(array: jax.Array, place: Rows, blocks: int) -> jax.Array:
+    before, after = array.shape[: place.axis], array.shape[place.axis + 1 :]
+    return array.reshape(*before, blocks, array.shape[place.axis] // blocks, *after)
