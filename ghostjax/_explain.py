@@ -54,8 +54,9 @@ def explain(
       says so, and what to change.
 
     Guarantees: routes are told by the rules that ``value_grad_and_dots``, ``value_and_dots_fn``,
-    ``squared_norms`` and ``value_and_clipped_grad`` ask, for the backend that JAX uses here. FLOPs are counted in the programs that they run:
-    products exactly, everything else as one for every number (XLA's convention).
+    ``squared_norms`` and ``value_and_clipped_grad`` ask, for the backend that JAX uses here. FLOPs
+    are counted in the programs that they run: products exactly, everything else as one for every
+    number (XLA's convention). Where norms or clipped gradients are refused, it is told why.
 
     Raises:
       What ``value_grad_and_dots`` raises for the loss and its arguments.

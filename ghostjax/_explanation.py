@@ -189,8 +189,8 @@ class Explanation:
             f"{self.num_rows} rows, {count} direction{'s' * (count > 1)}, on {self.backend}",
             f"plain step              {plain:>6} FLOP",
             f"value_grad_and_dots     {dots:>6} FLOP, {self.cost:.2f} of the plain step",
-            f"value_and_dots_fn       {late:>6} FLOP, {self.late_cost:.2f} of the plain step; keeps "
-            f"{factors}B of factors",
+            f"value_and_dots_fn       {late:>6} FLOP, {self.late_cost:.2f} of the plain step; "
+            f"keeps {factors}B of factors",
         ]
         if self.push_flops:
             lines.append(

@@ -70,16 +70,15 @@ class NormCosts:
     def lines(self, plain_flops: int) -> list[str]:
         """In words."""
         kept = f"; keeps {in_bytes(self.bytes)} of factors" if self.bytes else ""
-        return [
+        no_clipping = self.refused or self.clipping_refused
+        lines = [
             _line("squared_norms", self.flops, plain_flops, self.refused) + kept,
-            _line(
-                "value_and_clipped_grad",
-                self.clipped_flops,
-                plain_flops,
-                self.refused or self.clipping_refused,
-            )
-            + kept,
+            _line("value_and_clipped_grad", self.clipped_flops, plain_flops, no_clipping),
         ]
+        if self.extra_flops is not None:
+            added = in_units(self.extra_flops)
+            lines.append(f"norms=True adds {added} FLOP to value_grad_and_dots")
+        return lines
 
 
 def _line(name: str, flops: int | None, plain_flops: int, refused: str) -> str:

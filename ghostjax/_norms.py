@@ -149,7 +149,7 @@ def value_and_clipped_grad(
             loss_reduction=loss_reduction,
         )
         found = check_labels(loss, labels, num_labels)
-        left, weighted = clipping_pass(loss, arrays, found)
+        left, weighted = clipping_pass(loss, arrays, found, at_once=True)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         largest = jnp.where(max_norm > 0, max_norm, jnp.nan)
         own = jnp.minimum(1, largest * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))

@@ -112,9 +112,7 @@ class Pass:
     def squared_norms(self) -> Any:
         """A tree of the parameters, every leaf [B] or [S]."""
         uses = self.uses()
-        over_pairs = {
-            path for path, keys in uses.items() if self.route(keys) is NormRoute.PAIRS
-        }
+        over_pairs = {path for path, keys in uses.items() if self.route(keys) is NormRoute.PAIRS}
         keys = [
             k for k, meeting in self.meetings().items() if not over_pairs.issuperset(meeting.moving)
         ]
@@ -189,16 +187,16 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
 
 
 def clipping_pass(
-    loss: Loss, arrays: Arrays, labels: Labels | None
+    loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
 ) -> tuple[Pass, Callable[[jax.Array], list[Any]]]:
-    """One forward and one backward pass; and a second backward pass, as a function of weights.
+    """``row_pass``; and a second backward pass, as a function of weights.
 
     That gives the gradient of the loss with every row's part times its weight: of rows [B], or of
     labels of positions [S]. Rows of weight 0 may hold what is no number.
     """
     check_devices(arrays)
     run = _walked(loss, arrays, labels, Clipped)
-    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=True)
+    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=at_once)
     check_in_rows(loss, found)
     last: list[Found] = []
 

@@ -48,7 +48,11 @@ def test_as_a_table_of_rich():
     assert "┏" in text
     for use in explanation.uses:
         assert use.parameter in text
-    assert text.count("tangent") + text.count("features") == 2 * len(explanation.uses)
+    told = [route for use in explanation.uses for route in (use.route, use.late_route)]
+    told += [norm.route for norm in explanation.norms.parameters]
+    assert len(told) == 6
+    for route in {*told}:
+        assert text.count(f" {route} ") == told.count(route)
     *_, summary = str(explanation).split("\n\n")
     assert summary in text
 
