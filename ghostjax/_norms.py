@@ -46,6 +46,7 @@ def squared_norms(
     Guarantees: one forward and one backward pass. Where static shapes say that it costs less, norms
     come from pairs of a row's positions: of matrix products and look-ups, of a matrix that is used
     several times too. Else one row's gradient, or a few of a convolution's, is formed at a time.
+    ``explain`` tells which, and the cost.
     What belongs to no row, such as weight decay inside the loss, is in no row's norm.
 
     Raises:

@@ -17,6 +17,7 @@ from ghostjax import (
     GradDots,
     InRunValues,
     LateDots,
+    NormCosts,
     RunLog,
     StepMemory,
     Task,
@@ -60,6 +61,7 @@ def use(params: Params, batch: jax.Array, optimizer: Any) -> None:
     assert_dots_close(of_engine.dots, late.dots)
     explained: Explanation = explain(loss_fn, budget=2**30)(params, batch)
     memory: StepMemory = explained.memory
+    norms: NormCosts = explained.norms
     values: InRunValues = InRunValues.zeros(8).add(jnp.arange(4), aggregate(result.dots))
     direction = directions.through_optimizer(
         optimizer, optimizer.init(params), params, result.grads, params
