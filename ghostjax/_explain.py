@@ -74,7 +74,7 @@ def explain(
     (65, 1.5)
     >>> [norm] = explanation.norms.parameters
     >>> norm.parameter, str(norm.route), norm.bytes, round(explanation.clipped_cost, 2)
-    ('params', 'gram', 0, 2.0)
+    ('params', 'gram', 0, 1.75)
     """
     check_reduction(loss_reduction)
     check_coupled(coupled)

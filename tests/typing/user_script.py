@@ -67,7 +67,8 @@ def use(params: Params, batch: jax.Array, optimizer: Any) -> None:
         optimizer, optimizer.init(params), params, result.grads, params
     )
     weights: jax.Array = top_k(total, 2)
-    print(explained, memory.bytes, values.of("val"), weights, conservation_error(result, direction))
+    print(explained, memory.bytes, norms.flops, values.of("val"), weights)
+    print(conservation_error(result, direction))
     print(squared_norms(loss_fn)(params, batch), pairwise_dots(loss_fn)(params, batch))
     print(value_and_clipped_grad(loss_fn, 1.0)(params, batch), layernorm_dot_products)
     print(
