@@ -1,4 +1,4 @@
-"""explain: where parameters meet data, by which route their dots come, and at what cost."""
+"""explain: where parameters meet data, by which route dots and norms come, and at what cost."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from ghostjax._explained_memory import device_bytes, memory_of
+from ghostjax._explained_norms import norms_of
 from ghostjax._explanation import Explanation, Use
 from ghostjax._flops import equation_flops, flops, flops_after, rounds_unknown
 from ghostjax._jaxprs import describe_operation
@@ -35,7 +36,7 @@ def explain(
     budget: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Callable[..., Explanation]:
-    """Where parameters meet data, how their dots are made there, and what that costs.
+    """Where parameters meet data, how dots and norms are made, and what that costs.
 
         print(explain(loss_fn)(params, batch))
 
@@ -56,9 +57,10 @@ def explain(
       they are to be split over a mesh. Where the step takes more than the budget, the explanation
       says so, and what to change.
 
-    Guarantees: routes are told by the rule that ``value_grad_and_dots`` and ``value_and_dots_fn``
-    ask, for the backend that JAX uses here. FLOPs are counted in the programs that they run:
-    products exactly, everything else as one for every number (XLA's convention).
+    Guarantees: routes are told by the rules that ``value_grad_and_dots``, ``value_and_dots_fn``,
+    ``squared_norms`` and ``value_and_clipped_grad`` ask, for the backend that JAX uses here. FLOPs
+    are counted in the programs that they run: products exactly, everything else as one for every
+    number (XLA's convention). Where norms or clipped gradients are refused, it is told why.
 
     Raises:
       What ``value_grad_and_dots`` raises for the loss and its arguments.
@@ -75,6 +77,9 @@ def explain(
     ('params', 'tangent', 1, 32864, 65664)
     >>> explanation.plain_flops // 1000, round(explanation.cost, 2)
     (65, 1.5)
+    >>> [norm] = explanation.norms.parameters
+    >>> norm.parameter, str(norm.route), norm.bytes, round(explanation.clipped_cost, 2)
+    ('params', 'gram', 0, 1.75)
     """
     check_reduction(loss_reduction)
     check_coupled(coupled)
@@ -154,6 +159,7 @@ def _explained(
         plain_flops=flops(step),
         push_flops=flops_after(pushed.jaxpr, pushed.jaxpr.invars[: len(vectors)]),
         uncounted=tuple(sorted({describe_operation(eqn) for eqn in rounds_unknown(step)})),
+        norms=norms_of(loss, arrays),
         memory=memory,
         budget=budget,
     )

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from ghostjax import _norm_costs
+from ghostjax._norm_costs import NormCosts
 from ghostjax._step_memory import StepMemory, in_units
 from ghostjax.core import Route
 
@@ -19,7 +21,7 @@ HEADER = (
     "late FLOP",
     "late bytes",
 )
-NUMBERS = frozenset({"times", "FLOP", "late FLOP", "late bytes"})
+NUMBERS = frozenset({"times", "FLOP", "late FLOP", "late bytes", "uses", "bytes kept"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Explanation:
       push_flops: of pushing the directions through what is made of parameters alone, such as casts.
       uncounted: operations of the plain step whose work shapes do not tell, such as while loops:
         one round of them is in ``plain_flops``.
+      norms: a ``NormCosts``: by which route norms of rows' gradients come, and at what cost; or why
+        they are refused.
       memory: a ``StepMemory``: bytes on each device, and what is sent.
       budget: bytes that one device has, as given or as it says itself; or None.
 
@@ -88,6 +92,7 @@ class Explanation:
     plain_flops: int
     push_flops: int
     uncounted: tuple[str, ...]
+    norms: NormCosts
     memory: StepMemory
     budget: int | None
 
@@ -117,6 +122,17 @@ class Explanation:
         return sum(use.late_bytes for use in self.uses)
 
     @property
+    def norms_cost(self) -> float | None:
+        """FLOPs of ``squared_norms`` over those of the plain step; None where it is refused."""
+        return None if self.norms.flops is None else self.norms.flops / max(self.plain_flops, 1)
+
+    @property
+    def clipped_cost(self) -> float | None:
+        """FLOPs of ``value_and_clipped_grad`` over those of the plain step; None where refused."""
+        clipped = self.norms.clipped_flops
+        return None if clipped is None else clipped / max(self.plain_flops, 1)
+
+    @property
     def fits(self) -> bool | None:
         """Whether a step of ``value_grad_and_dots`` takes no more than the budget, if there is one.
 
@@ -126,16 +142,8 @@ class Explanation:
         return None if self.budget is None else self.memory.bytes <= self.budget
 
     def __str__(self) -> str:
-        table = [HEADER, *self._cells()]
-        widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if name in NUMBERS else cell.ljust(width)
-                for name, cell, width in zip(HEADER, row, widths)
-            ).rstrip()
-            for row in table
-        ]
-        return "\n".join([*lines, "", *self._summary()])
+        blocks = [*(_aligned(*table) for table in self._tables()), self._summary()]
+        return "\n\n".join("\n".join(lines) for lines in blocks)
 
     def __rich__(self) -> Any:
         """For ``rich.print``."""
@@ -143,13 +151,20 @@ class Explanation:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table()
-        for name in HEADER:
-            justify = "right" if name in NUMBERS else "left"
-            table.add_column(name, justify=justify, overflow="fold")
-        for row in self._cells():
-            table.add_row(*map(Text, row))  # brackets in names are no markup
-        return Group(table, *map(Text, self._summary()))
+        tables = []
+        for header, rows in self._tables():
+            tables.append(Table())
+            for name in header:
+                justify = "right" if name in NUMBERS else "left"
+                tables[-1].add_column(name, justify=justify, overflow="fold")
+            for row in rows:
+                tables[-1].add_row(*map(Text, row))  # brackets in names are no markup
+        return Group(*tables, *map(Text, self._summary()))
+
+    def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        """Headers and cells."""
+        norms = self.norms.cells()
+        return [(HEADER, self._cells()), *([(_norm_costs.HEADER, norms)] if norms else [])]
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -173,21 +188,33 @@ class Explanation:
         plain, dots, late = map(in_units, (self.plain_flops, self.flops, self.late_flops))
         lines = [
             f"{self.num_rows} rows, {count} direction{'s' * (count > 1)}, on {self.backend}",
-            f"plain step           {plain:>6} FLOP",
-            f"value_grad_and_dots  {dots:>6} FLOP, {self.cost:.2f} of the plain step",
-            f"value_and_dots_fn    {late:>6} FLOP, {self.late_cost:.2f} of the plain step; keeps "
-            f"{factors}B of factors",
+            f"plain step              {plain:>6} FLOP",
+            f"value_grad_and_dots     {dots:>6} FLOP, {self.cost:.2f} of the plain step",
+            f"value_and_dots_fn       {late:>6} FLOP, {self.late_cost:.2f} of the plain step; "
+            f"keeps {factors}B of factors",
         ]
         if self.push_flops:
             lines.append(
                 f"of both, {in_units(self.push_flops)} FLOP to move the directions to the data"
             )
+        lines += self.norms.lines(self.plain_flops)
         if self.unused:
             lines.append(f"unused: {', '.join(self.unused)}")
         if self.uncounted:
             places = ", ".join(map(_shortened, self.uncounted))
             lines.append(f"counted once, however often they run: {places}")
         return [*lines, *self.memory.lines(self.budget, self.num_rows, count)]
+
+
+def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return [
+        "  ".join(
+            cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+            for name, cell, width in zip(header, row, widths)
+        ).rstrip()
+        for row in [header, *rows]
+    ]
 
 
 def _shortened(operation: str) -> str:

@@ -87,9 +87,7 @@ def _of_equation(eqn, live: list[bool]) -> int:
     if name == "cond":
         return max(flops(body, live) for body in bodies)
     if name == "scan":
-        _, carries = scan_counts(eqn)
-        live = [True] * carries + live[carries:]  # the next round may need a carry
-        return eqn.params["length"] * flops(bodies[0], live)
+        return eqn.params["length"] * flops(bodies[0], _live_in_rounds(eqn, bodies[0], live))
     if name == "shard_map":
         sizes = eqn.params["mesh"].shape
         devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
@@ -98,6 +96,19 @@ def _of_equation(eqn, live: list[bool]) -> int:
         return flops(eqn.params["jaxprs"].solve.jaxpr)
     straight = name != "while" and len(bodies) == 1 and len(bodies[0].outvars) == len(live)
     return sum(flops(body, live if straight else None) for body in bodies)
+
+
+def _live_in_rounds(eqn, body, live: list[bool]) -> list[bool]:
+    """The outputs of a scan's body that are needed, if those of the scan are: the next round may
+    need a carry that nothing else does."""
+    consts, carries = scan_counts(eqn)
+    inputs = body.invars[consts : consts + carries]
+    while True:
+        _, used = live_equations(body, live)
+        found = [own or var in used for own, var in zip(live, inputs)] + live[carries:]
+        if found == live:
+            return live
+        live = found
 
 
 def _size(var) -> int:

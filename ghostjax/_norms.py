@@ -46,6 +46,7 @@ def squared_norms(
     Guarantees: one forward and one backward pass. Where static shapes say that it costs less, norms
     come from pairs of a row's positions: of matrix products and look-ups, of a matrix that is used
     several times too. Else one row's gradient, or a few of a convolution's, is formed at a time.
+    ``explain`` tells which, and the cost.
     What belongs to no row, such as weight decay inside the loss, is in no row's norm.
 
     Raises:
@@ -149,7 +150,7 @@ def value_and_clipped_grad(
             loss_reduction=loss_reduction,
         )
         found = check_labels(loss, labels, num_labels)
-        left, weighted = clipping_pass(loss, arrays, found)
+        left, weighted = clipping_pass(loss, arrays, found, at_once=True)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         largest = jnp.where(max_norm > 0, max_norm, jnp.nan)
         own = jnp.minimum(1, largest * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))

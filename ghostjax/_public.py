@@ -16,6 +16,7 @@ from ghostjax._kinds import by_kind as by_kind
 from ghostjax._late import LateDots as LateDots
 from ghostjax._late import value_and_dots_fn as value_and_dots_fn
 from ghostjax._log import aggregate_and_log as aggregate_and_log
+from ghostjax._norm_costs import NormCosts as NormCosts
 from ghostjax._norms import squared_norms as squared_norms
 from ghostjax._norms import value_and_clipped_grad as value_and_clipped_grad
 from ghostjax._pairs import pairwise_dots as pairwise_dots

@@ -16,6 +16,7 @@ from ghostjax.core import (
     DirectedSquares,
     Found,
     Labels,
+    NormRoute,
     Regrouped,
     Rows,
     Squares,
@@ -23,7 +24,7 @@ from ghostjax.core import (
     mapped,
     on_this_mesh,
     pair_squares,
-    pairs_cost_less,
+    route_of_waiting,
     splits_rows,
     square,
     typed_as,
@@ -98,13 +99,23 @@ class Pass:
         dots, shared = contracted(program, self.arrays, self.factors, gradients, count, self.labels)
         return by_row_label(dots, shared, self.labels)[0]
 
-    def squared_norms(self) -> Any:
-        """A tree of the parameters, every leaf [B] or [S]."""
-        uses: dict[int, list[str]] = {}
+    def uses(self) -> dict[int, list[str]]:
+        """By parameter, the meetings that wait."""
+        found: dict[int, list[str]] = {}
         for key, meeting in self.meetings().items():
             for path in meeting.moving:
-                uses.setdefault(path, []).append(key)
-        over_pairs = {path for path, keys in uses.items() if self._goes_over_pairs(keys)}
+                found.setdefault(path, []).append(key)
+        return found
+
+    def route(self, keys: Collection[str]) -> NormRoute:
+        """Of a parameter's meetings that wait."""
+        meetings = [self.found.meetings[key] for key in keys]
+        return route_of_waiting(meetings, [self.factors[key][1] for key in keys])
+
+    def squared_norms(self) -> Any:
+        """A tree of the parameters, every leaf [B] or [S]."""
+        uses = self.uses()
+        over_pairs = {path for path, keys in uses.items() if self.route(keys) is NormRoute.PAIRS}
         cut = {
             path
             for path, keys in uses.items()
@@ -156,18 +167,6 @@ class Pass:
         meeting, (kept, cotangents) = self.found.meetings[key], self.factors[key]
         inside = meeting.outputs[meeting.differentiable[0]].shape
         return meeting.places(kept, cotangents[0].ndim - len(inside))
-
-    def _goes_over_pairs(self, keys: Collection[str]) -> bool:
-        """Whether the meetings are uses of one matrix, outside of loops, for which that pays."""
-        meetings = [self.found.meetings[key] for key in keys]
-        uses = [meeting.use for meeting in meetings]
-        if None in uses:
-            return False
-        is_alone = all(
-            self.factors[key][1][0].ndim == len(meeting.outputs[meeting.differentiable[0]].shape)
-            for key, meeting in zip(keys, meetings)
-        )
-        return is_alone and pairs_cost_less(uses)
 
     def _factors(self, key: str):
         meeting = self.found.meetings[key]
@@ -225,16 +224,16 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
 
 
 def clipping_pass(
-    loss: Loss, arrays: Arrays, labels: Labels | None
+    loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
 ) -> tuple[Pass, Callable[[jax.Array], list[Any]]]:
-    """One forward and one backward pass; and a second backward pass, as a function of weights.
+    """``row_pass``; and a second backward pass, as a function of weights.
 
     That gives the gradient of the loss with every row's part times its weight: of rows [B], or of
     labels of positions [S]. Rows of weight 0 may hold what is no number.
     """
     check_devices(arrays)
     run = _walked(loss, arrays, labels, Clipped)
-    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=True)
+    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=at_once)
     check_in_rows(loss, found)
     last: list[Found] = []
 
@@ -372,10 +371,7 @@ def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: 
     specs = jax.eval_shape(shapes)
     (found,) = first
     in_rows = {key for key in specs if all(found.meetings[key].in_rows.values())}
-    keys = frozenset()
-    if at_once and labels is None and not loss.per_example:
-        regrouped = {key for key in specs if isinstance(found.meetings[key], Regrouped)}
-        keys = found.at_once() & (in_rows - regrouped)
+    keys = keys_at_once(loss, labels, found) & in_rows if at_once else frozenset()
     waiting = in_rows - keys
     slots = {key: jax.tree.map(zeros_of, spec) for key, spec in specs.items() if key in waiting}
     rows = loss.num_rows if labels is None else labels.count
@@ -383,3 +379,12 @@ def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: 
     if labels is None:
         taps = {path: like_rows(tap, arrays.batch) for path, tap in taps.items()}
     return taps, slots, keys, found
+
+
+def keys_at_once(loss: Loss, labels: Labels | None, found: Found) -> frozenset[str]:
+    """The meetings whose norms come out of the pass itself, if they are those of rows."""
+    if labels is not None or loss.per_example:
+        return frozenset()
+    return frozenset(
+        key for key in found.at_once() if not isinstance(found.meetings[key], Regrouped)
+    )

@@ -15,10 +15,17 @@ parameter  meets data in                          times  row axis  dots  route  
 ['b']      add at test_explanation.py:##              1  0         rows  features    320   features         320          64
 ['w']      dot_general at test_explanation.py:##      1  0         rows  tangent   7.18 k  tangent        7.18 k     2.50 Ki
 
+norm of  uses  route       FLOP  bytes kept
+['b']       1  features    288           0
+['w']       1  rows      3.26 k          0
+
 4 rows, 2 directions, on cpu
-plain step           7.69 k FLOP
-value_grad_and_dots  15.2 k FLOP, 1.98 of the plain step
-value_and_dots_fn    15.2 k FLOP, 1.98 of the plain step; keeps 2.56 KiB of factors
+plain step              7.69 k FLOP
+value_grad_and_dots     15.2 k FLOP, 1.98 of the plain step
+value_and_dots_fn       15.2 k FLOP, 1.98 of the plain step; keeps 2.56 KiB of factors
+squared_norms           7.42 k FLOP, 0.97 of the plain step
+value_and_clipped_grad  13.0 k FLOP, 1.69 of the plain step
+norms=True adds 3.58 k FLOP to value_grad_and_dots
 unused: ['unused']
 memory: parameters 128 B, data 1.50 KiB, direction 256 B, gradient 128 B
 and about 3.06 KiB in value_grad_and_dots or 3.09 KiB in value_and_dots_fn, 1.09 KiB in the plain step"""  # noqa: E501
@@ -48,7 +55,11 @@ def test_as_a_table_of_rich():
     assert "┏" in text
     for use in explanation.uses:
         assert use.parameter in text
-    assert text.count("tangent") + text.count("features") == 2 * len(explanation.uses)
+    told = [route for use in explanation.uses for route in (use.route, use.late_route)]
+    told += [norm.route for norm in explanation.norms.parameters]
+    assert len(told) == 6
+    for route in ("tangent", "features"):  # "rows" is a word of other columns, too
+        assert text.count(route) == told.count(route) > 0
     *_, summary = str(explanation).split("\n\n")
     assert summary in text
 

@@ -74,10 +74,20 @@ ONES = {
         (zeros(4),),
         5 * 4,
     ),
+    "what only the next round of a carry needs": (
+        lambda x: jax.lax.fori_loop(0, 3, lambda _, c: (c[0] * c[1], c[1] + c[2], *c[2:]), x)[0],
+        (tuple(zeros(4) for _ in range(4)),),
+        3 * (4 + 4),
+    ),
+    "carries that nothing needs": (
+        lambda x: jax.lax.fori_loop(0, 3, lambda _, c: (jnp.sin(c[0]), c[0] * c[1]), (x, x))[0],
+        (zeros(4),),
+        3 * 4,  # as XLA, which takes them out of its while loops
+    ),
     "loop in a loop": (
         lambda x: jax.lax.fori_loop(0, 3, lambda _, c: jax.lax.map(jnp.sin, c), x),
         (zeros(4, 2),),
-        3 * (8 + 1),  # and the counter
+        3 * 8,  # and no counter, which nothing needs
     ),
     "largest branch": (
         lambda x: jax.lax.switch(0, [jnp.sin, lambda x: x * 2 + 1, lambda x: x], x),

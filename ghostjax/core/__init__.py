@@ -16,9 +16,13 @@ from ghostjax.core.examples import Regrouped as Regrouped
 from ghostjax.core.harvest import Harvest as Harvest
 from ghostjax.core.harvest import contract as contract
 from ghostjax.core.harvest import mapped as mapped
+from ghostjax.core.harvest import rounds as rounds
 from ghostjax.core.harvest import summed as summed
 from ghostjax.core.meeting import Meeting as Meeting
 from ghostjax.core.meeting import Route as Route
+from ghostjax.core.norm_routes import NormRoute as NormRoute
+from ghostjax.core.norm_routes import route_at_once as route_at_once
+from ghostjax.core.norm_routes import route_of_waiting as route_of_waiting
 from ghostjax.core.opaque import is_known as is_known
 from ghostjax.core.places import Rows as Rows
 from ghostjax.core.places import infer as infer
@@ -43,6 +47,5 @@ from ghostjax.core.types import varying as varying
 from ghostjax.core.types import varying_as as varying_as
 from ghostjax.core.types import zeros_of as zeros_of
 from ghostjax.core.uses import pair_squares as pair_squares
-from ghostjax.core.uses import pairs_cost_less as pairs_cost_less
 from ghostjax.core.values import Value as Value
 from ghostjax.core.walk import Walk as Walk

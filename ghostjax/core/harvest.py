@@ -108,10 +108,10 @@ def sums_of_left(meeting: Meeting, route, stacked: bool, kept, cotangents, vecto
 
 def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *others: Any) -> Any:
     """``function(kept, cotangents, ...)`` of a meeting, summed over the loops it is in."""
-    rounds = _rounds(meeting, cotangents)
-    if not rounds:
+    loops = rounds(meeting, cotangents)
+    if not loops:
         return function(kept, cotangents, *others)
-    every = _in_one_loop((kept, cotangents, *others), len(rounds))
+    every = _in_one_loop((kept, cotangents, *others), len(loops))
     shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], every))
     zeros = jax.tree.map(zeros_of, shapes)
 
@@ -123,15 +123,15 @@ def summed(function: Any, meeting: Any, kept: Any, cotangents: list[Any], *other
 
 def mapped(function: Any, meeting: Any, kept: Any, cotangents: list[Any]) -> Any:
     """The same, stacked as the loops stack."""
-    rounds = _rounds(meeting, cotangents)
-    if not rounds:
+    loops = rounds(meeting, cotangents)
+    if not loops:
         return function(kept, cotangents)
-    every = _in_one_loop((kept, cotangents), len(rounds))
+    every = _in_one_loop((kept, cotangents), len(loops))
     found = jax.lax.map(lambda each: function(*each), every)
-    return jax.tree.map(lambda leaf: leaf.reshape(*rounds, *leaf.shape[1:]), found)
+    return jax.tree.map(lambda leaf: leaf.reshape(*loops, *leaf.shape[1:]), found)
 
 
-def _rounds(meeting: Any, cotangents: list[Any]) -> tuple[int, ...]:
+def rounds(meeting: Any, cotangents: list[Any]) -> tuple[int, ...]:
     """The lengths of the loops that stacked the cotangents."""
     first = meeting.differentiable[0]
     shape = cotangents[0].shape

@@ -3,8 +3,7 @@
     |dW_i|^2 = sum_ts (x_it . x_is) (c_it . c_is)       Gram: over pairs of a row's positions
              = sum_io (sum_t x_it c_it)^2               rows: one row's weight gradient at a time
 
-Both are for parameters that are used once. Of others, the gradient of one row after another is put
-together from all uses, so that their cross terms are in it.
+Which of these and others is taken, ``norm_routes`` says.
 """
 
 import functools
@@ -16,17 +15,18 @@ import jax.numpy as jnp
 
 from ghostjax.core.at_once import AtOnce, Found
 from ghostjax.core.channel import set_aside
-from ghostjax.core.convolutions import conv_squares, is_unfolded
+from ghostjax.core.convolutions import conv_squares
 from ghostjax.core.directed import Directed, through_channel, to_slots
-from ghostjax.core.gram import gram_squares, squares_cost_less
+from ghostjax.core.gram import gram_squares
 from ghostjax.core.meeting import one_per_row, where_taken, wide_dtype
+from ghostjax.core.norm_routes import NormRoute, route_at_once
 from ghostjax.core.place_rules import Rows
-from ghostjax.core.routes import Product, Repeated, make_meeting
+from ghostjax.core.routes import Product, make_meeting
 from ghostjax.core.row_blocks import map_parts
 from ghostjax.core.row_map import splits_rows
 from ghostjax.core.row_parts import Part, has_split_rows
 from ghostjax.core.types import cotangent_as
-from ghostjax.core.uses import Use, pair_squares, pairs_cost_less, use_of
+from ghostjax.core.uses import Use, pair_squares, use_of
 from ghostjax.core.values import Value
 
 
@@ -104,20 +104,24 @@ class RowMeeting:
     def squares(self, kept: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
         """By parameter, each of which comes as it is and once: squared norms [B]."""
         whole, (arrays, _) = self.whole, kept
-        if isinstance(whole, Repeated):
-            rows = whole.flat(whole.row_gradients(arrays, *cotangents))
-            return dict.fromkeys(self.moving, jnp.sum(jnp.square(rows), axis=1))
-        if isinstance(whole, Product):
-            factors = whole.factors(arrays[1 - whole.parameter], *cotangents)
-            if squares_cost_less(whole.sizes):
-                return dict.fromkeys(self.moving, gram_squares(*factors))
-        if is_unfolded(whole) and not self.row_by_row:
-            return dict.fromkeys(self.moving, conv_squares(whole, arrays[0], *cotangents))
-        if self.use is not None and pairs_cost_less([self.use]):
-            squares = pair_squares([self.use.factors(arrays, *cotangents)])
-            return dict.fromkeys(self.moving, squares)
-        if isinstance(whole, Product) and not self.in_branch:
-            squares = whole.squares(arrays[1 - whole.parameter], *cotangents)
+        match route_at_once(self):
+            case NormRoute.FEATURES:
+                rows = whole.flat(whole.row_gradients(arrays, *cotangents))
+                squares = jnp.sum(jnp.square(rows), axis=1)
+            case NormRoute.GRAM:
+                factors = whole.factors(arrays[1 - whole.parameter], *cotangents)
+                squares = gram_squares(*factors)
+            case NormRoute.WINDOWS:
+                squares = conv_squares(whole, arrays[0], *cotangents)
+            case NormRoute.PAIRS:
+                squares = pair_squares([self.use.factors(arrays, *cotangents)])
+            case _:
+                return self._row_by_row(kept, cotangents)
+        return dict.fromkeys(self.moving, squares)
+
+    def _row_by_row(self, kept, cotangents):
+        if isinstance(self.whole, Product) and not self.in_branch:
+            squares = self.whole.squares(kept[0][1 - self.whole.parameter], *cotangents)
             return dict.fromkeys(self.moving, squares)
 
         def of_row(row, factors):

@@ -340,3 +340,6 @@ def test_explain_shows_what_is_of_nobody():
         "['b']": True,
         "['s']": False,
     }
+    assert explanation.norms.refused.startswith("coupled rows have shares of the loss")
+    assert explanation.norms_cost is explanation.clipped_cost is None
+    assert "squared_norms           refused: coupled rows have shares" in str(explanation)

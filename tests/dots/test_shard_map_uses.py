@@ -318,7 +318,10 @@ def test_the_engine_takes_data_inside():
 
 
 def test_explained():
-    uses = explain(tensor(True))(PARAMS, BATCH).uses
+    explanation = explain(tensor(True))(PARAMS, BATCH)
+    uses = explanation.uses
+    assert "gradients of single rows are not put together" in explanation.norms.refused
+    assert explanation.norms.parameters == ()
     assert [use.parameter for use in uses] == ["['b']", "['emb']", "['v']", "['w']"]
     assert {(use.times, use.in_rows) for use in uses} == {(1, True)}
 

@@ -17,6 +17,7 @@ from ghostjax import (
     GradDots,
     InRunValues,
     LateDots,
+    NormCosts,
     RunLog,
     StepMemory,
     Task,
@@ -60,12 +61,14 @@ def use(params: Params, batch: jax.Array, optimizer: Any) -> None:
     assert_dots_close(of_engine.dots, late.dots)
     explained: Explanation = explain(loss_fn, budget=2**30)(params, batch)
     memory: StepMemory = explained.memory
+    norms: NormCosts = explained.norms
     values: InRunValues = InRunValues.zeros(8).add(jnp.arange(4), aggregate(result.dots))
     direction = directions.through_optimizer(
         optimizer, optimizer.init(params), params, result.grads, params
     )
     weights: jax.Array = top_k(total, 2)
-    print(explained, memory.bytes, values.of("val"), weights, conservation_error(result, direction))
+    print(explained, memory.bytes, norms.flops, values.of("val"), weights)
+    print(conservation_error(result, direction))
     print(squared_norms(loss_fn)(params, batch), pairwise_dots(loss_fn)(params, batch))
     print(value_and_clipped_grad(loss_fn, 1.0)(params, batch), layernorm_dot_products)
     print(
