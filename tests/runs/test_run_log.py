@@ -359,11 +359,13 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch):
     assert found.find("30") is None
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_examples_of_several_blocks_are_read_again(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize(
+    "kind", [range, lambda n: pa.chunked_array([[*range(4)], [*range(4, n)]]), None]
+)
+def test_examples_of_several_blocks_are_read_again(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(listed, "BLOCK", 3)
     monkeypatch.setattr("ghostjax.runs.loop.examples.BLOCK", 3)
-    examples = {"id": range(10), "size": np.arange(10)} if given else None
+    examples = kind and {"id": kind(10), "size": kind(10)}
     for first, end in ((0, 4), (2, 5)):
         with RunLog(tmp_path, examples=examples, resume=True, step=first or None) as log:
             assert log.step == first
