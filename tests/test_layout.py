@@ -59,15 +59,16 @@ RANKS = {
 # The rooms of ghostjax.runs, and which others each may import.
 ROOMS = {
     "blocks": (),
+    "listed": ("blocks",),
     "errors": (),
     "models": (),
     "processes": ("errors",),
-    "store": ("blocks", "errors", "processes"),
+    "store": ("errors", "listed", "processes"),
     "config": ("errors", "models", "store"),
-    "data": ("blocks", "errors", "models", "config"),
+    "data": ("blocks", "errors", "listed", "models", "config"),
     "training": ("errors", "models", "config", "data", "analysis"),
     "analysis": ("errors", "store"),
-    "loop": ("errors", "store", "analysis"),
+    "loop": ("errors", "listed", "store", "analysis"),
     "report": ("blocks", "errors", "config", "store", "data", "training", "analysis"),
     "commands": (
         "errors",

@@ -43,7 +43,8 @@ def _files(option: str, pattern: str) -> list[Path]:
         return [Path(pattern)]
     found = sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
     if not found:
-        raise UsageError(f"{option} {pattern}: no file fits this pattern")
+        brackets = "; a [ that is in a name itself is written [[]" if "[" in pattern else ""
+        raise UsageError(f"{option} {pattern}: no file fits this pattern{brackets}")
     return list(map(Path, found))
 
 
@@ -198,6 +199,10 @@ class TrainConfig:
             name, separator, path = text.partition("=")
             if not separator:
                 name, path = "val", text
+            if os.sep in name:
+                raise UsageError(
+                    f"--val {text}: a path with = in it needs a name before it, as val={text}"
+                )
             check_set_name(name, f"--val {text}")
             files.setdefault(name, []).extend(_files("--val", path))
         return files

@@ -1,10 +1,11 @@
 """What a run measured, as numbers over the steps."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from ghostjax.runs.analysis.values import (
     Valued,
@@ -12,7 +13,7 @@ from ghostjax.runs.analysis.values import (
     read_values,
     weights_of_steps,
 )
-from ghostjax.runs.store.run import Run, find
+from ghostjax.runs.store.run import Run
 
 MAX_DOMAINS = 20  # those with the most visits
 _OF_SETS = {
@@ -49,52 +50,80 @@ def curves(source: Run, count: int) -> Iterator[Curve]:
         found |= {name.format(which): own.format(which) for name, own in _OF_SETS.items()}
     for name, column in found.items():
         yield from _known(names(name), steps, source.numbers("steps", column))
-    norms, of_visits = source.numbers("scores", "norm"), source.scores["step"].to_numpy()
-    yield from _known(names("norm/train"), *_means(of_visits, norms))
+    yield from _known(names("norm/train"), steps, _means(source, "norm"))
     yield from _kinds(source, names)
     for which, valued in values.items():
-        yield from _values(source, which, valued, count, names)
+        for own in _sums(source, which, valued, count):
+            yield own.curve(names)
 
 
 def _kinds(source: Run, names: "_Names") -> Iterator[Curve]:
-    table = {name: np.array(source.kinds[name].to_pylist()) for name in source.kinds.column_names}
     for which in source.sets:
-        for kind in dict.fromkeys(table["kind"].tolist()):
-            own = (table["set"] == which) & (table["kind"] == kind)
-            scores = table["score"][own].astype(float)
-            yield from _known(names(f"kinds/{which}/{kind}"), table["step"][own], scores)
+        of_set = source.kinds.filter(pc.equal(source.kinds["set"], which))
+        for kind in source.kinds["kind"].unique().to_pylist():
+            own = of_set.filter(pc.equal(of_set["kind"], kind))
+            scores = own["score"].to_numpy().astype(float)
+            yield from _known(names(f"kinds/{which}/{kind}"), own["step"].to_numpy(), scores)
 
 
-def _values(
-    source: Run, which: str, valued: Valued, count: int, names: "_Names"
-) -> Iterator[Curve]:
-    places = np.concatenate([some["place"] for some in source.visits()])
-    steps = source.scores["step"].to_numpy()
-    scores = weights_of_steps(source, which)[steps] * source.numbers("scores", f"score_{which}")
-    scored = np.isfinite(scores)
-    places, steps, scores = places[scored], steps[scored], scores[scored]
-
-    def up_to(name: str, mask: np.ndarray) -> Curve:
-        own, ends = np.unique(steps[mask][::-1], return_index=True)  # the last visit of each step
-        sums = np.cumsum(scores[mask])
-        return Curve(names(name), own, sums[len(sums) - 1 - ends])
-
-    yield up_to(f"value/{which}/all", np.ones(len(steps), bool))
-    domains = np.array(list(valued.domains))[places]
-    found, visits = np.unique(domains, return_counts=True)
-    for domain in found[np.argsort(-visits, kind="stable")][:MAX_DOMAINS]:
-        yield up_to(f"value/{which}/domain {domain}", domains == domain)
+def _sums(source: Run, which: str, valued: Valued, count: int) -> list["_Sum"]:
+    """What values come to: all, by domain, and of the examples of either end."""
+    coded = source.domains.dictionary_encode()
+    code_of, domains = coded.indices.to_numpy(), coded.dictionary.to_pylist()
+    visits = np.bincount(code_of, valued.visits, len(domains))
+    largest = sorted(np.flatnonzero(visits).tolist(), key=lambda n: (-visits[n], domains[n]))
     ranked = valued.ranked()
     ends = ranked.select(np.concatenate(both_ends(ranked, count)))
-    for name, place in zip(ends.ids, find(ends.ids, source.ids)):
-        yield up_to(f"examples/{which}/{name}", places == place)
+    found = [_Sum(f"value/{which}/all", lambda places: places >= 0)]
+    found += [
+        _Sum(f"value/{which}/domain {domains[n]}", lambda places, n=n: code_of[places] == n)
+        for n in largest[:MAX_DOMAINS]
+    ]
+    found += [
+        _Sum(f"examples/{which}/{name}", lambda places, own=own: places == own)
+        for name, own in zip(ends.ids, ends.ids.places)
+    ]
+    weights, column = weights_of_steps(source, which), f"score_{which}"
+    for some in source.visits(column):
+        scores = weights[some["step"]] * some[column]
+        scored = np.isfinite(scores)
+        for own in found:
+            own.add(some["step"][scored], some["place"][scored], scores[scored])
+    return found
 
 
-def _means(steps: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over the rows of each step that have a number."""
-    known = np.isfinite(numbers)
-    found, which = np.unique(steps[known], return_inverse=True)
-    return found, np.bincount(which, numbers[known]) / np.bincount(which)
+class _Sum:
+    """What the scores of some visits add up to, at the last of every step; ``holds`` tells of
+    examples by their places whether their visits are among them."""
+
+    def __init__(self, name: str, holds: Callable[[np.ndarray], np.ndarray]):
+        self._name, self._holds = name, holds
+        self._steps, self._sums, self._last = [], [], 0.0
+
+    def add(self, steps: np.ndarray, places: np.ndarray, scores: np.ndarray) -> None:
+        own = self._holds(places)
+        steps, scores = steps[own], scores[own]
+        if len(steps):
+            sums = np.cumsum(np.concatenate([[self._last], scores]))[1:]
+            ends = np.flatnonzero(np.append(np.diff(steps) > 0, True))
+            self._steps.append(steps[ends])
+            self._sums.append(sums[ends])
+            self._last = sums[-1]
+
+    def curve(self, names: "_Names") -> Curve:
+        nothing = [np.zeros(0, int)]
+        steps, sums = (np.concatenate(own or nothing) for own in (self._steps, self._sums))
+        return Curve(names(self._name), steps, sums)
+
+
+def _means(source: Run, column: str) -> np.ndarray:
+    """[steps], the mean over the visits of each that have a number; NaN without any."""
+    sums, counts = np.zeros((2, source.end))
+    for some in source.visits(column):
+        known = np.isfinite(some[column])
+        np.add.at(sums, some["step"][known], some[column][known])
+        np.add.at(counts, some["step"][known], 1)
+    return np.divide(sums, counts, out=np.full(source.end, np.nan), where=counts > 0)
 
 
 def _known(name: str, steps: np.ndarray, numbers: np.ndarray) -> Iterator[Curve]:

@@ -11,8 +11,9 @@ Source: Broder, On the resemblance and containment of documents (1997); Leskovec
 Mining of Massive Datasets, chapter 3.
 """
 
+import array
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def duplicates(
     keys = np.zeros((_BANDS, count), np.uint64)
     for n in range(count):
         keys[:, n] = band_keys(elements(n))
-    group = list(range(count))
+    group = array.array("q", range(count))
 
     def root(n: int) -> int:
         while group[n] != n:
@@ -54,10 +55,9 @@ def duplicates(
         return n
 
     for band in keys:
-        order = np.argsort(band, kind="stable")
-        for run in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+        for alike in _equal(band):
             met: dict[int, list[int]] = {}
-            for n in run.tolist() if len(run) > 1 else ():
+            for n in alike:
                 met.setdefault(root(n), []).append(n)
                 # Against all that it does not belong to yet: of copies, one is enough.
                 for other in [other for other in met if other != root(n)]:
@@ -66,11 +66,18 @@ def duplicates(
                         group[max(root(n), other)] = min(root(n), other)
                         met[root(n)] = more
                         more.extend(less)
-    found: dict[int, list[int]] = {}
-    for n in range(count):
-        found.setdefault(root(n), []).append(n)
-    groups = [members for members in found.values() if len(members) > 1]
-    return sorted(groups, key=lambda members: (-len(members), members))
+    roots = np.fromiter(map(root, range(count)), np.int64, count)
+    return sorted(_equal(roots), key=lambda members: (-len(members), members))
+
+
+def _equal(keys: np.ndarray) -> Iterator[list[int]]:
+    """The places, ascending, of every key that is there twice or more."""
+    order = np.argsort(keys, kind="stable")
+    edges = np.flatnonzero(keys[order[1:]] != keys[order[:-1]]) + 1
+    starts, ends = np.append(0, edges), np.append(edges, len(keys))
+    several = ends - starts > 1
+    for start, end in zip(starts[several], ends[several]):
+        yield order[start:end].tolist()
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from ghostjax.runs.report import output
 from ghostjax.runs.store.run import Run, read_run
 
 DEFAULT_COUNT = 10
+_BLOCK = 2**10  # examples of which rows are made together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def run(config: DiffConfig) -> None:
                 "finished": [a.is_finished, b.is_finished],
                 "differing_fingerprints": differing_fingerprints(a.metadata, b.metadata),
                 "sets": {
-                    name: {**found.summary(), "examples": list(_rows(name, found, config))}
+                    name: {**found.summary(), "examples": _rows(name, found, config)}
                     for name, found in compared.items()
                 },
             }
@@ -168,28 +169,26 @@ def _rows(name: str, found: Comparison, config: DiffConfig) -> Iterator[dict[str
         "rank_a": found.rank_a,
         "rank_b": found.rank_b,
     }
-    for n in found.largest()[: config.count]:
-        yield {"set": name, **{column: values[n] for column, values in columns.items()}}
+    order = found.largest()[: config.count]
+    for start in range(0, len(order), _BLOCK):
+        some = order[start : start + _BLOCK]
+        for row in zip(*(own[some] for own in columns.values()), strict=True):
+            yield {"set": name, **dict(zip(columns, row, strict=True))}
     if config.count is not None:
         return
     absences = {"a": found.missing_b, "b": found.missing_a}
     for letter, alone in (("a", found.only_a), ("b", found.only_b)):
-        measured, errors = alone.measured(config.by)
-        verdicts, other = alone.verdicts, "b" if letter == "a" else "a"
-        for n in range(len(alone)):
-            yield (
-                {"set": name}
-                | dict.fromkeys(columns)
-                | {
-                    "id": alone.ids[n],
-                    "domain": alone.domains[n],
-                    f"visits_{letter}": alone.visits[n],
-                    f"value_{letter}": measured[n],
-                    f"error_{letter}": errors[n],
-                    f"verdict_{letter}": verdicts[n],
-                    f"verdict_{other}": absences[letter][n],
-                }
-            )
+        other = "b" if letter == "a" else "a"
+        own = {
+            "id": alone.ids,
+            "domain": alone.domains,
+            f"visits_{letter}": alone.visits,
+            **dict(zip((f"value_{letter}", f"error_{letter}"), alone.measured(config.by))),
+            f"verdict_{letter}": alone.verdicts,
+            f"verdict_{other}": absences[letter],
+        }
+        for row in zip(*own.values(), strict=True):
+            yield {"set": name} | dict.fromkeys(columns) | dict(zip(own, row, strict=True))
 
 
 def _print_set(name: str, found: Comparison, config: DiffConfig, console: Console) -> None:

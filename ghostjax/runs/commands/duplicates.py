@@ -26,6 +26,7 @@ from ghostjax.runs.store.run import Run, read_run
 
 DEFAULT_COUNT = 10
 MAX_MEMBERS = 8  # of a group, in the printed tables
+_BLOCK = 2**8  # groups whose rows are made together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,12 @@ def run(config: DuplicatesConfig) -> None:
     chosen = np.flatnonzero(config.mask(first))
     _, task = read_task(source)
     found = duplicates(len(chosen), lambda n: task.elements(chosen[n]), config.similarity)
-    groups = [Group.of(chosen[members], task) for members in found]
     values = {name: own for name, own in values.items() if config.set in (None, name)}
-    rows = [row for name in values for row in _rows(name, values[name], groups[: config.count])]
+    shown = config.count
+    if shown is None and not (config.csv or config.json):
+        shown = DEFAULT_COUNT
+    groups = [Group.of(chosen[members], task) for members in found[:shown]]
+    rows = (row for name, valued in values.items() for row in _rows(name, valued, groups))
     if config.csv:
         output.print_csv(rows, COLUMNS)
         return
@@ -97,27 +101,27 @@ def run(config: DuplicatesConfig) -> None:
         output.print_json(rows)
         return
     console = output.make_console(sys.stdout)
-    for number, group in enumerate(groups[: config.count or DEFAULT_COUNT], 1):
+    for number, group in enumerate(groups, 1):
         console.print(_table(number, group, values, console))
     if not config.quiet:
-        output.print_text(console, _told(source, config, len(chosen), groups))
+        output.print_text(console, _told(source, config, len(chosen), list(map(len, found))))
 
 
 class Group(NamedTuple):
     """Examples by their numbers [n], and how alike each is to the first of them [n]."""
 
     members: np.ndarray
-    similarities: list[float]
+    similarities: np.ndarray
 
     @classmethod
     def of(cls, members: np.ndarray, task: LoadedTask) -> "Group":
         first = task.elements(members[0])
-        return cls(members, [jaccard(first, task.elements(n)) for n in members])
+        return cls(members, np.array([jaccard(first, task.elements(n)) for n in members]))
 
     def value(self, valued: Valued) -> float:
         """The sum of those of the members that were visited; NaN without any."""
-        known = valued.values[self.members][valued.visited[self.members]]
-        return float(known.sum()) if len(known) else math.nan
+        own = valued.select(self.members)
+        return float(own.values[own.visited].sum()) if own.visited.any() else math.nan
 
 
 COLUMNS = (
@@ -127,13 +131,21 @@ COLUMNS = (
 
 
 def _rows(name: str, valued: Valued, groups: list[Group]) -> Iterator[dict[str, Any]]:
-    for number, group in enumerate(groups, 1):
-        of_group = name, number, len(group.members), group.value(valued)
-        own = valued.select(group.members)
+    for start in range(0, len(groups), _BLOCK):
+        some = groups[start : start + _BLOCK]
+        # Together, as excerpts are read with what is near them in the file.
+        own = valued.select(np.concatenate([group.members for group in some]))
+        of_groups = (
+            (*of_group, similarity)
+            for number, group in enumerate(some, start + 1)
+            for of_group in [(name, number, len(group.members), group.value(valued))]
+            for similarity in group.similarities
+        )
         numbers = own.visits, own.values, own.errors
-        columns = own.ids, own.domains, group.similarities, *numbers, own.verdicts, own.excerpts
-        for row in zip(*columns, strict=True):
-            yield dict(zip(COLUMNS, (*of_group, *row), strict=True))
+        columns = of_groups, own.ids, own.domains, *numbers, own.verdicts, own.excerpts
+        for (*of_group, similarity), one, domain, *more in zip(*columns, strict=True):
+            row = *of_group, one, domain, similarity, *more
+            yield dict(zip(COLUMNS, row, strict=True))
 
 
 def _table(number: int, group: Group, values: dict[str, Valued], console: Console) -> Table:
@@ -165,12 +177,12 @@ def _table(number: int, group: Group, values: dict[str, Valued], console: Consol
     return table
 
 
-def _told(source: Run, config: DuplicatesConfig, count: int, groups: list[Group]) -> str:
+def _told(source: Run, config: DuplicatesConfig, count: int, sizes: list[int]) -> str:
     which = f" of {config.words}" if config.words else ""
     alike = f"alike to {config.similarity:g} or more"
-    if not groups:
+    if not sizes:
         return f"Of {count} examples{which}, none are {alike}."
-    members, many = sum(len(group.members) for group in groups), len(groups)
+    members, many = sum(sizes), len(sizes)
     return (
         f"Of {count} examples{which}, {members} are in {many} group{'s' * (many > 1)} of examples "
         f"that are {alike}; with one of each group, {members - many} would be left out. Values are "

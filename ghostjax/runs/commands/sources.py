@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from ghostjax._task import IN_PYTHON
+from ghostjax.runs.commands.unchanged import check_data
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.loop.run_log import TASK
-from ghostjax.runs.store.fingerprint import fingerprint
+from ghostjax.runs.store.fingerprint import fingerprints
 from ghostjax.runs.store.run import Run
 from ghostjax.runs.store.weights import read_weights
 
@@ -34,8 +35,7 @@ def read_task(source: Run) -> tuple[TrainConfig, LoadedTask]:
             f"the data of {source.path} cannot be read again, needed where the run was started: "
             f"{error}"
         ) from error
-    if begun["fingerprints"]["data"] != fingerprint(task.contents()):
-        raise UsageError(f"{source.path}: the data changed since the run began")
+    check_data(begun, *fingerprints(task.contents()), source.path)
     return config, task
 
 

@@ -61,13 +61,13 @@ def run(config: TensorboardConfig) -> None:
     folder = config.run / FOLDER if config.out is None else config.out
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is not a directory")
-    found = list(curves(read_run(config.run), config.count))
+    source = read_run(config.run)
     with tempfile.TemporaryDirectory() as aside:
         events = Path(aside) / NAME
-        _write_events(events, found)
+        _write_events(events, curves(source, config.count))
         folder.mkdir(parents=True, exist_ok=True)
-        with events.open("rb") as source:
-            write_file(folder / NAME, lambda file: shutil.copyfileobj(source, file))
+        with events.open("rb") as made:
+            write_file(folder / NAME, lambda file: shutil.copyfileobj(made, file))
     if not config.quiet:
         print(plain(str(folder / NAME)))
 

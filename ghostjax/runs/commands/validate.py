@@ -109,7 +109,8 @@ def run(config: ValidateConfig) -> None:
     actual = losses[1:] - losses[0]
     result = {}
     for k, (name, valued) in enumerate(read_values(source).items()):
-        predicted = left_out[1:] @ np.nan_to_num(valued.values)
+        measured = np.nan_to_num(valued.values)
+        predicted = np.array([mask @ measured for mask in left_out[1:]])
         low, high = correlation_interval(predicted, actual[:, k])
         result[name] = {
             "spearman": spearman(predicted, actual[:, k]),

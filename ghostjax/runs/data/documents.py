@@ -54,6 +54,7 @@ class Documents(Sequence[Document]):
 
     def __init__(self, shards: Sequence[Shard], fields: Fields):
         self._shards, self._fields = shards, fields
+        self._without: list[Path] = []  # the files without any
         self._ends: list[int] = []  # of each shard, how many documents there are up to its end
         self._at, self._index, self._sizes = array.array("q"), array.array("I"), array.array("I")
 
@@ -100,7 +101,7 @@ class Documents(Sequence[Document]):
         self, shard: Shard, measure: Callable[[list[bytes]], Sequence[int]], skipped: Skipped
     ) -> Iterator[str]:
         """Takes in a shard; yields the ids of all that is in it, of what is skipped, too."""
-        filled = 0
+        index, filled = -1, 0
         for block in blocks(enumerate(shard.scan()), BLOCK):
             found = [
                 _document(shard, f"{shard.unit} {record.number}", record.fields, self._fields, n)
@@ -116,8 +117,10 @@ class Documents(Sequence[Document]):
                 self._at.append(record.at)
                 self._index.append(index)
                 self._sizes.append(size)
+        if index < 0:
+            skipped.add(str(shard.path))
         if not filled:
-            raise UsageError(f"{shard.path}: no documents in it of at least {MIN_BYTES} bytes")
+            self._without.append(shard.path)
         self._ends.append(len(self))
 
 
@@ -131,16 +134,18 @@ def read_documents(
 
     Where ``fields``, by default ``Fields()``, has none for them, ids are ``stem:index`` with the
     document's index in its file, from 0, and the domain is the stem. Texts of fewer than two bytes
-    or tokens are skipped, and keep their index.
+    or tokens are skipped, and keep their index; so are files in which there is nothing, as some of
+    many may be.
 
     Args:
       measure: of texts, how many tokens they have. None: as many as bytes.
       skipped: is told of those that are.
 
     Raises:
-      UsageError: a file is missing, unreadable, of another kind or without a document, two files
-        have one stem, two documents have one id, a line is not a JSON object, or a field is missing
-        or of another type. The message names the file and, where there is one, the line or row.
+      UsageError: a file is missing, unreadable or of another kind, or all are without a document;
+        two files have one stem, two documents have one id, a line is not a JSON object, or a field
+        is missing or of another type. The message names the file and, where there is one, the line
+        or row.
     """
     fields = fields or Fields()
     if fields.id is None:
@@ -153,6 +158,11 @@ def read_documents(
         for own in found._add(shard, measure or (lambda texts: list(map(len, texts))), skipped):
             if fields.id is not None:
                 ids.add(own)
+    if len(found._without) == len(shards):
+        others = f", nor in {len(shards) - 1} other files" if len(shards) > 1 else ""
+        raise UsageError(
+            f"{found._without[0]}: no documents in it of at least {MIN_BYTES} bytes{others}"
+        )
     twice = ids.twice()
     if twice is not None:
         every = ((shard, record) for shard in shards for record in shard.scan())
@@ -210,9 +220,18 @@ def _document(
         raise UsageError(f"{place}: field {field!r} is not {wanted} but {type(found).__name__}")
 
     text, stem = value(fields.text, "text-field", str), shard.path.stem
-    return Document(
+    found = Document(
         f"{stem}:{index}" if fields.id is None else str(value(fields.id, "id-field", str | int)),
         stem if fields.domain is None else str(value(fields.domain, "domain-field", str | int)),
         # JSON can hold lone surrogates, which UTF-8 cannot.
         text.encode(errors="replace"),
     )
+    for what, name in (("id", found.id), ("domain", found.domain)):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{shard.path}, {where}: its {what} {name!r} is no Unicode text: change it, or the "
+                "name of the file where it is from there"
+            ) from error
+    return found

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
 
 from ghostjax._checks import check_parameters
 from ghostjax._errors import ParameterError
@@ -20,10 +19,10 @@ from ghostjax.runs.data.documents import Ids
 from ghostjax.runs.data.elements import array_elements
 from ghostjax.runs.data.task import Example, Examples, Skipped
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.listed import Listed
 
 FOR_THE_LOG = ("id", "domain", "excerpt")
 EXCERPT = 12  # numbers of an array
-_LISTED = 2**12  # examples of a block
 
 
 class OwnTask:
@@ -118,27 +117,11 @@ def _texts_of(digests: bytearray) -> Iterator[str]:
     return (digests[n : n + size].hex() for n in range(0, len(digests), size))
 
 
-class _Listed(Examples):
-    """Examples in columns, as Arrow has them: little more than their texts."""
+class _Listed(Listed, Examples):
+    """Examples of a source, in columns."""
 
     def __init__(self) -> None:
-        self._full: list[pa.Table] = []
-        self._last: list[Example] = []
-
-    def add(self, example: Example) -> None:
-        self._last.append(example)
-        if len(self._last) == _LISTED:
-            self._full.append(pa.table(list(map(pa.array, zip(*self._last))), Example._fields))
-            self._last = []
-
-    def __len__(self) -> int:
-        return len(self._full) * _LISTED + len(self._last)
-
-    def __getitem__(self, n: int) -> Example:
-        block, place = divmod(int(n), _LISTED)
-        if block == len(self._full):
-            return self._last[place]
-        return Example(*(column[place].as_py() for column in self._full[block].columns))
+        super().__init__(Example._make)
 
 
 def find_task(name: str, folders: Sequence[Path]) -> Task:

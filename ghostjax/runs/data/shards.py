@@ -104,7 +104,8 @@ class Shard:
                 self._check(file)
                 yield file
         except OSError as error:
-            raise UsageError(f"{self.path}: {error.strerror or error}") from error
+            way_out = "" if self._state is None else "; it was read before: put it back as it was"
+            raise UsageError(f"{self.path}: {error.strerror or error}{way_out}") from error
 
     def _check(self, file: IO[bytes]) -> None:
         found = os.fstat(file.fileno())
@@ -231,5 +232,12 @@ _KINDS = {".txt": Blocks, ".jsonl": Lines, ".parquet": Rows}
 def open_shard(path: Path, fields: Fields, recent: Recent) -> Shard:
     """Raises ``UsageError`` for a file of another kind."""
     if path.suffix not in _KINDS:
-        raise UsageError(f"{path}: expected a .txt, .jsonl or .parquet file")
+        if path.is_dir():
+            raise UsageError(
+                f'{path} is a directory: give its files, or a pattern of them, as "{path}/*.jsonl"'
+            )
+        raise UsageError(
+            f"{path}: expected a .txt, .jsonl or .parquet file; for others, such as ArrayRecord, "
+            "give --task a function that returns a ghostjax.Task with a PyGrain source"
+        )
     return _KINDS[path.suffix](path, fields, recent)

@@ -1,28 +1,34 @@
 """The training examples that a loop of one's own has, given at first or met on the way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ghostjax.runs.listed import BLOCK, Listed
 from ghostjax.runs.loop.columns import texts_of_ids
+from ghostjax.runs.loop.places import Places
+from ghostjax.runs.store.run import Run
 
 EXCERPT = 120  # characters
 UNKNOWN = "unknown"  # the domain of examples without one
 _COLUMNS = ("domain", "size", "excerpt")
+_NOTHING = (None,) * len(_COLUMNS)
 
 
 class Examples:
-    """Examples in the order in which they came.
+    """Examples in the order in which they came, in little more memory than their texts take.
 
     Attributes:
+      listed: of each its id, domain, size, which may be None, and excerpt.
       given: how many there were before the first step; None where they are met on the way.
       has_news: whether there are some that were not written yet.
     """
 
     def __init__(self, given: Mapping[str, Any] | Sequence[Any] | None = None):
-        self._rows: dict[str, tuple[str, int | None, str]] = {}
+        self.listed = Listed(tuple)
+        self._places = Places(lambda n: self.listed[n][0])
         self._kind: str | None = None
         self.given: int | None = None
         self.has_news = True
@@ -35,29 +41,35 @@ class Examples:
                 f"examples: expected id and perhaps {', '.join(_COLUMNS)}; got "
                 f"{', '.join(map(str, columns))}."
             )
-        ids, self._kind = texts_of_ids(columns.pop("id"))
-        rows = _rows(ids, columns)
-        for one, row in zip(ids.tolist(), rows):
-            if one in self._rows:
-                raise ValueError(f"examples: id {one!r} is there twice.")
-            self._rows[one] = _filled(row)
-        self.given = len(self._rows)
+        for ids, kind, rows in _given(columns):
+            self._check_kind(kind)
+            self._kind = kind
+            for one, row in zip(ids.tolist(), rows):
+                if self._places.find(one) is not None:
+                    raise ValueError(f"examples: id {one!r} is there twice.")
+                self._add(one, _filled(row))
+        self.given = len(self.listed)
 
     @classmethod
-    def read(cls, table: pa.Table, given: int | None, visited: set[str]) -> "Examples":
-        """Those of a run: given at first, or among the ``visited``."""
+    def of_run(cls, done: Run, visited: np.ndarray) -> "Examples":
+        """Those of a run: given at first, or among the ``visited``, [n] bool."""
         found = cls()
-        found.given = given
-        columns = (table[name].to_pylist() for name in ("id", *_COLUMNS))
-        for n, (one, *row) in enumerate(zip(*columns)):
-            if n < (given or 0) or one in visited:
-                found._rows[one] = tuple(row)
-        found.has_news = len(found._rows) < len(table)
+        found.given = done.metadata.get("examples")
+        kept = visited.copy()
+        kept[: found.given or 0] = True
+        for start in range(0, len(kept), BLOCK):
+            rows = done.examples.slice(start, BLOCK).filter(pa.array(kept[start : start + BLOCK]))
+            for one, *row in zip(*(rows[name].to_pylist() for name in ("id", *_COLUMNS))):
+                found._add(one, tuple(row))
+        found.has_news = not kept.all()
         return found
 
-    def columns(self) -> list[list[Any]]:
-        """Ids, domains, sizes and excerpts."""
-        return [list(self._rows), *map(list, zip(*self._rows.values()))] if self._rows else [[]] * 4
+    def begins_with(self, others: "Examples") -> bool:
+        """Whether all that these began with, if that is known, are the others."""
+        count = len(self.listed) if self.given is None else self.given
+        return count == len(others.listed) and all(
+            own == other for own, other in zip(self.listed, others.listed)
+        )
 
     def check(self, ids: np.ndarray, kind: str, columns: Mapping[str, Any]) -> dict[str, tuple]:
         """The examples of a step that are new, for ``keep``.
@@ -66,12 +78,11 @@ class Examples:
           ValueError, TypeError: one is not among the given, is not what it was before, or its id is
             a number where others are texts.
         """
-        if self._kind not in (None, kind):
-            raise TypeError(f"ids are {kind}, but those before were {self._kind}.")
+        self._check_kind(kind)
         new: dict[str, tuple] = {}
         for one, row in zip(ids.tolist(), _rows(ids, columns)):
-            before = self._rows.get(one, new.get(one))
-            if before is None:
+            place = self._places.find(one)
+            if place is None and one not in new:
                 if self.given is not None:
                     raise ValueError(
                         f"id {one!r} is not among the {self.given} examples that were given: give "
@@ -79,6 +90,9 @@ class Examples:
                     )
                 new[one] = _filled(row)
                 continue
+            if row == _NOTHING:
+                continue
+            before = new[one] if place is None else self.listed[place][1:]
             for name, own, old in zip(_COLUMNS, row, before):
                 if own is not None and own != old:
                     raise ValueError(f"id {one!r}: its {name} is {own!r}, but was {old!r} before.")
@@ -86,9 +100,36 @@ class Examples:
 
     def keep(self, new: Mapping[str, tuple], kind: str) -> None:
         """Takes in what ``check`` gave."""
-        self._rows.update(new)
+        for one, row in new.items():
+            self._add(one, row)
         self._kind = kind
         self.has_news |= bool(new)
+
+    def _check_kind(self, kind: str) -> None:
+        if self._kind not in (None, kind):
+            raise TypeError(f"ids are {kind}, but those before were {self._kind}.")
+
+    def _add(self, one: str, row: tuple) -> None:
+        self._places.add(one, len(self.listed))
+        self.listed.add((one, *row))
+
+
+def _given(columns: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, str, list[tuple]]]:
+    """Ids, what they were, and the rest of each: many at a time, so that lists need no copies."""
+    lists = (Sequence, pa.Array, pa.ChunkedArray)
+    columns = {
+        name: own if isinstance(own, lists) else np.atleast_1d(np.asarray(own))
+        for name, own in columns.items()
+        if own is not None or name == "id"
+    }
+    ids = columns.pop("id")
+    for name, own in columns.items():
+        if len(own) != len(ids):
+            raise ValueError(f"{name}: expected one for each of {len(ids)} ids.")
+    for start in range(0, len(ids), BLOCK):
+        some = slice(start, start + BLOCK)
+        found, kind = texts_of_ids(ids[some])
+        yield found, kind, _rows(found, {name: own[some] for name, own in columns.items()})
 
 
 def _rows(ids: np.ndarray, columns: Mapping[str, Any]) -> list[tuple]:

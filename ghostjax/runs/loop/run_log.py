@@ -275,14 +275,11 @@ class RunLog:
                 "flush before a checkpoint is saved, and go on from one that has no more steps"
             )
         # All of it is read before anything is changed.
-        scores, steps, kinds = done.scores, done.steps, done.kinds
-        visited = set(scores.slice(0, np.searchsorted(scores["step"], end))["id"].to_pylist())
+        steps, kinds, known = done.steps, done.kinds, frozenset()
         if end or (self._out / "examples.parquet").exists():
-            given = done.metadata.get("examples")
-            before = Examples.read(done.examples, given, visited)
-            if self._examples.given is not None and self._examples.columns() != [
-                column[:given] for column in before.columns()
-            ]:
+            visited, known = self._visited(done, end)
+            before = Examples.of_run(done, visited)
+            if self._examples.given is not None and not before.begins_with(self._examples):
                 raise UsageError(f"{self._out}: its examples are not those that are given")
             self._examples = before
         for name in ("summary.json", "values.parquet"):
@@ -290,8 +287,19 @@ class RunLog:
         cut_log(self._out, self._sets, end)
         if options != done.metadata.get("options"):
             files.write_json(self._out / "run.json", {**done.metadata, "options": options})
-        self._known = self._known_of(scores, steps, kinds, end)
+        if "score" in known:
+            self._known = self._known_of(steps, kinds, end) | (known & {"errors"})
         return end
+
+    def _visited(self, done: Run, end: int) -> tuple[np.ndarray, frozenset[str]]:
+        """Which examples a log has up to a step, [n] bool, and whether it has scores and errors."""
+        names = {f"score_{self._sets[0]}": "score", f"error_{self._sets[0]}": "errors"}
+        visited, known = np.zeros(len(done.ids), bool), set()
+        for some in done.visits(*names):
+            kept = some["step"] < end
+            visited[some["place"][kept]] = True
+            known |= {own for name, own in names.items() if np.isfinite(some[name][kept]).any()}
+        return visited, frozenset(known)
 
     def _check_same(self, done: Run, options: dict[str, Any]) -> None:
         if done.metadata.get("task") != TASK:
@@ -309,16 +317,11 @@ class RunLog:
                     f"{options.get(name)}"
                 )
 
-    def _known_of(self, scores: Any, steps: Any, kinds: Any, end: int) -> frozenset[str] | None:
-        """What the scored steps of a log have."""
-        which = self._sets[0]
-        scores, steps, kinds = (
-            each.filter(np.asarray(each["step"]) < end) for each in (scores, steps, kinds)
-        )
-        if scores[f"score_{which}"].null_count == len(scores):
-            return None
-        columns = {name: steps[f"{name}_{which}"] for name in (*MEASURED, "conservation_error")}
-        columns |= {"errors": scores[f"error_{which}"], "kinds": kinds["score"]}
+    def _known_of(self, steps: Any, kinds: Any, end: int) -> frozenset[str]:
+        """What the scored steps of a log have, errors of scores aside."""
+        steps, kinds = (each.filter(np.asarray(each["step"]) < end) for each in (steps, kinds))
+        columns = {name: f"{name}_{self._sets[0]}" for name in (*MEASURED, "conservation_error")}
+        columns = {name: steps[own] for name, own in columns.items()} | {"kinds": kinds["score"]}
         return frozenset(name for name, own in columns.items() if own.null_count < len(own))
 
     def _check_step(self, step: int) -> None:
@@ -355,7 +358,7 @@ class RunLog:
 
     def _write_examples(self) -> None:
         if self._examples.has_news:
-            write_examples(self._out, zip(*self._examples.columns()))
+            write_examples(self._out, self._examples.listed)
             self._examples.has_news = False
 
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:

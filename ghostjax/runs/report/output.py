@@ -136,10 +136,12 @@ def _write_csv(lines: Iterable[Iterable[Any]]) -> None:
 def print_json(value: Any) -> None:
     """Prints JSON: in ASCII, control characters escaped, null for NaN and infinities.
 
-    A list at the top, or an iterator, has one element per line.
+    A list at the top, or an iterator, has one element per line. Iterators within are lists.
     """
     if not isinstance(value, list | Iterator):
-        _write(json.dumps(_finite(value), allow_nan=False, indent=2) + "\n")
+        for some in blocks(_indented(value), _BLOCK):
+            _write("".join(some))
+        _write("\n")
         return
     end = "["
     for some in blocks(value, _BLOCK):
@@ -147,6 +149,29 @@ def print_json(value: Any) -> None:
         _write(f"{end}\n{lines}")
         end = ","
     _write("[]\n" if end == "[" else "\n]\n")
+
+
+def _indented(value: Any, indent: str = "\n") -> Iterator[str]:
+    """The pieces of what ``json.dumps`` makes of a value with ``indent=2``; iterators are lists.
+
+    >>> "".join(_indented({"a": [1, {}], "b": iter(["c"])})) == json.dumps(
+    ...     {"a": [1, {}], "b": ["c"]}, indent=2
+    ... )
+    True
+    """
+    if isinstance(value, Mapping):
+        (begin, end), items = "{}", ((f"{json.dumps(key)}: ", own) for key, own in value.items())
+    elif isinstance(value, list | tuple | Iterator):
+        (begin, end), items = "[]", (("", own) for own in value)
+    else:
+        yield json.dumps(_finite(value), allow_nan=False)
+        return
+    before = begin
+    for name, own in items:
+        yield f"{before}{indent}  {name}"
+        yield from _indented(own, f"{indent}  ")
+        before = ","
+    yield begin + end if before == begin else indent + end
 
 
 def _csv_cell(value: Any) -> Any:

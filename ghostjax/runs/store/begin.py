@@ -10,10 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ghostjax.runs.blocks import blocks
+from ghostjax.runs.listed import Listed, in_tables
 from ghostjax.runs.store import files, schema
-
-EXAMPLES_GROUP = 2**13  # rows, so that an excerpt is read with few others
 
 
 def begun_now(task: str, unit: str, sets: Sequence[str]) -> dict[str, Any]:
@@ -40,11 +38,6 @@ def versions() -> dict[str, str]:
 def write_examples(out: Path, examples: Iterable[Sequence[Any]]) -> None:
     """Writes the training examples, each its id, domain, size and excerpt, as they come."""
     fields = schema.table_schema("examples", ())
-
-    def table(rows: list[Sequence[Any]]) -> pa.Table:
-        columns = zip(*rows, strict=True)
-        arrays = [pa.array(own, field.type) for own, field in zip(columns, fields, strict=True)]
-        return pa.table(arrays, schema=fields)
-
-    tables = map(table, blocks(examples, EXAMPLES_GROUP))
-    files.write_tables(out / "examples.parquet", fields, tables)
+    tables = examples.tables() if isinstance(examples, Listed) else in_tables(examples)
+    whole = (pa.table(table.columns, schema=fields) for table in tables)
+    files.write_tables(out / "examples.parquet", fields, whole)

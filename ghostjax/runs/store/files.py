@@ -131,7 +131,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # lone surrogates, as JSON has them
         seal(file)
 
     write_file(path, write)

@@ -84,16 +84,17 @@ class Retraining:
         return jax.block_until_ready(state.params)
 
     def _val_losses(self, params: Any) -> np.ndarray:
-        """[K]. The last rows are there several times, so that all calls have one shape."""
+        """[K]. The last row is there several times, so that all calls have one shape."""
         found, size = [], self._config.val_batch_size
         for name in self.sets:
-            count = self._task.val_sizes[name]
+            count, losses = self._task.val_sizes[name], []
+            # Windows are drawn one after another, as for all rows at once.
             rng = generator(self._config.seed, f"retraining {name}", 0)
-            rows = self._task.val_rows(name, np.arange(count), rng)
-            places = np.minimum(np.arange(-(-count // size) * size), count - 1)
-            losses = [
-                self._row_losses(params, jax.tree.map(lambda leaf, own=own: leaf[own], rows))
-                for own in places.reshape(-1, size)
-            ]
+            for start in range(0, count, size):
+                own = np.arange(start, min(start + size, count))
+                rows = self._task.val_rows(name, own, rng)
+                places = np.minimum(np.arange(size), len(own) - 1)
+                rows = jax.tree.map(lambda leaf, places=places: leaf[places], rows)
+                losses.append(self._row_losses(params, rows))
             found.append(np.concatenate(losses)[:count].astype(np.float64).mean())
         return np.array(found)

@@ -103,6 +103,19 @@ def test_memory_does_not_grow_with_the_texts():
     assert many < 64 * 20_000 * 8 + 4e6  # of 200 times 160 kB, 64 are kept
 
 
+def test_memory_of_an_example_is_that_of_its_keys(monkeypatch):
+    monkeypatch.setattr(module, "band_keys", lambda elements: elements)
+    count = 30_000
+    tracemalloc.start()
+    try:
+        found = duplicates(count, lambda n: np.arange(32, dtype=np.uint64) + np.uint64(32 * n), 1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == []
+    assert 256 < peak / count < 256 + 100
+
+
 def test_numbers_count_with_their_places():
     one = np.linspace(0, 1, 20, dtype=np.float32)
     other = one.copy()

@@ -10,7 +10,7 @@ from ghostjax import RunLog
 from ghostjax.cli import main
 from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.commands.tensorboard import NAME
-from ghostjax.runs.store.run import read_run
+from ghostjax.runs.store.run import Run, read_run
 from tests.runs.checks import fails, files
 from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, write_run
 
@@ -143,3 +143,11 @@ def test_what_cannot_be_used_is_told(made_up, tmp_path, capsys, monkeypatch):
     message = fails(["tensorboard", made_up, "--out", tmp_path / "tb"], capsys)
     assert 'needs tensorboardX: pip install "ghostjax[tensorboard]"' in message
     assert not (tmp_path / "tb").exists()
+
+
+def test_the_log_is_read_in_parts(made_up, tmp_path, monkeypatch):
+    whole = exported(made_up, "--out", tmp_path / "whole")
+    monkeypatch.setattr("ghostjax.runs.store.run.SMALL", 0)
+    monkeypatch.setattr("ghostjax.runs.store.run.ROW_GROUP", 1)
+    monkeypatch.setattr(Run, "scores", property(lambda self: pytest.fail("all of it was read")))
+    assert exported(made_up, "--out", tmp_path / "parts") == whole

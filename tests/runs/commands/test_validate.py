@@ -15,6 +15,7 @@ from ghostjax.runs.analysis.statistics import spearman
 from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.commands import train
 from ghostjax.runs.commands.sources import initial_params, read_task
+from ghostjax.runs.data.batches import generator
 from ghostjax.runs.store import checkpoints
 from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.fingerprint import fingerprint
@@ -87,6 +88,24 @@ def test_a_run_from_given_weights_is_retrained_from_them(micro_config, micro_run
     state = checkpoints.restore(done.path, STEPS, like, done.identity)
     for name, loss in zip(retraining.sets, retraining._val_losses(state.params)):
         assert found[name]["loss"] == pytest.approx(loss, rel=1e-5)  # nothing is left out
+
+
+def test_validation_rows_are_read_a_batch_at_a_time(micro_run, monkeypatch):
+    config, task = read_task(micro_run)
+    again = Retraining(config, task, lambda: task.init_params(0))
+    params, size, read, counts = task.init_params(0), config.val_batch_size, task.val_rows, []
+    monkeypatch.setattr(task, "val_rows", lambda *args: counts.append(len(args[1])) or read(*args))
+    found = again._val_losses(params)
+    assert counts == [2, 2, 2, 1]  # of four examples, and of three
+    for name, loss in zip(again.sets, found):
+        count = task.val_sizes[name]
+        rows = read(name, np.arange(count), generator(config.seed, f"retraining {name}", 0))
+        places = np.minimum(np.arange(4).reshape(-1, size), count - 1)
+        losses = [
+            again._row_losses(params, {key: leaf[own] for key, leaf in rows.items()})
+            for own in places
+        ]
+        assert loss == np.concatenate(losses)[:count].astype(np.float64).mean()
 
 
 def own_pair(own):

@@ -69,6 +69,7 @@ BAD_FILES = {
     "blank": ("a_txt", " \n\n", "no documents in it"),
     "empty jsonl": ("a_jsonl", "", "no documents in it"),
     "suffix": ("a_csv", "x,y", r"expected a \.txt, \.jsonl or \.parquet file"),
+    "records": ("a_array_record", "x", "such as ArrayRecord, give --task a function that returns"),
     "not UTF-8": ("a_txt", b"ab\xff", r"not UTF-8 text \(byte 2\)"),
     "one byte": ("a_txt", "b\n", "no documents in it of at least 2 bytes"),
     "no text": ("a_jsonl", '{"text": ""}', "no documents in it of at least 2 bytes"),
@@ -92,6 +93,10 @@ def test_files_that_cannot_be_used_are_refused(write_data, name, content, messag
 def test_a_missing_file_and_a_directory_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"none\.txt: No such file"):
         read_documents([tmp_path / "none.txt"])
+    with pytest.raises(
+        UsageError, match=r'is a directory: give .* a pattern of them, as ".*\*\.jsonl"'
+    ):
+        read_documents([tmp_path])
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(UsageError, match=r"folder\.txt: Is a directory"):
         read_documents([tmp_path / "folder.txt"])
@@ -171,6 +176,12 @@ BAD_FIELDS = {
         '{"text": "one", "key": 1}\n{"text": "two", "key": "1"}',
         Fields(id="key"),
         "line 2: id '1' is that of .*line 1 too",
+    ),
+    "no Unicode": (
+        "a_jsonl",
+        '{"text": "one", "key": "\\ud800"}',
+        Fields(id="key"),
+        r"line 1: its id '\\ud800' is no Unicode text: change it, or the name of the file",
     ),
     "txt": ("a_txt", "one", Fields(id="key"), "--id-field is for .jsonl and .parquet, a .txt has"),
     "txt domain": ("a_txt", "one", Fields(domain="key"), "--domain-field is for .jsonl and .parq"),
@@ -257,6 +268,19 @@ def test_a_pattern_of_shards_is_one_file_and_jsonl_is_parquet(tmp_path):
     assert files == [patterns[0].replace("*", f"part-{n}") for n in range(3)]
 
 
+def test_shards_without_a_document_are_skipped_and_told(write_data, tmp_path):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    paths = write_data(a_jsonl="", b_jsonl='{"text": "one"}\r\n', d_jsonl='{"text": "x"}')
+    paths = [paths["a_jsonl"], paths["b_jsonl"], tmp_path / "c.parquet", paths["d_jsonl"]]
+    skipped = Skipped()
+    assert read(paths, skipped=skipped) == [("b:0", "b", b"one")]
+    assert skipped == Skipped(3, [str(paths[0]), str(paths[2]), f"{paths[3]}, line 1"])
+    with pytest.raises(
+        UsageError, match=r"a\.jsonl: no documents in it of .*, nor in 2 other files"
+    ):
+        read_documents([paths[0], *paths[2:]])
+
+
 def test_a_pattern_that_fits_nothing_is_an_error_and_a_file_of_that_name_a_file(tmp_path):
     for given in ({"train": (tmp_path / "*.jsonl",)}, {"val": (f"a={tmp_path}/*.jsonl",)}):
         with pytest.raises(
@@ -266,6 +290,14 @@ def test_a_pattern_that_fits_nothing_is_an_error_and_a_file_of_that_name_a_file(
     (tmp_path / "a[0].txt").write_text("one")
     config = TrainConfig(tmp_path, train=(tmp_path / "a[0].txt",))
     assert config.train_files == [tmp_path / "a[0].txt"]
+    (tmp_path / "b[1]").mkdir()
+    (tmp_path / "b[1]" / "c.txt").write_text("one")
+    with pytest.raises(UsageError, match=r"no file fits this pattern; a \[ that is in a name"):
+        _ = TrainConfig(tmp_path, train=(tmp_path / "b[1]" / "*.txt",)).train_files
+    escaped = TrainConfig(tmp_path, train=(tmp_path / "b[[]1]" / "*.txt",))
+    assert escaped.train_files == [tmp_path / "b[1]" / "c.txt"]
+    with pytest.raises(UsageError, match=r"a path with = in it needs a name before it, as val=/x"):
+        _ = TrainConfig(tmp_path, val=("/x/lang=de/a.txt",)).val_files
 
 
 def test_a_file_that_changes_is_noticed(write_data):
@@ -275,6 +307,9 @@ def test_a_file_that_changes_is_noticed(write_data):
     for read_again in (lambda: found[1], lambda: list(found)):
         with pytest.raises(UsageError, match=r"a\.jsonl changed while it was used"):
             read_again()
+    path.unlink()
+    with pytest.raises(UsageError, match=r"a\.jsonl: No such file .*; it was read before: put it"):
+        _ = found[0]
 
 
 def test_documents_are_a_source_of_grain(write_data):

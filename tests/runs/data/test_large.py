@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[3]
 DOCUMENTS, FEW, SHARDS = 1_000_000, 1_000, 20
 # Of a document, beside a run of few: that of all Python objects of its text, id and domain is 500.
-BYTES = {"train": 300, "rank": 300, "report": 300}
+# A comparison has two runs, each of which is that much.
+BYTES = {"train": 300, "rank": 300, "report": 300, "tensorboard": 300, "diff": 400}
 PEAK = """
 import pathlib, resource, sys
 from ghostjax.cli import main
@@ -62,6 +63,8 @@ def test_a_million_documents_take_a_few_hundred_bytes_each(tmp_path):
             "train": peak("train", "--out", out, *options),
             "rank": peak("rank", out, "--quiet"),
             "report": peak("report", out, "--quiet", "--no-windows"),
+            "tensorboard": peak("tensorboard", out, "--quiet"),
+            "diff": peak("diff", out, out, "--quiet"),
         }
     of_each = {
         verb: (peaks["many"][verb] - peaks["few"][verb]) / (DOCUMENTS - FEW) for verb in BYTES

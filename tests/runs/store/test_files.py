@@ -13,6 +13,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
         files.write_table(path, "no table")
     assert files.read_json(path) == {"loss": "ä"}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+    files.write_json(path, {"folder": "ä\udcff"})  # of a name that is not UTF-8
+    assert files.read_json(path) == {"folder": "ä\udcff"}
+    assert r'"ä\udcff"' in path.read_text()
 
 
 def test_places_that_cannot_be_a_run_directory_are_refused(tmp_path):

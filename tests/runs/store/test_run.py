@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ghostjax.fidelity import step_weights
+from ghostjax.runs import listed
 from ghostjax.runs.analysis.values import sum_visits
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store import begin, files, schema
@@ -273,7 +274,7 @@ def test_the_log_is_read_without_ghostjax(whole, library, table):
 
 
 def test_examples_are_written_as_they_come_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(begin, "EXAMPLES_GROUP", 2)
+    monkeypatch.setattr(listed, "BLOCK", 2)
     rows = [(f"a:{n}", "a", n, "text") for n in range(5)]
     begin.write_examples(tmp_path, iter(rows))
     path = tmp_path / "examples.parquet"
