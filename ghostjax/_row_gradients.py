@@ -285,7 +285,7 @@ def check_devices(arrays: Arrays) -> None:
 def check_in_rows(loss: Loss, found: Found) -> None:
     """An error where a part of the gradient belongs to no row."""
     faults = [
-        f"  {loss.names[path]} in {found.places.get(key, 'the loss')}"
+        f"  {loss.names[path]} in {found.operations.get(key, 'the loss')}"
         for key, meeting in found.meetings.items()
         for path, in_rows in meeting.in_rows.items()
         if not in_rows

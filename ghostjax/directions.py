@@ -17,7 +17,7 @@ import optax
 from jax.extend import core
 
 from ghostjax._checks import check_direction, check_parameters
-from ghostjax._jaxprs import inner_jaxprs, is_var
+from ghostjax._jaxprs import inner_jaxprs, value_in
 from ghostjax._scalars import evaluate
 
 
@@ -367,17 +367,13 @@ def _dependence(jaxpr: core.Jaxpr, seeds: Sequence[int]) -> list[int]:
     Whether a gradient is finite is no use of its value.
     """
     bits = dict(zip(jaxpr.invars, seeds))
-
-    def read(atom):
-        return bits.get(atom, 0) if is_var(atom) else 0
-
     for eqn in jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
+        operands = [value_in(bits, atom, 0) for atom in eqn.invars]
         inner = inner_jaxprs(eqn)
-        if eqn.primitive.name in ("jit", "pjit") and len(inner) == 1:
+        if eqn.primitive.name == "jit":
             outputs = _dependence(inner[0][0], operands)
         else:
             every = functools.reduce(operator.or_, operands, 0)
             outputs = [0 if eqn.primitive.name == "is_finite" else every] * len(eqn.outvars)
         bits.update(zip(eqn.outvars, outputs))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [value_in(bits, atom, 0) for atom in jaxpr.outvars]

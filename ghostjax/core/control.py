@@ -265,6 +265,4 @@ def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     )
 
 
-HANDLERS.update(
-    {"remat2": _remat, "checkpoint": _remat, "scan": _scan, "cond": _cond, "while": _while}
-)
+HANDLERS.update({"remat2": _remat, "scan": _scan, "cond": _cond, "while": _while})

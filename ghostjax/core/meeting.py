@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghostjax._jaxprs import bind, is_var, live_equations
+from ghostjax._jaxprs import bind, is_inexact, is_var, live_equations
 from ghostjax.core.channel import passed_on, primals
 from ghostjax.core.lookups import as_gradients_see
 from ghostjax.core.places import Rows, split_rows
@@ -265,10 +265,6 @@ def where_taken(found: Any, cotangents: Sequence[Any]) -> Any:
     division."""
     is_taken = functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in cotangents])
     return jax.tree.map(lambda leaf: jnp.where(is_taken, leaf, jnp.zeros_like(leaf)), found)
-
-
-def is_inexact(output: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
 
 
 def _dense(tangent: Any) -> Any:
