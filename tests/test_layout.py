@@ -9,7 +9,7 @@ import ghostjax
 
 ROOT = pathlib.Path(ghostjax.__file__).parent
 RANKS = {
-    "_aggregate": 0,
+    "_aggregate": 1,
     "_audit": 1,
     "_errors": 0,
     "_checks": 2,
@@ -20,14 +20,16 @@ RANKS = {
     "_scalars": 2,
     "core": 2,
     "_explanation": 4,
+    "_face": 5,
     "_predictions": 1,
     "_loss": 3,
     "_labels": 4,
     "_dots": 5,
+    "_dtypes": 0,
     "_engine": 6,
-    "_kinds": 0,
+    "_kinds": 1,
     "_late": 6,
-    "_log": 1,
+    "_log": 2,
     "_explain": 9,
     "_explained_memory": 7,
     "_explained_norms": 8,

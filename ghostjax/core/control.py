@@ -23,7 +23,7 @@ def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
     def run(slots, operands):
         inner = walk.inside(key, slots)
-        return inner.open(eqn.params["jaxpr"], [], operands), inner.results()
+        return inner.run(eqn.params["jaxpr"], operands), inner.results()
 
     if walk.computes_data:
         run = jax.checkpoint(

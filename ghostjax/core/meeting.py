@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghostjax._dtypes import wide_dtype
 from ghostjax._jaxprs import bind, is_inexact, is_var, live_equations
 from ghostjax.core.channel import passed_on, primals
 from ghostjax.core.lookups import as_gradients_see
@@ -282,12 +283,6 @@ def paired(cotangents: Any, tangents: Any) -> jax.Array:
         return paired(parts[0][0], parts[1][0]) - paired(parts[0][1], parts[1][1])
     wide = wide_dtype(cotangents)
     return cotangents.astype(wide) * tangents.astype(wide)
-
-
-def wide_dtype(*arrays: Any) -> jnp.dtype:
-    """float32 for everything narrower, float64 for float64."""
-    found = any(jnp.result_type(a) in (jnp.float64, jnp.complex128) for a in arrays)
-    return jnp.dtype(jnp.float64 if found else jnp.float32)
 
 
 def row_sums(

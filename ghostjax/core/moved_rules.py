@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, inner_jaxprs, is_inexact, stops
+from ghostjax._jaxprs import describe_operation, is_inexact, stops
 from ghostjax.core.mixing import FOLLOWED, FORWARDS, WAY_OUT, combined_message
 from ghostjax.core.place_rules import Mixed, shape_of
+from ghostjax.core.places import BODIES
 from ghostjax.core.program import is_literal, run
 from ghostjax.core.rules import pullback, pushforward
 from ghostjax.core.tracks import NO_TRACK, Track, Where, ids_of, merged
@@ -23,9 +24,7 @@ from ghostjax.core.values import Value
 
 
 def _forwards(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-    ((jaxpr, _),) = inner_jaxprs(eqn)
-    consts = next((v.consts for v in eqn.params.values() if hasattr(v, "consts")), [])
-    return walk.open(jaxpr, [Value(const) for const in consts], operands)
+    return walk.run(eqn.params[BODIES[eqn.primitive.name]], operands)
 
 
 def _followed(walk: Any, eqn: Any, operands: Sequence[Value]) -> list[Track] | None:

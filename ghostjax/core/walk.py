@@ -36,7 +36,7 @@ from ghostjax.core.mixing import (
     no_position_message,
     several_axes_message,
 )
-from ghostjax.core.places import Mixed, Rows
+from ghostjax.core.places import BODIES, Mixed, Rows
 from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import FOLLOWING, KINDS, SUMMING, make_meeting
 from ghostjax.core.sums import sum_meeting, with_summands
@@ -135,9 +135,10 @@ class Walk(Tracking):
         """What a value carries for a parameter that it does not depend on, but ``like`` does."""
         return None
 
-    def run(self, closed: core.ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
-        """The values of a jaxpr's outputs."""
-        return self.open(closed.jaxpr, [Value(const) for const in closed.consts], operands)
+    def run(self, jaxpr: Any, operands: Sequence[Value]) -> list[Value]:
+        """The values of a jaxpr's outputs; with constants, if it is closed."""
+        consts = [Value(const) for const in getattr(jaxpr, "consts", ())]
+        return self.open(getattr(jaxpr, "jaxpr", jaxpr), consts, operands)
 
     def one_round(self, body: core.ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         """The same of a loop's body."""
@@ -365,13 +366,7 @@ def _call(walk: Walk, eqn, operands):
         return walk.operation(eqn, operands, lambda primals: opened(*primals))
     if walk.num_rows is not None and is_promise(eqn) and any(v.is_data for v in operands):
         return _promised(walk, eqn, operands)
-    ((jaxpr, _),) = inner_jaxprs(eqn)
-    closed = next(
-        (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None
-    )
-    if closed is not None:
-        return walk.run(closed, operands)
-    return walk.open(jaxpr, [], operands)
+    return walk.run(eqn.params[BODIES[eqn.primitive.name]], operands)
 
 
 def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
