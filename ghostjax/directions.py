@@ -17,6 +17,7 @@ import optax
 from jax.extend import core
 
 from ghostjax._checks import check_direction, check_parameters
+from ghostjax._dtypes import wide_dtype
 from ghostjax._jaxprs import inner_jaxprs, value_in
 from ghostjax._scalars import evaluate
 
@@ -41,6 +42,7 @@ def through_optimizer(
     Args:
       tx: any optax transformation whose update has a useful derivative.
       opt_state: the state that the update of this step starts from.
+      params: to which the update will be added.
       grads: where the update is linearised: the gradient that the step takes, as
         ``value_and_dots_fn`` gives it before it needs the direction.
       val_grads: gradient of the mean validation loss, or what ``midpoint`` or ``look_ahead``
@@ -125,6 +127,9 @@ def count_undefined(
     to zero that its square is. Where the transformation ties coordinates together after such a
     division (clipping *after* Adam), all coordinates with a gradient of zero count.
 
+    Args:
+      tx, opt_state, params, grads, extra_args: as for ``through_optimizer``.
+
     Returns:
       int32 scalar.
 
@@ -160,9 +165,11 @@ def midpoint(
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
+      params: where the update begins.
       updates: what will be added to ``params``, such as the updates of optax; of any floating-point
         dtypes.
       has_aux: whether ``loss_fn`` gives ``(scalar, aux)``, such as the rows' own losses there.
+      args, kwargs: passed on to ``loss_fn``.
 
     Returns:
       A tree like ``params``, in its dtypes, to be used like ``val_grads``: in
@@ -208,8 +215,10 @@ def look_ahead(
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, the mean validation loss.
+      params: where the update begins.
       updates: what will be added to ``params``.
       has_aux: whether ``loss_fn`` gives ``(scalar, aux)``.
+      args, kwargs: passed on to ``loss_fn``.
 
     Returns:
       A tree like ``params``, in its dtypes, to be used like ``val_grads``. With ``has_aux``,
@@ -234,7 +243,8 @@ def stacked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         dots[p][k, i] = < d l_i / d p , direction[p][k] >
 
-    ``fn`` takes stacked directions itself; but a single one, too, and then its dots are [B].
+    Args:
+      fn: takes stacked directions itself; but a single one, too, and then its dots are [B].
 
     Returns:
       A function like ``fn``, whose dots are [K, B].
@@ -284,10 +294,10 @@ def _along(params: Any, updates: Any, part: float) -> Any:
     check_direction(params, updates, "updates", dtypes=False)
 
     def move(leaf, update):
-        dtypes = [jnp.result_type(leaf), jnp.result_type(update)]
-        wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+        wide = wide_dtype(leaf, update)
         # Half an update is exact, so that the sum alone is rounded.
-        return (jnp.asarray(leaf, wide) + part * jnp.asarray(update, wide)).astype(dtypes[0])
+        moved = jnp.asarray(leaf, wide) + part * jnp.asarray(update, wide)
+        return moved.astype(jnp.result_type(leaf))
 
     return jax.tree.map(move, params, updates)
 
