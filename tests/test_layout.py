@@ -42,7 +42,7 @@ RANKS = {
     "_pairs": 8,
     "_row_gradients": 7,
     "_rowwise": 3,
-    "_types": 1,
+    "_types": 2,
     "_task": 1,
     "_run": 11,
     "directions": 3,
