@@ -40,6 +40,7 @@ class LateDots:
       arrays: parameters, batch (with ``remat`` only) and constants of the loss.
       labels: by which the dots are added up.
       value, aux, grads, conflicts: as in ``GradDots``.
+      harvested: what is static.
     """
 
     factors: dict[str, Any] | None

@@ -55,7 +55,6 @@ class _Kernel:
         Returns:
           ``stale`` afterwards, and of the outputs what is known and why they may be foreign.
         """
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         env, foreign = dict(known), dict(foreign)
         for eqn in jaxpr.eqns:
             held = [value_in(references, atom) for atom in eqn.invars]

@@ -46,7 +46,6 @@ def literal(value: Any) -> Known:
 
 def evaluate(jaxpr: Any, operands: Sequence[Known]) -> list[Known]:
     """What is known of a jaxpr's outputs; arrays stand for scalars, one for every case."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     env = dict(zip(jaxpr.invars, operands, strict=True))
     for eqn in jaxpr.eqns:
         env.update(zip(eqn.outvars, step(eqn, [read(env, atom) for atom in eqn.invars])))

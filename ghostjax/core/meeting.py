@@ -102,11 +102,15 @@ class Meeting:
       rows: where the rows are, per output.
       in_rows: by parameter, whether its dots belong to rows; if not, they are one scalar.
       outputs: shapes and dtypes.
+      differentiable: positions of the outputs that have cotangents.
       kept: positions of the operands whose values ``sums`` needs.
+      needs_data: whether data are among these.
       mixes_rows: whether what rows give depends on data of other rows, such as how many count.
+      in_branch: whether it is inside of a branch, which may not be taken.
     """
 
     mixes_rows = False
+    in_branch = False
 
     def __init__(
         self,
@@ -202,8 +206,6 @@ class Meeting:
     def has_rest(self, path: int) -> bool:
         """Whether there may be dots that belong to no example."""
         return not self.in_rows[path]
-
-    in_branch = False
 
     def parted(self, path: int, sums: Any) -> tuple[Any, Any]:
         """Of a parameter's sums, those of examples and that of nobody, or None."""

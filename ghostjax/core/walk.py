@@ -56,7 +56,9 @@ class Walk(Tracking):
     Attributes:
       names: of the parameters, for messages.
       named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
+      computes_data: whether data are evaluated, or it is only found where they have rows.
       stacked: whether tangents have a leading axis of directions.
+      slots: by meeting, what a subclass has for it.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
       in_branch: whether this is inside of a branch, which may not be taken.
