@@ -6,6 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ghostjax._dtypes import wide_dtype
+
 
 def aggregate(dots: Any) -> jax.Array:
     """Sums a tree of per-row inner products over its parameters.
@@ -33,6 +35,5 @@ def aggregate(dots: Any) -> jax.Array:
     chex.assert_rank(leaves, 1)
     chex.assert_equal_shape(leaves)
     chex.assert_type(leaves, float)
-    wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
-    dtype = jnp.float64 if wide else jnp.float32
+    dtype = wide_dtype(*leaves)
     return jnp.sum(jnp.stack([jnp.asarray(leaf, dtype) for leaf in leaves]), axis=0)

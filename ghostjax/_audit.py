@@ -38,7 +38,9 @@ def audit(
     Args:
       loss_fn: takes batches of any number of rows, and gives a row the same loss in each. Without
         ``row_weights``, of B + B/4 rows as well.
+      params: at which the dots were made.
       batch: tree of arrays [B, ...].
+      direction: a tree like ``params``, that of the dots.
       dots: [B], the sum over the parameters, as ``result.total()`` gives it.
       rows: [n] integers, which rows to redo.
       shared: ``result.shared``: a tree of scalars, of which the sum is taken. By default there is

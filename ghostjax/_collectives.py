@@ -16,9 +16,10 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\]")
 class Collective:
     """One collective operation of a compiled program, on one device.
 
-    kind    as HLO names it: all-reduce, all-gather, all-to-all, reduce-scatter, collective-permute
-    shapes  of its results
-    bytes   that its results take
+    Attributes:
+      kind: as HLO names it: all-reduce, all-gather, all-to-all, reduce-scatter, collective-permute.
+      shapes: of its results.
+      bytes: that its results take.
     """
 
     kind: str

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ghostjax._aggregate import aggregate
+from ghostjax._dtypes import wide_dtype
 from ghostjax._labels import by_row_label, counted, or_nan, positions_of
 from ghostjax._loss import Arrays, Loss
 from ghostjax.core import Directed, Labels, zeros_of
@@ -76,6 +75,7 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
     rows route (see ``explain``), where both come out of one loop.
 
     Args:
+      result: of ``value_grad_and_dots``, or of ``LateDots.result``.
       direction: that of the result; with a leading axis K on every leaf where it was so there.
 
     Returns:
@@ -84,6 +84,9 @@ def conservation_error(result: GradDots, direction: Any) -> Any:
       but at least to a thousandth of the largest of these in the tree, as a gradient that is zero
       but for rounding has no meaningful relative error. A use of a parameter that was missed shows
       as an error of order one, by name.
+
+    Raises:
+      ValueError: the direction's tree is not that of the parameters.
 
     >>> import jax.numpy as jnp
     >>> from ghostjax import value_grad_and_dots
@@ -190,21 +193,6 @@ def finished(loss, value, aux, grads, dots, shared, labels, conflicts) -> GradDo
     return GradDots(value, aux, *trees, conflicts, loss.loss_reduction, loss.num_rows)
 
 
-LABELS = {"labels": None, "num_labels": None}
-
-
-def with_keywords(loss_fn: Callable[..., Any], own: dict[str, Any]) -> inspect.Signature:
-    """The signature of ``loss_fn``, and keywords with their defaults."""
-    kind = inspect.Parameter
-    try:
-        parameters = [*inspect.signature(loss_fn).parameters.values()]
-    except (TypeError, ValueError):  # some callables have none
-        parameters = [kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)]
-    parameters = [found for found in parameters if found.name not in own]
-    parameters += [kind(name, kind.KEYWORD_ONLY, default=value) for name, value in own.items()]
-    return inspect.Signature(sorted(parameters, key=lambda found: found.kind))
-
-
 def like_rows(tap, batch):
     """Explicit axes of a mesh, and manual ones, are part of a type: dots have that of the rows."""
 
@@ -219,4 +207,4 @@ def like_rows(tap, batch):
 
 def wide_zeros(param: Any, shape: tuple[int, ...]) -> jax.Array:
     """Zeros in the dtype of a parameter's dots."""
-    return jnp.zeros(shape, jnp.float64 if jnp.result_type(param) == jnp.float64 else jnp.float32)
+    return jnp.zeros(shape, wide_dtype(param))

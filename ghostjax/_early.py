@@ -1,17 +1,16 @@
 """value_grad_and_dots: the direction form, for any JAX function."""
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from ghostjax._checks import check_direction
-from ghostjax._dots import LABELS, GradDots, directed, with_keywords
-from ghostjax._labels import check_labels
-from ghostjax._loss import check_coupled, check_reduction, trace_loss
+from ghostjax._dots import GradDots, directed
+from ghostjax._face import on_loss
+from ghostjax._loss import Arrays, Loss
 from ghostjax._row_gradients import directed_with_norms
+from ghostjax.core import Labels
 
 
 def value_grad_and_dots(
@@ -35,12 +34,13 @@ def value_grad_and_dots(
 
     Args:
       loss_fn: ``loss_fn(params, batch, ...) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-        With ``per_example``, the loss of one row: the batch arguments come without their leading
-        axis, and the returned value is the mean (or sum) over rows, aux stacked over rows.
       argnums: which positional arguments are the parameters: trees of floating-point arrays. Or an
         Equinox or NNX module, of which the parameters are, and the gradient is, what they are for
         ``eqx.filter_grad`` and ``nnx.grad``; state that the loss changes is an error there.
       batch_argnums: which are the batch: trees of arrays that share their leading size B.
+      has_aux: whether ``loss_fn`` gives aux, a tree of arrays, beside the loss.
+      per_example: whether ``loss_fn`` is the loss of one row: the batch arguments come without
+        their leading axis, and ``value`` is the mean (or sum) over rows, aux stacked over rows.
       loss_reduction: "mean": the loss is a mean over rows and dots[i] refers to row i's own loss,
         B times its share; "sum": dots[i] is row i's share of <grads, direction>. A row's share is
         the derivative of the loss as that row alone sees the parameters move along the direction,
@@ -94,39 +94,26 @@ def value_grad_and_dots(
 
     Source: Data Shapley in One Training Run, arXiv:2406.11011, for what the dots are good for.
     """
-    check_reduction(loss_reduction)
-    check_coupled(coupled)
     if norms and coupled == "share":
         raise ValueError(
             "coupled rows have shares of the loss, and no norms of gradients of their own. Call "
             'with norms=False, or with coupled="error".'
         )
 
-    @functools.wraps(loss_fn)
-    def fn(
-        *args: Any,
-        direction: Any,
-        labels: Any = None,
-        num_labels: int | None = None,
-        **kwargs: Any,
-    ) -> GradDots:
-        loss, arrays = trace_loss(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-            coupled=coupled,
-        )
+    def run(loss: Loss, arrays: Arrays, labels: Labels | None, *, direction: Any) -> GradDots:
         params = jax.tree.unflatten(loss.params, arrays.params)
         directions = check_direction(params, direction, stacked=True)
-        found = check_labels(loss, labels, num_labels)
-        run = directed_with_norms if norms else directed
-        return run(loss, arrays, direction, directions, found)
+        make = directed_with_norms if norms else directed
+        return make(loss, arrays, direction, directions, labels)
 
-    own = {"direction": inspect.Parameter.empty, **LABELS}
-    fn.__signature__ = with_keywords(loss_fn, own)  # jax.jit looks for donated names there
-    return fn
+    return on_loss(
+        loss_fn,
+        run,
+        keywords=["direction"],
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        has_aux=has_aux,
+        per_example=per_example,
+        loss_reduction=loss_reduction,
+        coupled=coupled,
+    )

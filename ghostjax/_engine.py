@@ -100,7 +100,7 @@ class GradDotProdEngine:
         uses: dict[str, list[str]] = {name: [] for name in loss.names}
         for key, meeting in found.meetings.items():
             for path in meeting.moving:
-                uses[loss.names[path]].append(found.places[key])
+                uses[loss.names[path]].append(found.operations[key])
         return uses
 
     def _trace(self, params, batch, args, kwargs) -> tuple[Loss, Arrays]:

@@ -1,7 +1,7 @@
 """Reading jaxprs, with public names alone."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-_CALLS = ("jit", "pjit")
+# Calls, which are opened as if there were none.
+CALLS = frozenset(["call", "closed_call", "jit"])
 _RULES = ("custom_jvp_call", "custom_vjp_call")
 # Name of the marks on what does not reach the loss.
 UNUSED = "ghostjax_unused"
@@ -22,6 +23,17 @@ _LIBRARIES = ("chex", "equinox", "flax", "haiku", "jax", "optax")
 
 def is_var(atom: Any) -> bool:
     return isinstance(atom, core.Var)
+
+
+def value_in(env: Mapping[core.Var, Any], atom: Any, otherwise: Any = None) -> Any:
+    """What is known of a variable; ``otherwise`` where nothing is, as of literals."""
+    return env.get(atom, otherwise) if is_var(atom) else otherwise
+
+
+def is_inexact(value: Any) -> bool:
+    """Whether gradient can flow through a variable or an array: not through integers and keys."""
+    dtype = getattr(getattr(value, "aval", value), "dtype", type(value))
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def inner_jaxprs(eqn: Any) -> list[tuple[core.Jaxpr, int | None]]:
@@ -104,7 +116,7 @@ def describe_operation(eqn: Any, around: Sequence[Any] = ()) -> str:
       around: the calls that the equation is inside of, the innermost first. What a library's own
         jitted function does has no line outside the libraries.
     """
-    name = eqn.params["name"] if eqn.primitive.name in _CALLS else eqn.primitive.name
+    name = eqn.params["name"] if eqn.primitive.name == "jit" else eqn.primitive.name
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         if not _is_of_library(frame.file_name.replace("\\", "/")):

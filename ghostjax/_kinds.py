@@ -8,6 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ghostjax._dtypes import wide_dtype
+
 KINDS = ("LayerNorm", "attention", "MLP", "embedding", "other")
 
 
@@ -66,7 +68,6 @@ def by_kind(dots: Any, kind: Callable[[str], str] = kind_of) -> dict[str, jax.Ar
     found: dict[str, jax.Array] = {}
     for path, leaf in leaves:
         name = kind(jax.tree_util.keystr(path))
-        wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
-        own = jnp.asarray(leaf, wide)
+        own = jnp.asarray(leaf, wide_dtype(leaf))
         found[name] = found[name] + own if name in found else own
     return found

@@ -1,7 +1,6 @@
 """value_and_dots_fn: dots with directions that are known only after the backward pass."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,22 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_direction
-from ghostjax._dots import (
-    LABELS,
-    GradDots,
-    directed,
-    finished,
-    like_rows,
-    wide_zeros,
-    with_keywords,
-)
-from ghostjax._labels import check_labels, counted, positions_of
-from ghostjax._loss import Arrays, Loss, check_coupled, check_reduction, trace_loss
+from ghostjax._dots import GradDots, directed, finished, like_rows, wide_zeros
+from ghostjax._face import on_loss
+from ghostjax._labels import counted, positions_of
+from ghostjax._loss import Arrays, Loss
 from ghostjax.core import Harvest, Labels, Meeting, added_up, contract, varying_as, zeros_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class HarvestedLoss:
     """What is static about a harvested loss: the loss, by key its meetings, and the rows' type."""
 
     loss: Loss
@@ -48,6 +40,7 @@ class LateDots:
       arrays: parameters, batch (with ``remat`` only) and constants of the loss.
       labels: by which the dots are added up.
       value, aux, grads, conflicts: as in ``GradDots``.
+      harvested: what is static.
     """
 
     factors: dict[str, Any] | None
@@ -57,7 +50,7 @@ class LateDots:
     grads: Any
     labels: Labels | None
     conflicts: Any
-    program: Program = dataclasses.field(metadata={"static": True})
+    harvested: HarvestedLoss = dataclasses.field(metadata={"static": True})
 
     def __call__(self, direction: Any) -> Any:
         """The dots: a tree of the parameters, every leaf [B] in float32 (float64 for float64).
@@ -73,14 +66,14 @@ class LateDots:
 
     def result(self, direction: Any) -> GradDots:
         """What ``value_grad_and_dots`` returns: the dots, ``total()``, the parts of no row."""
-        loss = self.program.loss
+        loss = self.harvested.loss
         params = jax.tree.unflatten(loss.params, self.arrays.params)
         directions = check_direction(params, direction, stacked=True)
         if self.factors is None:
             return directed(loss, self.arrays, direction, directions, self.labels)
         vectors = jax.tree.leaves(direction)
         dots, shared = contracted(
-            self.program, self.arrays, self.factors, vectors, directions, self.labels
+            self.harvested, self.arrays, self.factors, vectors, directions, self.labels
         )
         grads = jax.tree.leaves(self.grads)
         return finished(
@@ -89,7 +82,7 @@ class LateDots:
 
 
 def contracted(
-    program: Program,
+    harvested: HarvestedLoss,
     arrays: Arrays,
     factors: dict[str, Any],
     vectors: list[Any],
@@ -98,17 +91,17 @@ def contracted(
 ) -> tuple[list[Any], list[Any]]:
     """By parameter, the sums of all meetings' factors with directions, those of rows (or labels of
     positions) and those of nobody; ``directions`` is K where ``vectors`` are stacked."""
-    loss = program.loss
+    loss = harvested.loss
     moved = loss.push(arrays, vectors, stacked=directions is not None)
     leading = () if directions is None else (directions,)
     positions = positions_of(labels)
     size = loss.num_rows if positions is None else positions.count
     dots = [wide_zeros(leaf, (*leading, size)) for leaf in arrays.params]
     if positions is None:
-        dots = [varying_as(leaf, program.rows) for leaf in dots]
+        dots = [varying_as(leaf, harvested.rows) for leaf in dots]
     shared = [wide_zeros(leaf, leading) for leaf in arrays.params]
     for key, (kept, cotangents) in factors.items():
-        meeting = program.meetings[key]
+        meeting = harvested.meetings[key]
 
         def one(kept, cotangents, meeting=meeting, vectors=moved[key]):
             return contract(meeting, kept, cotangents, vectors, directions)
@@ -167,30 +160,21 @@ def value_and_dots_fn(
     >>> value, grads, dots(grads / 2)
     (Array(2.5, dtype=float32), Array([2., 3.], dtype=float32), Array([ 1., 12.], dtype=float32))
     """
-    check_reduction(loss_reduction)
-    check_coupled(coupled)
 
-    @functools.wraps(loss_fn)
-    def fn(
-        *args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any
-    ) -> tuple[Any, Any, LateDots]:
-        loss, arrays = trace_loss(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-            coupled=coupled,
-        )
-        found = check_labels(loss, labels, num_labels)
-        dots = (_without_factors if remat else with_factors)(loss, arrays, found)
+    def run(loss: Loss, arrays: Arrays, labels: Labels | None) -> tuple[Any, Any, LateDots]:
+        dots = (_without_factors if remat else with_factors)(loss, arrays, labels)
         return (dots.value, dots.aux) if has_aux else dots.value, dots.grads, dots
 
-    fn.__signature__ = with_keywords(loss_fn, LABELS)
-    return fn
+    return on_loss(
+        loss_fn,
+        run,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        has_aux=has_aux,
+        per_example=per_example,
+        loss_reduction=loss_reduction,
+        coupled=coupled,
+    )
 
 
 def _without_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
@@ -199,11 +183,11 @@ def _without_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateD
 
     (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(arrays.params)
     grads = jax.tree.unflatten(loss.params, grads)
-    return LateDots(None, arrays, value, aux, grads, labels, None, Program(loss, {}))
+    return LateDots(None, arrays, value, aux, grads, labels, None, HarvestedLoss(loss, {}))
 
 
 def with_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
-    run, program = harvesting(loss, arrays, positions_of(labels))
+    run, harvested = harvesting(loss, arrays, positions_of(labels))
     slots = empty_slots(run, arrays.params)
 
     def objective(params, slots):
@@ -223,27 +207,27 @@ def with_factors(loss: Loss, arrays: Arrays, labels: Labels | None) -> LateDots:
         jax.tree.unflatten(loss.params, grads),
         labels,
         conflicts,
-        program,
+        harvested,
     )
 
 
 def harvesting(loss: Loss, arrays: Arrays, labels: Labels | None = None):
-    """``run(params, slots) -> (outputs, kept, specs, conflicts)``, and the program it fills in."""
+    """``run(params, slots) -> (outputs, kept, specs, conflicts)``, and what it fills in."""
     rows = like_rows(jnp.zeros(loss.num_rows), arrays.batch)
-    program = Program(loss, {}, jax.typeof(rows))
+    harvested = HarvestedLoss(loss, {}, jax.typeof(rows))
 
     def run(params, slots):
         def walked(slots, batch, marker):
             walk = Harvest(loss.names, loss.walked_rows, marker, slots, labels)
             value, aux = loss.open(walk, params, batch, arrays.others)
-            program.meetings.update(walk.meetings)
+            harvested.meetings.update(walk.meetings)
             return [value.primal, *(leaf.primal for leaf in aux)], *walk.results()
 
         if loss.per_example:
             walked = jax.vmap(walked)
         return walked(slots, arrays.batch, jnp.zeros(loss.num_rows))
 
-    return run, program
+    return run, harvested
 
 
 def empty_slots(run, params) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """squared_norms and value_and_clipped_grad: per-example gradients by their size."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from ghostjax._dots import LABELS, with_keywords
-from ghostjax._labels import check_labels
+from ghostjax._face import on_loss
+from ghostjax._loss import Arrays, Loss
 from ghostjax._row_gradients import clipping_pass, row_pass, trace_rows
+from ghostjax.core import Labels
 
 
 def squared_norms(
@@ -61,24 +61,19 @@ def squared_norms(
     positions: Li et al., arXiv:2110.05679.
     """
 
-    @functools.wraps(loss_fn)
-    def fn(*args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any) -> Any:
-        loss, arrays = trace_rows(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-        )
-        found = check_labels(loss, labels, num_labels)
-        left = row_pass(loss, arrays, found, at_once=True)
-        return left.squared_norms()
+    def run(loss: Loss, arrays: Arrays, labels: Labels | None) -> Any:
+        return row_pass(loss, arrays, labels, at_once=True).squared_norms()
 
-    fn.__signature__ = with_keywords(loss_fn, LABELS)
-    return fn
+    return on_loss(
+        loss_fn,
+        run,
+        trace=trace_rows,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        has_aux=has_aux,
+        per_example=per_example,
+        loss_reduction=loss_reduction,
+    )
 
 
 def value_and_clipped_grad(
@@ -137,20 +132,8 @@ def value_and_clipped_grad(
     if not isinstance(max_norm, jax.core.Tracer) and not (jnp.ndim(max_norm) == 0 and max_norm > 0):
         raise ValueError(f"max_norm must be a positive number, got {max_norm}.")
 
-    @functools.wraps(loss_fn)
-    def fn(*args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any) -> Any:
-        loss, arrays = trace_rows(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-        )
-        found = check_labels(loss, labels, num_labels)
-        left, weighted = clipping_pass(loss, arrays, found, at_once=True)
+    def run(loss: Loss, arrays: Arrays, labels: Labels | None) -> tuple[Any, Any]:
+        left, weighted = clipping_pass(loss, arrays, labels, at_once=True)
         total = sum(jax.tree.leaves(left.squared_norms()), jnp.zeros(left.examples))
         largest = jnp.where(max_norm > 0, max_norm, jnp.nan)
         own = jnp.minimum(1, largest * jax.lax.rsqrt(jnp.where(total == 0, 1, total)))
@@ -158,15 +141,23 @@ def value_and_clipped_grad(
         own = jnp.where(jnp.isnan(largest), jnp.nan, own)
         if weights is not None:
             own = _weighted(own, weights)
-        if found is not None and found.ids.ndim == 1:
-            is_own = (found.ids >= 0) & (found.ids < found.count)
-            own = jnp.where(is_own, _taken(own, jnp.clip(found.ids, 0, found.count - 1)), 0)
+        if labels is not None and labels.ids.ndim == 1:
+            is_own = (labels.ids >= 0) & (labels.ids < labels.count)
+            own = jnp.where(is_own, _taken(own, jnp.clip(labels.ids, 0, labels.count - 1)), 0)
         value = (left.value, left.aux) if has_aux else left.value
         grads = jax.tree.unflatten(loss.params, weighted(own))
         return _undifferentiated((value, grads), arrays.params)
 
-    fn.__signature__ = with_keywords(loss_fn, LABELS)
-    return fn
+    return on_loss(
+        loss_fn,
+        run,
+        trace=trace_rows,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        has_aux=has_aux,
+        per_example=per_example,
+        loss_reduction=loss_reduction,
+    )
 
 
 @jax.custom_jvp

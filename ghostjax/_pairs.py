@@ -1,6 +1,5 @@
 """pairwise_dots: inner products of rows' gradients with each other."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_val_batch_size
-from ghostjax._dots import LABELS, with_keywords
-from ghostjax._labels import check_labels, or_nan
+from ghostjax._face import on_loss
+from ghostjax._labels import or_nan
+from ghostjax._loss import Arrays, Loss
 from ghostjax._row_gradients import row_pass, trace_rows
+from ghostjax.core import Labels
 
 # Of the rows' gradients that are in memory at a time, in bytes; one is always.
 BUDGET = 2**28
@@ -69,29 +70,17 @@ def pairwise_dots(
     if budget < 1:
         raise ValueError(f"budget must be a positive number of bytes, got {budget}.")
 
-    @functools.wraps(loss_fn)
-    def fn(*args: Any, labels: Any = None, num_labels: int | None = None, **kwargs: Any) -> Any:
-        loss, arrays = trace_rows(
-            loss_fn,
-            args,
-            kwargs,
-            argnums=argnums,
-            batch_argnums=batch_argnums,
-            has_aux=has_aux,
-            per_example=per_example,
-            loss_reduction=loss_reduction,
-        )
-        found = check_labels(loss, labels, num_labels)
-        rows = loss.num_rows if found is None else found.count
+    def run(loss: Loss, arrays: Arrays, labels: Labels | None) -> Any:
+        rows = loss.num_rows if labels is None else labels.count
         train = 0
         if val_batch_size is not None:
-            if found is not None:
+            if labels is not None:
                 raise ValueError(
                     "labels number the examples of the whole batch, and val_batch_size its last "
                     "rows. Leave out val_batch_size, and take a part of the Gram matrix [S, S]."
                 )
             train = rows - check_val_batch_size(val_batch_size, rows)
-        left = row_pass(loss, arrays, found, at_once=False)
+        left = row_pass(loss, arrays, labels, at_once=False)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.params)
         block = max(1, min(rows - train, budget // max(size, 1)))
 
@@ -108,5 +97,13 @@ def pairwise_dots(
         ]
         return jax.tree.unflatten(loss.params, or_nan(leaves, left.conflicts))
 
-    fn.__signature__ = with_keywords(loss_fn, LABELS)
-    return fn
+    return on_loss(
+        loss_fn,
+        run,
+        trace=trace_rows,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        has_aux=has_aux,
+        per_example=per_example,
+        loss_reduction=loss_reduction,
+    )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ghostjax._dots import GradDots, directed_with, like_rows, wide_zeros
 from ghostjax._labels import by_row_label, counted, or_nan, positions_of
-from ghostjax._late import Program, contracted
-from ghostjax._loss import Arrays, Loss, check_reduction, check_scalar, trace_loss
+from ghostjax._late import HarvestedLoss, contracted
+from ghostjax._loss import Arrays, Loss, trace_loss
 from ghostjax.core import (
     Clipped,
     DirectedSquares,
@@ -95,8 +95,8 @@ class Pass:
     def dots(self, gradients: list[Any], count: int) -> list[Any]:
         """Of all examples with K = ``count`` gradients, stacked: by parameter [K, B] or [K, S]."""
         rows = jax.typeof(like_rows(jnp.zeros(self.loss.num_rows), self.arrays.batch))
-        program = Program(self.loss, self.meetings(), rows)
-        dots, shared = contracted(program, self.arrays, self.factors, gradients, count, self.labels)
+        own = HarvestedLoss(self.loss, self.meetings(), rows)
+        dots, shared = contracted(own, self.arrays, self.factors, gradients, count, self.labels)
         return by_row_label(dots, shared, self.labels)[0]
 
     def uses(self) -> dict[int, list[str]]:
@@ -191,8 +191,7 @@ def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tup
             losses = jnp.sum(losses)
         return (losses, *aux) if has_aux else losses
 
-    check_reduction(options["loss_reduction"])
-    loss, arrays = trace_loss(scalar, args, kwargs, **options, check_loss=check_scalar)
+    loss, arrays = trace_loss(scalar, args, kwargs, **options)
     if not apart:
         return loss, arrays
     if apart[0] != (loss.num_rows,):
@@ -207,7 +206,7 @@ def row_pass(loss: Loss, arrays: Arrays, labels: Labels | None, *, at_once: bool
     """One forward and one backward pass; with ``at_once``, norms come out of it where they can."""
     check_devices(arrays)
     run = _walked(loss, arrays, labels)
-    taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=at_once)
+    taps, slots, keys, _ = _first_walk(loss, arrays, labels, run, at_once=at_once)
     last: list[Found] = []
 
     def objective(taps, slots):
@@ -233,7 +232,7 @@ def clipping_pass(
     """
     check_devices(arrays)
     run = _walked(loss, arrays, labels, Clipped)
-    taps, slots, keys, found = _places(loss, arrays, labels, run, at_once=at_once)
+    taps, slots, keys, found = _first_walk(loss, arrays, labels, run, at_once=at_once)
     check_in_rows(loss, found)
     last: list[Found] = []
 
@@ -285,7 +284,7 @@ def check_devices(arrays: Arrays) -> None:
 def check_in_rows(loss: Loss, found: Found) -> None:
     """An error where a part of the gradient belongs to no row."""
     faults = [
-        f"  {loss.names[path]} in {found.places.get(key, 'the loss')}"
+        f"  {loss.names[path]} in {found.operations.get(key, 'the loss')}"
         for key, meeting in found.meetings.items()
         for path, in_rows in meeting.in_rows.items()
         if not in_rows
@@ -305,7 +304,7 @@ def directed_with_norms(
     """``directed``, and squared norms out of the same pass."""
     check_devices(arrays)
     run = _walked(loss, arrays, labels)
-    taps, slots, keys, _ = _places(loss, arrays, labels, run, at_once=True)
+    taps, slots, keys, _ = _first_walk(loss, arrays, labels, run, at_once=True)
     last: list[Found] = []
 
     def make(others, vectors, *args):
@@ -358,7 +357,7 @@ def _walked(loss: Loss, arrays: Arrays, labels: Labels | None, kind=Squares):
     return run
 
 
-def _places(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: bool):
+def _first_walk(loss: Loss, arrays: Arrays, labels: Labels | None, run, *, at_once: bool):
     """Zeros [B] by parameter for norms that come out of the pass; zeros like the cotangents of the
     meetings that wait; the meetings that do not; and all, found by a walk in shapes."""
     first: list[Found] = []

@@ -34,7 +34,7 @@ def evaluate(
     needed, _ = live_equations(jaxpr, [True] * len(jaxpr.outvars))
     for eqn in needed:
         inputs = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in ("jit", "pjit"):  # calls cost more to trace than what they hold
+        if eqn.primitive.name == "jit":  # calls cost more to trace than what they hold
             outputs = evaluate(eqn.params["jaxpr"], inputs, many_users)
         else:
             outputs = bind(eqn, inputs)

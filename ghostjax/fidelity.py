@@ -38,8 +38,10 @@ def predicted_decrease(val_grads: Any, updates: Any) -> jax.Array:
 
         - < val_grads, updates >
 
-    With the gradient at the parameters it is right to first order, with that of
-    ``directions.midpoint`` to second.
+    Args:
+      val_grads: a tree like the parameters. With the gradient at the parameters the prediction is
+        right to first order, with that of ``directions.midpoint`` to second.
+      updates: what will be added to the parameters, a tree like them.
 
     Returns:
       float32 scalar, in the unit of the loss. ``actual`` is the loss of the same validation rows
@@ -54,6 +56,9 @@ def predicted_decrease(val_grads: Any, updates: Any) -> jax.Array:
 
 def correlation(first: jax.Array, second: jax.Array) -> jax.Array:
     """Pearson correlation over the last axis: of plain with optimizer-aware scores, for instance.
+
+    Args:
+      first, second: [..., B], float32.
 
     Returns:
       One axis less, float32; NaN where one of them is constant.

@@ -25,6 +25,7 @@ def per_example_grads(loss_fn: Callable, params: Any, batch: Any, *args: Any, **
     Args:
       loss_fn: returns losses [N].
       params: tree of floating-point arrays, each of some shape [*p].
+      batch, args, kwargs: passed on to ``loss_fn``.
 
     Returns:
       A tree like ``params``, leaves [N, *p], in the parameters' dtype. It takes N times the memory
@@ -51,6 +52,10 @@ def per_example_dots(
     over the last V = ``val_batch_size`` rows. Computed by NumPy in float64 from
     ``per_example_grads``.
 
+    Args:
+      loss_fn, params, batch, args, kwargs: as for ``per_example_grads``.
+      val_batch_size: V.
+
     Returns:
       A tree like ``params`` of NumPy arrays [B], float64.
 
@@ -72,6 +77,12 @@ def relative_errors(dots: Any, expected: Any) -> dict[str, float]:
 
     Parameters whose dots are below a thousandth of the largest in the tree are measured against
     that thousandth: a gradient that is zero but for rounding has no meaningful relative error.
+
+    Args:
+      dots, expected: trees of arrays, alike in their shapes.
+
+    Returns:
+      By path of a parameter, max_i |dots[p][i] - expected[p][i]| over the largest |expected[p][i]|.
 
     Raises:
       AssertionError: the trees, or the shapes of leaves, differ.
@@ -106,6 +117,7 @@ def assert_dots_close(dots: Any, expected: Any, *, rtol: float = 1e-5) -> None:
     the largest ``|expected[p][i]|``, but at least a thousandth of the largest in the tree.
 
     Args:
+      dots, expected: trees of arrays.
       rtol: 1e-5 suits float32 models, 1e-2 bfloat16 ones.
 
     Raises:
@@ -267,6 +279,7 @@ def assert_rowwise(
     results replaced in the same way, any other row of the cotangents of the arguments.
 
     Args:
+      fn: pure, of positional arguments.
       args: the arguments, trees of arrays, with two or more rows that differ.
       axis, out_axis: as in ``ghostjax.rowwise``.
       derivatives: whether to try the backward pass as well; False for what has none.

@@ -2,10 +2,12 @@
 
 import importlib.util
 import inspect
+import operator
 import pathlib
 import re
 import shlex
 import tomllib
+from collections.abc import Callable
 
 import pytest
 
@@ -55,6 +57,40 @@ def test_every_function_of_a_public_module_is_in_the_reference(module):
 
 def test_a_name_that_is_not_there_would_be_noticed():
     assert unlisted(["value_grad_and_dot"]) == ["value_grad_and_dot"]
+
+
+def public_functions() -> dict[str, Callable]:
+    names = re.findall(r"^::: ghostjax\.(\S+)$", REFERENCE, flags=re.MULTILINE)
+    found = {name: operator.attrgetter(name)(ghostjax) for name in names if "run_log" not in name}
+    return {name: own for name, own in found.items() if inspect.isfunction(inspect.unwrap(own))}
+
+
+def lacking(function: Callable) -> list[str]:
+    """What a docstring does not say, unless its first sentence ends in "as ``other``"."""
+    doc = inspect.getdoc(function) or ""
+    found = [] if ">>> " in doc else ["an example"]
+    if re.search(r"\A[^\n]*(\n[^\n]+)*[Aa]s ``\w+``\.$", doc, flags=re.MULTILINE):
+        return found
+    names = inspect.signature(function).parameters
+    found += [name for name in names if not re.search(rf"^  ([\w, ]+, )?{name}(,|:)", doc, re.M)]
+    gives_something = not function.__name__.startswith(("assert_", "register_"))
+    return found + ["Returns:"] * (gives_something and "\nReturns:\n" not in doc)
+
+
+@pytest.mark.parametrize("name", public_functions())
+def test_docstrings_of_public_functions_are_complete(name):
+    assert lacking(public_functions()[name]) == []
+
+
+def test_what_a_docstring_lacks_would_be_noticed():
+    def half(loss_fn, batch):
+        """Half of it.
+
+        Args:
+          loss_fn: of the batch.
+        """
+
+    assert lacking(half) == ["an example", "batch", "Returns:"]
 
 
 def commands(text: str) -> list[list[str]]:

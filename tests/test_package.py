@@ -70,12 +70,21 @@ def test_a_file_that_is_not_there_would_be_noticed():
         ("_kind", "ghostjax/core/routes.py"),
         ("sums_and_gradient", "ghostjax/core/routes.py"),
         ("Route", "ghostjax/core/meeting.py"),
+        ("on_loss", "ghostjax/_face.py"),
         ("commands", "ghostjax/cli.py"),
     ],
 )
 def test_what_contributors_are_sent_to_is_there(word, file):
     assert f"`{word}" in (ROOT / "CONTRIBUTING.md").read_text()
     assert re.search(rf"\b(def |class )?{word}\b( =|:|\()", (ROOT / file).read_text())
+
+
+def test_extras_that_contributors_install_are_there():
+    lists = re.findall(r"-e \"\.\[([\w,]+)\]\"", (ROOT / "CONTRIBUTING.md").read_text())
+    extras = {name for names in lists for name in names.split(",")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extras
+    assert extras <= project["optional-dependencies"].keys()
 
 
 def test_the_type_checker_is_told_that_there_are_types():

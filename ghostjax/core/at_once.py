@@ -19,12 +19,12 @@ class Found:
 
     Attributes:
       direct: whether every parameter comes to the meeting once and as it is.
-      places: descriptions.
+      operations: their descriptions, for messages.
     """
 
     meetings: dict[str, Any] = dataclasses.field(default_factory=dict)
     direct: dict[str, bool] = dataclasses.field(default_factory=dict)
-    places: dict[str, str] = dataclasses.field(default_factory=dict)
+    operations: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def at_once(self) -> frozenset[str]:
         """Meetings of parameters that nothing else uses: dots come out of their backward pass."""
@@ -41,7 +41,7 @@ class Found:
     def update(self, other: "Found") -> None:
         self.meetings.update(other.meetings)
         self.direct.update(other.direct)
-        self.places.update(other.places)
+        self.operations.update(other.operations)
 
 
 class AtOnce(Walk):
@@ -89,7 +89,7 @@ class AtOnce(Walk):
         ]
         outputs = self.evaluate(function, primals)
         if self.slots is None:
-            self.found.places[key] = self.describe(meeting.eqn)
+            self.found.operations[key] = self.describe(meeting.eqn)
             self.specs[key] = [zeros_of(outputs[k]) for k in meeting.differentiable]
             return outputs
         if key not in self.keys_at_once and key not in self.slots:

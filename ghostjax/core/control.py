@@ -23,7 +23,7 @@ def _remat(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
     def run(slots, operands):
         inner = walk.inside(key, slots)
-        return inner.open(eqn.params["jaxpr"], [], operands), inner.results()
+        return inner.run(eqn.params["jaxpr"], operands), inner.results()
 
     if walk.computes_data:
         run = jax.checkpoint(
@@ -66,15 +66,6 @@ def _joined(walk: Walk, first: Value, second: Value) -> Value:
         first.where, second.where, getattr(first.primal, "shape", ()), walk.num_rows, walk.follows
     )
     return walk.data(first.primal, active, where)
-
-
-def _classes(function, *args) -> Any:
-    """The values a function would give, in shapes."""
-    return jax.eval_shape(function, *args)
-
-
-def _same_class(first: Value, second: Value) -> bool:
-    return jax.tree.structure(first) == jax.tree.structure(second)
 
 
 def _slice(walk: Walk, value: Value, shape: tuple[int, ...]) -> Value:
@@ -131,7 +122,7 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         return jax.tree.map(lambda array: array[0], values)
 
     while True:
-        after = _classes(
+        after = jax.eval_shape(
             lambda carry, values: body(walk.inside(key), carry, one(values))[0], carry, sliced
         )
         classes = [_joined(walk, *pair) for pair in zip(carry, after)]
@@ -139,7 +130,7 @@ def _scan(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
             dataclasses.replace(value, where=loops.as_sum(value.where)) if k in sums else value
             for k, value in enumerate(classes)
         ]
-        if all(_same_class(*pair) for pair in zip(classes, carry)):
+        if jax.tree.structure(classes) == jax.tree.structure(carry):
             break
         carry = [
             _coerce(walk, eqn, dataclasses.replace(value, tangents={}), wanted)
@@ -196,7 +187,7 @@ def _is_passed_on(walk: Walk, eqn: Any, values: list[Value], number: int) -> boo
         for k, value in enumerate(values)
     ]
     run = walk.inside("trial").run
-    return _classes(functools.partial(run, eqn.params["jaxpr"]), values)[number].active
+    return jax.eval_shape(functools.partial(run, eqn.params["jaxpr"]), values)[number].active
 
 
 def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
@@ -215,7 +206,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         return outputs, inner.results()
 
     numbers = range(len(branches))
-    found = [_classes(lambda o, k=k: branch(k, o, None)[0], operands) for k in numbers]
+    found = [jax.eval_shape(lambda o, k=k: branch(k, o, None)[0], operands) for k in numbers]
     classes = functools.reduce(
         lambda first, second: [_joined(walk, *pair) for pair in zip(first, second)], found
     )
@@ -233,7 +224,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
         return taken[0]
 
     shapes = [
-        _classes(lambda o, k=k: branch(k, o, slots[k], classes)[1], operands) for k in numbers
+        jax.eval_shape(lambda o, k=k: branch(k, o, slots[k], classes)[1], operands) for k in numbers
     ]
 
     def filled(number):
@@ -241,7 +232,7 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
 
         def run(operands):
             outputs, own = branch(number, operands, slots[number], classes)
-            others = [_zeros(shapes[k]) for k in numbers if k != number]
+            others = [jax.tree.map(zeros_of, shapes[k]) for k in numbers if k != number]
             for found, *rest in zip(own, *others):
                 for other in rest:
                     found.update(other)
@@ -254,10 +245,6 @@ def _cond(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     )
 
 
-def _zeros(shapes):
-    return jax.tree.map(zeros_of, shapes)
-
-
 def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     raise NotImplementedError(
         f"{walk.describe(eqn)}: a while loop has no reverse-mode derivative, so parameters "
@@ -265,6 +252,4 @@ def _while(walk: Walk, eqn: Any, operands: list[Value]) -> list[Value]:
     )
 
 
-HANDLERS.update(
-    {"remat2": _remat, "checkpoint": _remat, "scan": _scan, "cond": _cond, "while": _while}
-)
+HANDLERS.update({"remat2": _remat, "scan": _scan, "cond": _cond, "while": _while})

@@ -10,19 +10,20 @@ left factor has rows.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation, holds, inner_jaxprs
-from ghostjax.core.devices import as_many, crosses, is_single
+from ghostjax._jaxprs import bind, describe_operation, holds, inner_jaxprs, is_inexact
+from ghostjax.core.devices import as_many, crosses, is_one_row
 from ghostjax.core.inside import reached
-from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex
+from ghostjax.core.linear import Kind, NotLinearError
 from ghostjax.core.lookups import as_run
 from ghostjax.core.meeting import Cells, Meeting, Route, row_sums, weighted, wide_dtype
-from ghostjax.core.mixing import CHECKS, WAY_OUT, several_axes
+from ghostjax.core.mixing import CHECKS, WAY_OUT, several_axes_message
 from ghostjax.core.places import Mixed, RowInfo, Rows
 from ghostjax.core.program import Program, is_literal, run
 from ghostjax.core.push import PUSHES
@@ -47,15 +48,13 @@ class RuleMeeting(Meeting):
         program = pullback(eqn, active, [bool(value.tangents) for value in operands])
         if self.num_rows is None:
             _check_shared_outputs(eqn, program, [value.is_data for value in operands])
-        used = {atom for step in program.steps for atom in step.inputs if _is_number(atom)}
-        used.update(atom for atom in program.outputs if _is_number(atom))
-        self.kept = [k for k in range(len(operands)) if program.inputs[k] in used]
+        self.kept = [k for k in range(len(operands)) if program.inputs[k] in program.used]
         self._consts = program.consts
         self._program = dataclasses.replace(program, consts=dict.fromkeys(program.consts))
         self._cotangents = program.inputs[len(operands) :]
         self.needs_data = True
         self._dtypes = [jnp.result_type(operands[k].primal) for k in self._moving]
-        inexact = [info for info, var in zip(self.rows, eqn.outvars) if is_real_or_complex(var)]
+        inexact = [info for info, var in zip(self.rows, eqn.outvars) if is_inexact(var)]
         self._split = None
         paths = ", ".join(self.names[path] for path in self.moving)
         cells = next((info for info in inexact if isinstance(info, Cells)), None)
@@ -67,8 +66,8 @@ class RuleMeeting(Meeting):
 
             self._split = split_along(eqn, operands, cells, split)
             if self._split is None:
-                raise RowAxisError(several_axes(describe_operation(eqn), paths))
-        single = self.num_rows is None or is_single(self.num_rows)
+                raise RowAxisError(several_axes_message(describe_operation(eqn), paths))
+        single = self.num_rows is None or is_one_row(self.num_rows)
         if not single and all(info is None or isinstance(info, Rows) for info in inexact):
             infos = [*(value.rows for value in operands), *inexact]
             places = _places(program, infos, active, set(self._cotangents))
@@ -184,7 +183,7 @@ class RuleMeeting(Meeting):
 
 def push_through_rule(eqn: Any, primals, moving, name: str):
     """The tangents of a ``custom_vjp`` function of parameters alone, whose rule must be linear."""
-    every = [is_real_or_complex(atom) for atom in eqn.invars]
+    every = [is_inexact(atom) for atom in eqn.invars]
     program = pullback(eqn, every, [k in moving for k in range(len(primals))])
     numbers = program.inputs[len(primals) :]
     _check_linear(eqn, program, numbers, name)
@@ -196,10 +195,10 @@ def push_through_rule(eqn: Any, primals, moving, name: str):
             outputs = map(read, program.outputs)
             return [jnp.asarray(output, v.dtype) for output, v in zip(outputs, direction)]
 
-        inexact = [var.aval for var in eqn.outvars if is_real_or_complex(var)]
+        inexact = [var.aval for var in eqn.outvars if is_inexact(var)]
         _, transposed = jax.vjp(rule, [jnp.zeros(aval.shape, aval.dtype) for aval in inexact])
         tangents = iter(transposed(direction)[0])
-        return [next(tangents) if is_real_or_complex(var) else None for var in eqn.outvars]
+        return [next(tangents) if is_inexact(var) else None for var in eqn.outvars]
 
     return push
 
@@ -210,16 +209,16 @@ def _check_shared_outputs(eqn: Any, program: Program, are_data: Sequence[bool]) 
     0.10, and an error later."""
     ((jaxpr, _),) = inner_jaxprs(eqn)
     found = reached(jaxpr, are_data, by_gradient=False)
-    has_rows = [found[k] for k, var in enumerate(eqn.outvars) if is_real_or_complex(var)]
+    has_rows = [found[k] for k, var in enumerate(eqn.outvars) if is_inexact(var)]
     operands, cotangents = program.inputs[: len(are_data)], program.inputs[len(are_data) :]
     shared = {number for number, own in zip(cotangents, has_rows) if not own}
     of_rows = {number for number, own in zip(cotangents, has_rows) if own}
     of_rows.update(number for number, is_data in zip(operands, are_data) if is_data)
     for step in program.steps:
         for group in (shared, of_rows):
-            if any(_is_number(atom) and atom in group for atom in step.inputs):
+            if any(not is_literal(atom) and atom in group for atom in step.inputs):
                 group.update(step.outputs)
-    if any(_is_number(atom) and atom in shared & of_rows for atom in program.outputs):
+    if any(not is_literal(atom) and atom in shared & of_rows for atom in program.outputs):
         raise NotImplementedError(
             f"{_function(eqn)} has an output that does not depend on the row, whose cotangent its "
             "backward rule brings together with rows. JAX does not differentiate that right under "
@@ -248,17 +247,13 @@ def _function(eqn: Any) -> str:
     return f"{describe_operation(eqn)} ({source})" if " at " in source else describe_operation(eqn)
 
 
-def _is_number(atom: Any) -> bool:
-    return not is_literal(atom)
-
-
 def _evaluated(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """What is to be transposed: JAX lets nothing through ``stop_gradient``."""
     return list(operands) if eqn.primitive.name == "stop_gradient" else bind(as_run(eqn), operands)
 
 
 def _active(eqn: Any, actives: Sequence[bool]) -> list[bool]:
-    return [active and is_real_or_complex(atom) for atom, active in zip(eqn.invars, actives)]
+    return [active and is_inexact(atom) for atom, active in zip(eqn.invars, actives)]
 
 
 def _places(
@@ -316,11 +311,11 @@ def _check_backward(eqn, infos, actives, rows, num_rows) -> None:
     """Cotangents of operands have their rows where the operands have them."""
     active = _active(eqn, actives)
     wanted = [is_active and isinstance(info, Rows) for is_active, info in zip(active, infos)]
-    places = [info for info, var in zip(rows, eqn.outvars) if is_real_or_complex(var)]
-    if is_single(num_rows) or not any(wanted) or not any(isinstance(info, Rows) for info in places):
-        return
-    expected = [info for info, is_wanted in zip(infos, wanted) if is_wanted]
+    places = [info for info, var in zip(rows, eqn.outvars) if is_inexact(var)]
     moving = [isinstance(info, Rows) for info in places]
+    if is_one_row(num_rows) or not any(wanted) or not any(moving):
+        return
+    expected = [*compress(infos, wanted)]
     program = pullback(eqn, active, wanted)
     _check_rule(eqn, "backward", program, [*infos, *places], active, moving, expected, num_rows)
 
@@ -328,13 +323,11 @@ def _check_backward(eqn, infos, actives, rows, num_rows) -> None:
 def _check_forward(eqn, infos, actives, rows, num_rows) -> None:
     """Tangents of outputs have their rows where the outputs have them."""
     active = _active(eqn, actives)
-    wanted = [
-        isinstance(info, Rows) and is_real_or_complex(var) for info, var in zip(rows, eqn.outvars)
-    ]
-    if is_single(num_rows) or not any(wanted) or not any(active):
+    wanted = [isinstance(info, Rows) and is_inexact(var) for info, var in zip(rows, eqn.outvars)]
+    if is_one_row(num_rows) or not any(wanted) or not any(active):
         return
-    places = [info for info, is_active in zip(infos, active) if is_active]
-    expected = [info for info, is_wanted in zip(rows, wanted) if is_wanted]
+    places = [*compress(infos, active)]
+    expected = [*compress(rows, wanted)]
     moving = [not isinstance(info, Mixed) for info in places]
     program = pushforward(eqn, active, wanted)
     _check_rule(eqn, "derivative", program, [*infos, *places], active, moving, expected, num_rows)
@@ -352,7 +345,7 @@ def _check_rule(eqn, which, program, infos, active, moving, expected, num_rows) 
     except RowAxisError as error:
         raise in_rule(eqn, which, error) from None
     for atom, wanted in zip(program.outputs, expected, strict=True):
-        found = places.infos.get(atom) if _is_number(atom) and atom in places.moving else None
+        found = places.infos.get(atom) if not is_literal(atom) and atom in places.moving else None
         if found is not None and found != wanted:
             reason = (
                 f"rows mixed ({found.reason})" if isinstance(found, Mixed) else f"them at {found}"

@@ -53,14 +53,18 @@ def crosses(eqn: Any, num_rows: int | None) -> bool:
     return any(crosses(inner, num_rows) for jaxpr, _ in inner_jaxprs(eqn) for inner in jaxpr.eqns)
 
 
+def mesh_axes(eqn: Any) -> tuple[str | int, ...]:
+    """The axes of the mesh that a collective goes over; those of arrays, under vmap, by number."""
+    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+    return tuple(names) if isinstance(names, (tuple, list)) else (names,)
+
+
 def goes_over(eqn: Any, axes: Sequence[str]) -> bool:
     """Whether a collective goes over any of these axes of the mesh."""
-    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-    names = names if isinstance(names, (tuple, list)) else (names,)
-    return any(name in axes for name in names)
+    return any(name in axes for name in mesh_axes(eqn))
 
 
-def is_single(num_rows: int | None) -> bool:
+def is_one_row(num_rows: int | None) -> bool:
     """Whether there is but one row, on all devices together."""
     return num_rows == 1 and not split_axes(num_rows)
 
@@ -193,8 +197,7 @@ def _shard_map(eqn, operands, num_rows):
 
 def _crosses(eqn, num_rows: int) -> bool:
     """Whether a collective goes over axes that rows are split over, or over axes of arrays."""
-    axes = eqn.params.get("axes", ())
-    return goes_over(eqn, split_axes(num_rows)) or any(isinstance(name, int) for name in axes)
+    return any(isinstance(n, int) or n in split_axes(num_rows) for n in mesh_axes(eqn))
 
 
 def _reduced(eqn, operands, num_rows):

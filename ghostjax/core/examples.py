@@ -12,7 +12,7 @@ from ghostjax._errors import RowAxisError
 from ghostjax.core.meeting import Cells, Meeting
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.positions import best
-from ghostjax.core.tracks import NOBODY, SEVERAL, Moved, Track, Where, numbers, varying
+from ghostjax.core.tracks import NOBODY, SEVERAL, Moved, Track, Where, axes_apart, ids_of
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +35,13 @@ class Labels:
 
 def labels_of(where: Where, shape, num_rows: int, labels: Labels | None, lost: str) -> Any:
     """The example of every place of a value, as numbers are kept; labels if there are any."""
-    rows = numbers(where.rows, shape, num_rows)
+    rows = ids_of(where.rows, shape, num_rows)
     if labels is None:
         return rows
     track = best(where.positions)
     if track is None:
         raise RowAxisError(lost)
-    positions = numbers(track, shape, labels.positions)
+    positions = ids_of(track, shape, labels.positions)
     if isinstance(rows, np.ndarray) and isinstance(positions, np.ndarray):
         axes = _axes_in_order(rows, num_rows), _axes_in_order(positions, labels.positions)
         if None not in axes and axes[0] != axes[1]:
@@ -64,7 +64,7 @@ def _axes_in_order(ids: np.ndarray, count: int) -> int | None:
 
 def cells_of(ids: Any) -> tuple[Rows | Cells, int]:
     """The places along which ``ids`` tell examples apart, as a meeting sums over all others."""
-    axes = varying(Moved(ids.shape))
+    axes = axes_apart(Moved(ids.shape))
     if len(axes) == 1:
         return Rows(axes[0]), ids.shape[axes[0]]
     return Cells(tuple(axes)), math.prod(ids.shape)
@@ -75,7 +75,7 @@ def localized(where: Where, shape: tuple[int, ...], cells: int) -> Where:
     place = where.rows.place
     if not where.rows.is_apart:
         return where
-    axes = [place.axis] if isinstance(place, Rows) else varying(place)
+    axes = axes_apart(place)
     if len(axes) == 1 and shape[axes[0]] == cells:
         return Where(Track(Rows(axes[0])))
     return Where()
@@ -87,6 +87,13 @@ def by_label(ids: Any, sums: Any, count: int) -> Any:
     ids = jnp.where((ids < 0) | (ids >= count), count, ids)
     zeros = jnp.zeros((*sums.shape[:-1], count + 1), sums.dtype)
     return zeros.at[..., ids].add(sums)
+
+
+def weights_of(ids: Any, weights: Any, count: int) -> jax.Array:
+    """The weights [S] of the examples that places belong to; zero where they are nobody's."""
+    is_own = (ids >= 0) & (ids < count)
+    found = weights[jnp.clip(ids, 0, count - 1)]
+    return jnp.where(is_own, found, jnp.zeros_like(found))
 
 
 class Regrouped:
@@ -113,10 +120,7 @@ class Regrouped:
     def weighted(self, weights, kept, cotangents):
         """By position, the gradient of all examples times their weights."""
         kept, ids = kept
-        ids = jnp.ravel(ids)
-        is_own = (ids >= 0) & (ids < self.count)
-        weights = weights[jnp.clip(ids, 0, self.count - 1)]
-        weights = jnp.where(is_own, weights, jnp.zeros_like(weights))
+        weights = weights_of(jnp.ravel(ids), weights, self.count)
         return self.meeting.weighted(weights, kept, cotangents)
 
     def gradient(self, weights, kept, cotangents):

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ghostjax._jaxprs import is_var
-from ghostjax.core.devices import goes_over, names_along, split_axes
-from ghostjax.core.inside import inside, is_number
+from ghostjax._jaxprs import is_inexact, value_in
+from ghostjax.core.devices import goes_over, mesh_axes, names_along, split_axes
+from ghostjax.core.inside import inside
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import propagate
-from ghostjax.core.tracks import NOBODY, STRANGER, Moved, Track, merged, numbers, repeated
+from ghostjax.core.tracks import NOBODY, STRANGER, Moved, Track, ids_of, merged, repeated
 
 
 class SentRows(int):
@@ -56,8 +56,8 @@ def _has_exchange(jaxpr, infos, num_rows, axes: tuple[str, ...], kinds: Any) -> 
         return False
     known = dict(zip(jaxpr.invars, infos, strict=True))
     for eqn in jaxpr.eqns:
-        own = [known.get(atom) if is_var(atom) else None for atom in eqn.invars]
-        sent = any(isinstance(i, kinds) and is_number(atom) for i, atom in zip(own, eqn.invars))
+        own = [value_in(known, atom) for atom in eqn.invars]
+        sent = any(isinstance(i, kinds) and is_inexact(atom) for i, atom in zip(own, eqn.invars))
         if sent and eqn.primitive.name in _SENDS and goes_over(eqn, axes):
             return True
         for inner, inner_infos, _, inner_rows in inside(eqn, own, [True] * len(own), num_rows):
@@ -88,7 +88,7 @@ def sent_out(place: Any, shape: tuple[int, ...], local: int) -> Track:
     """Where a device has its share of the rows, as numbers among those of all."""
     if not isinstance(place, Rows):
         return Track(place)
-    ids = jnp.asarray(numbers(Track(place), shape, local))
+    ids = jnp.asarray(ids_of(Track(place), shape, local))
     if split_axes(local):
         ids = ids + local * lax.axis_index(split_axes(local))
     return Track(Moved(tuple(ids.shape)), ids)
@@ -148,8 +148,7 @@ def _agreed(eqn, ids, conflicts):
 
 def _of_devices(eqn, ids, reduce, over_all):
     """``reduce`` over the devices that an equation goes over, all along its axes or groups."""
-    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-    groups = eqn.params.get("axis_index_groups")
+    names, groups = mesh_axes(eqn), eqn.params.get("axis_index_groups")
     if groups is None:
         return over_all(ids, names)
     return reduce(lax.all_gather(ids, names, axis_index_groups=groups), axis=0)

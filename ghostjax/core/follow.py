@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ghostjax.core.devices import crosses
+from ghostjax.core.devices import crosses, mesh_axes
 from ghostjax.core.exchange import adds_numbers_up, sends, sent
 from ghostjax.core.moves import Others, move
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, lost, shape_of
@@ -22,9 +22,9 @@ from ghostjax.core.tracks import (
     Known,
     Moved,
     Track,
+    ids_of,
     is_single,
     merged,
-    numbers,
     track_of,
 )
 
@@ -54,7 +54,7 @@ def moved(
     if crosses(eqn, count):
         return [Track(lost(eqn, "goes over the devices that rows are on"))] * len(eqn.outvars)
     shape = shape_of(eqn.invars[position])
-    ids = numbers(track, shape, count)
+    ids = ids_of(track, shape, count)
     if sends(eqn, count):
         if adds_numbers_up(eqn):
             return [Track(Mixed("the rows of several devices are added up", is_sum=True))]
@@ -112,7 +112,7 @@ def rows_after(
         for k, part in zip(deciding, parts):
             if isinstance(part[0].place, Mixed) and supports[1 - k] is not None:
                 shape = shape_of(eqn.invars[k])
-                ids = chosen(eqn, k, numbers(tracks[k], shape, count), supports[1 - k])
+                ids = chosen(eqn, k, ids_of(tracks[k], shape, count), supports[1 - k])
                 if ids is not None:
                     part[0] = _agreed(*ids, shape_of(eqn.outvars[0]), is_active, conflicts)
     if eqn.primitive.name == "dot_general" and len(deciding) == 2:
@@ -132,10 +132,10 @@ def rows_after(
         if actives[2] and not shares:
             conflicts.append(jnp.sum(differ, dtype=jnp.int32))
         elif isinstance(part[0].place, (Known, Moved)):
-            ids = numbers(part[0], shape_of(eqn.outvars[0]), count)
+            ids = ids_of(part[0], shape_of(eqn.outvars[0]), count)
             part[0] = track_of(jnp.where(differ, SEVERAL, ids), shape_of(eqn.outvars[0]), count)
     return [
-        combined(eqn, list(found), shape_of(var), count, is_active, conflicts, shares)
+        _combined(eqn, list(found), shape_of(var), count, is_active, conflicts, shares)
         for found, var in zip(zip(*parts), eqn.outvars, strict=True)
     ]
 
@@ -165,9 +165,7 @@ _PUTS_TOGETHER = frozenset(["concatenate", "dynamic_update_slice", "scatter", "s
 
 def _check_devices(eqn, tracks: Sequence[Track], conflicts: list[Any]) -> None:
     """What several devices put together must have the same numbers on all of them."""
-    names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-    names = names if isinstance(names, (tuple, list)) else (names,)
-    names = tuple(name for name in names if not isinstance(name, int))
+    names = tuple(name for name in mesh_axes(eqn) if not isinstance(name, int))
     for track in tracks:
         if names and isinstance(track.place, Moved):
             differ = lax.pmax(track.ids, names) != lax.pmin(track.ids, names)
@@ -181,7 +179,7 @@ _COLLECTIVES = frozenset(
 )
 
 
-def combined(eqn, tracks: list[Track], shape, count, is_active, conflicts, shares: bool):
+def _combined(eqn, tracks: list[Track], shape, count, is_active, conflicts, shares: bool):
     """Where rows are in what is made of several values of one shape."""
     for track in tracks:
         if isinstance(track.place, Mixed) and track.place is not _MIXED:
@@ -198,7 +196,7 @@ def combined(eqn, tracks: list[Track], shape, count, is_active, conflicts, share
     for track in tracks[1:]:
         if track.place == result.place and track.ids is result.ids:
             continue
-        first, second = (numbers(each, shape, count) for each in (result, track))
+        first, second = (ids_of(each, shape, count) for each in (result, track))
         found, differ = merged(first, second)
         if isinstance(found, np.ndarray):
             if differ.any():
@@ -276,7 +274,7 @@ def _selected(eqn, tracks: dict[int, Track], operands, count) -> Track:
         return values[0]
     nobody = jnp.full(shape, NOBODY, jnp.int32)
     cases = [
-        jnp.broadcast_to(numbers(tracks[k], shape, count), shape) if k in tracks else nobody
+        jnp.broadcast_to(ids_of(tracks[k], shape, count), shape) if k in tracks else nobody
         for k in range(1, len(operands))
     ]
     return track_of(lax.select_n(operands[0], *cases), shape, count)
@@ -288,7 +286,7 @@ def _selected_beside_data(
     """Of one value with gradient and others without: those of what a place is taken from, as short
     as theirs; ``conflicts`` gets the number of places with parts of several."""
     shape = shape_of(eqn.outvars[0])
-    ids = {k: numbers(tracks[k], shape, count) for k in deciding}
+    ids = {k: ids_of(tracks[k], shape, count) for k in deciding}
     short = np.broadcast_shapes(*(each.shape for each in ids.values()))
     if all(isinstance(each, np.ndarray) for each in ids.values()):
         wide = [np.broadcast_to(each, short) for each in ids.values()]
@@ -315,7 +313,7 @@ def _is_chosen_by_device(eqn, deciding: list[int], others: Others, count) -> boo
 def _selected_on_devices(eqn, position: int, tracks, operands, count) -> Track:
     """Of one value and constants: what is taken from constants as a whole belongs to nobody."""
     shape = shape_of(eqn.outvars[0])
-    ids = numbers(tracks[position], shape, count)
+    ids = ids_of(tracks[position], shape, count)
     is_own = jnp.broadcast_to(operands[0], shape).astype(jnp.int32) == position - 1
     is_own = jnp.any(is_own, [k for k, size in enumerate(ids.shape) if size == 1], keepdims=True)
     return Track(Moved(is_own.shape), jnp.where(is_own, ids, NOBODY))
@@ -364,7 +362,7 @@ def _aligned(eqn, position: int, tracks: Sequence[Track], count: int) -> Any:
         return None
     _, batch = eqn.params["dimension_numbers"]
     shapes = [shape_of(var) for var in eqn.invars]
-    ids, theirs = (numbers(tracks[side], shapes[side], count) for side in (own, other))
+    ids, theirs = (ids_of(tracks[side], shapes[side], count) for side in (own, other))
     if not {axis for axis, size in enumerate(theirs.shape) if size > 1} <= set(batch[other]):
         return None
     rest = [axis for axis in range(len(shapes[own])) if axis not in batch[own]]
@@ -386,7 +384,7 @@ def _agreed(most, least, shape, is_active: bool, conflicts: list[Any]) -> Track:
 
 def _differ_where_added(eqn, track: Track, operands, count) -> Any:
     """Where what is added up at one place belongs to several examples."""
-    ids = numbers(track, shape_of(eqn.invars[2]), count)
+    ids = ids_of(track, shape_of(eqn.invars[2]), count)
     largest = np.iinfo(np.int32).max
     whole = [1] * len(shape_of(eqn.invars[0]))
     least = scattered(

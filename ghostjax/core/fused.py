@@ -12,12 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind
+from ghostjax._jaxprs import bind, is_inexact
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import cells_of, labels_of, localized
-from ghostjax.core.linear import NotLinearError, is_real_or_complex
-from ghostjax.core.meeting import Cells, Meeting, is_inexact
-from ghostjax.core.mixing import several_axes, without_position
+from ghostjax.core.linear import NotLinearError
+from ghostjax.core.meeting import Cells, Meeting
+from ghostjax.core.mixing import no_position_message, several_axes_message
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import FOLLOWING, SUMMING
 from ghostjax.core.tracks import NOWHERE
@@ -30,7 +30,7 @@ def fused_meeting(walk: Any, eqn: Any, operands: Sequence[Value], outputs) -> Me
     apart = [
         value
         for value, var in zip(operands, eqn.invars)
-        if value.is_data and is_real_or_complex(var) and value.where.rows.is_apart
+        if value.is_data and is_inexact(var) and value.where.rows.is_apart
     ]
     apart = [value for value in apart if value.active] or apart
     if not apart:
@@ -85,14 +85,14 @@ def _meeting(walk, eqn, operands, outputs, apart) -> Meeting:
     if walk.labels is None and all(isinstance(value.rows, Rows) for value in apart):
         return made(operands, walk.num_rows)
     place = walk.describe(eqn)
-    lost = without_position(place, walk.named(operands))
+    lost = no_position_message(place, walk.named(operands))
     first, *others = [
         labels_of(value.where, jnp.shape(value.primal), walk.num_rows, walk.labels, lost)
         for value in apart
     ]
     cells, count = cells_of(first)
     if isinstance(cells, Cells) or any(cells_of(ids)[1] != count for ids in others):
-        raise RowAxisError(several_axes(place, walk.named(operands)))
+        raise RowAxisError(several_axes_message(place, walk.named(operands)))
     local = [
         dataclasses.replace(value, where=localized(value.where, jnp.shape(value.primal), count))
         for value in operands

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend import core
 
-from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts, stops
+from ghostjax._jaxprs import inner_jaxprs, is_inexact, is_var, scan_counts, stops
 from ghostjax.core.devices import enter
 from ghostjax.core.place_rules import RULES, Mixed, RowInfo, Rows
 from ghostjax.core.places import propagate
@@ -62,11 +61,6 @@ def slice_rows(info: RowInfo) -> RowInfo:
     return info
 
 
-def is_number(var: Any) -> bool:
-    """Whether gradient can flow through it: not through integers, keys or references."""
-    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
-
-
 def _carried(body: core.Jaxpr, actives: list[bool], start: int, end: int) -> list[bool]:
     """Which carries are active after any number of rounds."""
     carry = actives[start:end]
@@ -84,5 +78,5 @@ def reached(jaxpr: core.Jaxpr, actives: list[bool], *, by_gradient: bool = True)
     for eqn in jaxpr.eqns:
         passes = not by_gradient or not stops(eqn)
         if passes and any(is_var(atom) and atom in found for atom in eqn.invars):
-            found.update(var for var in eqn.outvars if not by_gradient or is_number(var))
+            found.update(var for var in eqn.outvars if not by_gradient or is_inexact(var))
     return [is_var(atom) and atom in found for atom in jaxpr.outvars]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import inner_jaxprs, is_var
+from ghostjax._jaxprs import CALLS, inner_jaxprs, value_in
 from ghostjax.core.grid import NotShownError
 from ghostjax.core.inside import is_container
 from ghostjax.core.mixing import check_rows
@@ -29,16 +29,12 @@ class _Inside:
 
     def run(self, jaxpr, references, infos) -> list[RowInfo]:
         known = dict(infos)
-
-        def read(atom):
-            return known.get(atom) if is_var(atom) else None
-
         for eqn in jaxpr.eqns:
-            held = [references.get(atom) if is_var(atom) else None for atom in eqn.invars]
-            operands = [read(atom) for atom in eqn.invars]
+            held = [value_in(references, atom) for atom in eqn.invars]
+            operands = [value_in(known, atom) for atom in eqn.invars]
             outputs = self._equation(eqn, held, operands)
             known.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return [value_in(known, atom) for atom in jaxpr.outvars]
 
     def _equation(self, eqn, held, operands):
         if not any(found is not None for found in held):
@@ -56,7 +52,7 @@ class _Inside:
             branches = [jaxpr for jaxpr, _ in inner_jaxprs(eqn)]
             outputs = [self._enter(b, held[1:], operands[1:]) for b in branches]
             return [functools.reduce(join, found) for found in zip(*outputs)]
-        if name in ("jit", "pjit", "closed_call"):
+        if name in CALLS:
             ((jaxpr, _),) = inner_jaxprs(eqn)
             return self._enter(jaxpr, held, operands)
         raise NotShownError(f"uses {name} on blocks of several rows")

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ghostjax._jaxprs import inner_jaxprs, is_var, scan_counts
+from ghostjax._jaxprs import CALLS, inner_jaxprs, scan_counts, value_in
 from ghostjax.core.grid import NotShownError
 from ghostjax.core.known import read, step
 from ghostjax.core.place_rules import shape_of
 
 _READS = frozenset({"get", "masked_load", "load"})
 _WRITES = frozenset({"swap", "masked_swap", "addupdate"})
-_CALLS = frozenset({"jit", "pjit", "closed_call", "custom_jvp_call", "remat2"})
+_CALLS = CALLS | {"custom_jvp_call", "remat2"}
 
 
 class Memory(enum.Enum):
@@ -55,12 +55,11 @@ class _Kernel:
         Returns:
           ``stale`` afterwards, and of the outputs what is known and why they may be foreign.
         """
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         env, foreign = dict(known), dict(foreign)
         for eqn in jaxpr.eqns:
-            held = [references.get(atom) if is_var(atom) else None for atom in eqn.invars]
+            held = [value_in(references, atom) for atom in eqn.invars]
             values = [read(env, atom) for atom in eqn.invars]
-            reasons = [foreign.get(atom) if is_var(atom) else None for atom in eqn.invars]
+            reasons = [value_in(foreign, atom) for atom in eqn.invars]
             if inner_jaxprs(eqn) and any(found is not None for found in held):
                 stale, outputs, found = self._inside(eqn, held, values, reasons, stale, why)
             elif any(found is not None for found in held):
@@ -71,7 +70,7 @@ class _Kernel:
             env.update(zip(eqn.outvars, outputs))
             foreign.update((var, reason) for var, reason in zip(eqn.outvars, found) if reason)
         outputs = [read(env, atom) for atom in jaxpr.outvars]
-        return stale, outputs, [foreign.get(a) if is_var(a) else None for a in jaxpr.outvars]
+        return stale, outputs, [value_in(foreign, atom) for atom in jaxpr.outvars]
 
     def _value(self, eqn, values):
         name = eqn.primitive.name

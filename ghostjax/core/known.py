@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ghostjax._jaxprs import is_var
+from ghostjax._jaxprs import CALLS, inner_jaxprs, is_var
 
 Known = np.ndarray | None
 # Larger tables of values are not made: what they would tell is then not known.
@@ -37,7 +37,6 @@ _FUNCTIONS = {
     "sub": np.subtract,
     "xor": np.bitwise_xor,
 }
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 
 
 def literal(value: Any) -> Known:
@@ -47,7 +46,6 @@ def literal(value: Any) -> Known:
 
 def evaluate(jaxpr: Any, operands: Sequence[Known]) -> list[Known]:
     """What is known of a jaxpr's outputs; arrays stand for scalars, one for every case."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     env = dict(zip(jaxpr.invars, operands, strict=True))
     for eqn in jaxpr.eqns:
         env.update(zip(eqn.outvars, step(eqn, [read(env, atom) for atom in eqn.invars])))
@@ -61,8 +59,9 @@ def read(env: dict[Any, Known], atom: Any) -> Known:
 def step(eqn: Any, operands: Sequence[Known]) -> list[Known]:
     """What is known of the outputs of one equation between scalars."""
     name = eqn.primitive.name
-    if name in _CALLS:
-        return evaluate(eqn.params[_CALLS[name]], operands)
+    if name in CALLS:
+        ((jaxpr, _),) = inner_jaxprs(eqn)
+        return evaluate(jaxpr, operands)
     unknown = [None] * len(eqn.outvars)
     scalars = all(getattr(var.aval, "shape", None) == () for var in (*eqn.invars, *eqn.outvars))
     if any(known is None for known in operands) or not scalars or len(eqn.outvars) != 1:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from ghostjax._jaxprs import inner_jaxprs, is_var, live_equations, scan_counts
+from ghostjax._jaxprs import CALLS, inner_jaxprs, is_inexact, is_var, live_equations, scan_counts
 
 
 class Kind(enum.Enum):
@@ -46,7 +46,7 @@ _TOGETHER = {
     "triangular_solve": slice(1, 2),
 }
 _PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "mul"})
-_CALLS = frozenset({"closed_call", "jit", "pjit", "remat2", "checkpoint"})
+_CALLS = CALLS | {"remat2"}
 _KEEPS_ZERO = frozenset(_TOGETHER) - {"div", "triangular_solve"}
 
 
@@ -84,7 +84,7 @@ def kinds_after(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
         )
     else:
         is_linear = False
-    if not is_linear or not all(is_real_or_complex(var) for var in eqn.outvars):
+    if not is_linear or not all(is_inexact(var) for var in eqn.outvars):
         raise NotLinearError(eqn)
     return [Kind.LINEAR] * len(eqn.outvars)
 
@@ -97,10 +97,6 @@ def kinds_of_outputs(jaxpr: core.Jaxpr, kinds: Sequence[Kind], count: int) -> li
 
 def kind_of_literal(value: Any) -> Kind:
     return Kind.ZERO if jnp.ndim(value) == 0 and value == 0 else Kind.FIXED
-
-
-def is_real_or_complex(var: Any) -> bool:
-    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def _jaxpr(jaxpr: core.Jaxpr, kinds: Sequence[Kind]) -> list[Kind]:

@@ -9,7 +9,7 @@ from jax.extend import core
 from ghostjax._jaxprs import is_var
 from ghostjax.core.place_rules import Mixed, Rows
 from ghostjax.core.places import join
-from ghostjax.core.tracks import NOBODY, Known, Moved, Track, Where, is_single, numbers
+from ghostjax.core.tracks import NOBODY, Known, Moved, Track, Where, ids_of, is_single
 
 
 def sliced(where: Where, shape, counts, follows: bool) -> Where:
@@ -30,7 +30,7 @@ def _sliced(track: Track, shape, count, follows: bool) -> Track:
             return Track(place.at(place.axis - 1))
         if not follows:
             return Track(Mixed("a loop over the row axis"))
-    ids = numbers(track, shape, count)
+    ids = ids_of(track, shape, count)
     if isinstance(ids, np.ndarray) and ids.shape[0] == 1:
         return Track(Known(ids[0]))
     ids = jnp.broadcast_to(ids, (shape[0], *ids.shape[1:]))
@@ -69,7 +69,7 @@ def _joined(first: Track, second: Track, shape, count, follows: bool) -> Track:
         shapes = [
             track.place.shape
             if isinstance(track.place, Moved)
-            else numbers(track, shape, count).shape
+            else ids_of(track, shape, count).shape
             for track in (first, second)
         ]
         return Track(Moved(np.broadcast_shapes(*shapes)), _MEANINGLESS)
@@ -96,7 +96,7 @@ def _like(track: Track, wanted: Track, shape, count) -> Track:
         return _nobody(wanted)
     return Track(
         wanted.place,
-        jnp.broadcast_to(jnp.asarray(numbers(track, shape, count), jnp.int32), wanted.place.shape),
+        jnp.broadcast_to(jnp.asarray(ids_of(track, shape, count), jnp.int32), wanted.place.shape),
     )
 
 

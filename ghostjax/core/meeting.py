@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghostjax._jaxprs import bind, is_var, live_equations
+from ghostjax._dtypes import wide_dtype
+from ghostjax._jaxprs import bind, is_inexact, is_var, live_equations
 from ghostjax.core.channel import passed_on, primals
 from ghostjax.core.lookups import as_gradients_see
 from ghostjax.core.places import Rows, split_rows
@@ -101,11 +102,15 @@ class Meeting:
       rows: where the rows are, per output.
       in_rows: by parameter, whether its dots belong to rows; if not, they are one scalar.
       outputs: shapes and dtypes.
+      differentiable: positions of the outputs that have cotangents.
       kept: positions of the operands whose values ``sums`` needs.
+      needs_data: whether data are among these.
       mixes_rows: whether what rows give depends on data of other rows, such as how many count.
+      in_branch: whether it is inside of a branch, which may not be taken.
     """
 
     mixes_rows = False
+    in_branch = False
 
     def __init__(
         self,
@@ -202,8 +207,6 @@ class Meeting:
         """Whether there may be dots that belong to no example."""
         return not self.in_rows[path]
 
-    in_branch = False
-
     def parted(self, path: int, sums: Any) -> tuple[Any, Any]:
         """Of a parameter's sums, those of examples and that of nobody, or None."""
         return (sums, None) if self.in_rows[path] else (None, sums)
@@ -267,10 +270,6 @@ def where_taken(found: Any, cotangents: Sequence[Any]) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(is_taken, leaf, jnp.zeros_like(leaf)), found)
 
 
-def is_inexact(output: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(output), jnp.inexact)
-
-
 def _dense(tangent: Any) -> Any:
     """Integer outputs have tangents without a value."""
     return jnp.zeros(tangent.shape) if tangent.dtype == jax.dtypes.float0 else tangent
@@ -286,12 +285,6 @@ def paired(cotangents: Any, tangents: Any) -> jax.Array:
         return paired(parts[0][0], parts[1][0]) - paired(parts[0][1], parts[1][1])
     wide = wide_dtype(cotangents)
     return cotangents.astype(wide) * tangents.astype(wide)
-
-
-def wide_dtype(*arrays: Any) -> jnp.dtype:
-    """float32 for everything narrower, float64 for float64."""
-    found = any(jnp.result_type(a) in (jnp.float64, jnp.complex128) for a in arrays)
-    return jnp.dtype(jnp.float64 if found else jnp.float32)
 
 
 def row_sums(

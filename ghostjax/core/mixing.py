@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, is_var, stops
+from ghostjax._jaxprs import describe_operation, is_inexact, stops, value_in
 from ghostjax.core.devices import where_traced
-from ghostjax.core.inside import inside, is_container, is_number
+from ghostjax.core.inside import inside, is_container
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 
 WAY_OUT = (
@@ -44,7 +44,7 @@ def check_rows(eqn, infos, actives, num_rows, around=(), *, in_rule=False) -> li
     if has_rows:
         for info, active in zip(infos, actives):
             if active and isinstance(info, Mixed):
-                raise RowAxisError(combined(describe_operation(eqn, around), info))
+                raise RowAxisError(combined_message(describe_operation(eqn, around), info))
     if any(actives):
         for given in inside(eqn, infos, actives, num_rows):
             where_traced(eqn, functools.partial(check_inside, *given, (eqn, *around), in_rule))
@@ -52,7 +52,7 @@ def check_rows(eqn, infos, actives, num_rows, around=(), *, in_rule=False) -> li
     both = [active for info, active in zip(infos, actives) if active and isinstance(info, Rows)]
     lost = [info.reason for info in rows if isinstance(info, Mixed)]
     if len(both) > 1 and lost and not is_container(eqn):
-        raise RowAxisError(several(describe_operation(eqn, around), lost[0]))
+        raise RowAxisError(several_message(describe_operation(eqn, around), lost[0]))
     is_ruled = in_rule and eqn.primitive.name in FOLLOWED
     if any(actives) and has_rows and eqn.primitive.name in CHECKS and not is_ruled:
         CHECKS[eqn.primitive.name](eqn, infos, actives, rows, num_rows)
@@ -64,19 +64,16 @@ def check_inside(jaxpr, infos, actives, num_rows, around, in_rule):
     pairs = zip(infos, actives, strict=True)
     known = dict(zip(jaxpr.invars, pairs, strict=True))
     for inner in jaxpr.eqns:
-        pairs = [
-            known.get(atom, (None, False)) if is_var(atom) else (None, False)
-            for atom in inner.invars
-        ]
+        pairs = [value_in(known, atom, (None, False)) for atom in inner.invars]
         active = any(active for _, active in pairs) and not stops(inner)
         sides = [list(side) for side in zip(*pairs)] or [[], []]
         rows = check_rows(inner, *sides, num_rows, around, in_rule=in_rule)
         known.update(
-            (var, (info, active and is_number(var))) for var, info in zip(inner.outvars, rows)
+            (var, (info, active and is_inexact(var))) for var, info in zip(inner.outvars, rows)
         )
 
 
-def combined(operation: str, info: Mixed) -> str:
+def combined_message(operation: str, info: Mixed) -> str:
     return (
         f"{operation} combines rows with a value in which rows are mixed ({info.reason}), so that "
         "no row has a gradient of its own. Statistics of the batch can be constants, as the "
@@ -84,14 +81,21 @@ def combined(operation: str, info: Mixed) -> str:
     )
 
 
-def several(operation: str, reason: str) -> str:
+def in_rule_message(operation: str, reason: str, *, what: str = "rows") -> str:
+    return (
+        f"{operation} combines {what} with a value in which rows are mixed ({reason}), so that no "
+        f"row has a gradient of its own. {WAY_OUT}"
+    )
+
+
+def several_message(operation: str, reason: str) -> str:
     return (
         f"{operation} combines rows with other rows ({reason}), so that no row has a gradient of "
         f"its own. {ALONE}; if they do, {SHARE}"
     )
 
 
-def without_position(place: str, paths: str) -> str:
+def no_position_message(place: str, paths: str) -> str:
     return (
         f"parameter {paths} meets data in {place}, whose result has no axis of positions, so that "
         "labels [B, T] say nothing of it. Give one label per row, or use the parameter before "
@@ -100,7 +104,7 @@ def without_position(place: str, paths: str) -> str:
     )
 
 
-def several_axes(place: str, paths: str) -> str:
+def several_axes_message(place: str, paths: str) -> str:
     return (
         f"parameter {paths} meets data in {place}, where examples are told apart along several "
         "axes. Let them lie along one axis, as in [B * T, features]."

@@ -14,13 +14,13 @@ from ghostjax.core.place_rules import (
     lost,
     shape_of,
 )
-from ghostjax.core.places import CALLS, CONTAINERS
+from ghostjax.core.places import BODIES, CONTAINERS
 from ghostjax.core.promises import by_rule, opaque
 
 
 def is_known(name: str) -> bool:
     """Whether rows are followed through every use of a primitive, or shown to be mixed."""
-    tables = (CALLS, CONTAINERS, ELEMENTWISE, PASSED, RULES)
+    tables = (BODIES, CONTAINERS, ELEMENTWISE, PASSED, RULES)
     return name not in _ASKED and any(name in table for table in tables)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from ghostjax._jaxprs import scan_counts
+from ghostjax._jaxprs import scan_counts, value_in
 from ghostjax.core.place_rules import (
     ELEMENTWISE,
     PASSED,
@@ -20,10 +20,10 @@ from ghostjax.core.place_rules import (
 )
 from ghostjax.core.promises import by_rule, is_promise, opaque, promised
 
-__all__ = ["CALLS", "Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
+__all__ = ["BODIES", "Mixed", "RowInfo", "Rows", "infer", "join", "propagate", "split_rows"]
 
 # Primitives that run one jaxpr on their operands, and the parameter that holds it.
-CALLS = {
+BODIES = {
     "call": "call_jaxpr",
     "closed_call": "call_jaxpr",
     "composite": "jaxpr",
@@ -74,20 +74,16 @@ def infer(
     """Row info of a jaxpr's outputs; its constants are the same whatever the rows hold."""
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     known = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(atom) -> RowInfo:
-        return None if isinstance(atom, core.Literal) else known.get(atom)
-
     for eqn in jaxpr.eqns:
-        outputs = propagate(eqn, [read(v) for v in eqn.invars], num_rows)
+        outputs = propagate(eqn, [value_in(known, v) for v in eqn.invars], num_rows)
         known.update(zip(eqn.outvars, outputs))
-    return [read(v) for v in jaxpr.outvars]
+    return [value_in(known, v) for v in jaxpr.outvars]
 
 
 def propagate(eqn, operands: Sequence[RowInfo], num_rows: int) -> list[RowInfo]:
     """Row info of the outputs of one equation, control flow and calls included."""
     name, operands = eqn.primitive.name, list(operands)
-    container = CONTAINERS.get(name) or (_call if name in CALLS else None)
+    container = CONTAINERS.get(name) or (_call if name in BODIES else None)
     stateful = any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
     if stateful and container is None:
         outputs = Mixed(f"{name} reads or writes a Ref, which is not followed")
@@ -126,7 +122,7 @@ def _fitting(eqn, var, info: RowInfo, num_rows: int) -> RowInfo:
 def _call(eqn, operands, num_rows):
     if is_promise(eqn):
         return promised(eqn, operands)
-    return infer(eqn.params[CALLS[eqn.primitive.name]], operands, num_rows)
+    return infer(eqn.params[BODIES[eqn.primitive.name]], operands, num_rows)
 
 
 def _custom_partitioning(eqn, operands, num_rows):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ghostjax.core.follow import chosen, moved, others_of, value_operands
 from ghostjax.core.place_rules import Mixed, Rows, lost, shape_of
-from ghostjax.core.tracks import Known, Moved, Track, is_single, numbers, track_of, varying
+from ghostjax.core.tracks import Known, Moved, Track, axes_apart, ids_of, is_single, track_of
 
 
 def positions_after(
@@ -47,14 +47,14 @@ def positions_after(
 
 def _tells_more(track: Track, candidates: Sequence[Track], shape, count) -> bool:
     def axes(own):
-        return {axis for axis, size in enumerate(numbers(own, shape, count).shape) if size > 1}
+        return {axis for axis, size in enumerate(ids_of(own, shape, count).shape) if size > 1}
 
     return bool(axes(track)) and all(axes(track).isdisjoint(axes(own)) for own in candidates)
 
 
 def _moved_leniently(eqn, position, track, operands, count, others):
     shape = shape_of(eqn.invars[position])
-    ids = numbers(track, shape, count)
+    ids = ids_of(track, shape, count)
     name = eqn.primitive.name
     if name in _RUNNING:
         return [track]
@@ -67,7 +67,7 @@ def _sums_rows(eqn, position: int, rows: Track) -> bool:
     """Whether a product sums over the rows of one side."""
     if eqn.primitive.name != "dot_general" or not rows.is_apart:
         return False
-    axes = [rows.place.axis] if isinstance(rows.place, Rows) else varying(rows.place)
+    axes = axes_apart(rows.place)
     return not set(axes).isdisjoint(eqn.params["dimension_numbers"][0][position])
 
 
@@ -75,7 +75,7 @@ def _looked_up(eqn, position, track, weights, count, places):
     """Positions that weights choose; what else is summed over positions has none."""
     if not isinstance(places[0].place, Mixed):
         return places
-    ids = chosen(eqn, position, numbers(track, shape_of(eqn.invars[position]), count), weights)
+    ids = chosen(eqn, position, ids_of(track, shape_of(eqn.invars[position]), count), weights)
     return places if ids is None else [Track(Moved(ids[0].shape), ids[0])]
 
 
@@ -105,11 +105,11 @@ def _convolved(eqn, ids, count) -> Track:
 
 def _add(candidates: list[Track], track: Track, shape, count) -> None:
     """Candidates along the same axes are one: of several positions the last, where they meet."""
-    ids = numbers(track, shape, count)
+    ids = ids_of(track, shape, count)
     for number, other in enumerate(candidates):
         if other.place == track.place and other.ids is track.ids:
             return
-        theirs = numbers(other, shape, count)
+        theirs = ids_of(other, shape, count)
         if theirs.shape == ids.shape:
             xp = np if isinstance(ids, np.ndarray) and isinstance(theirs, np.ndarray) else jnp
             candidates[number] = track_of(xp.maximum(ids, theirs), shape, count)

@@ -1,6 +1,7 @@
 """A jaxpr as a list of steps, with the calls in it opened, so that it can be run in parts."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from jax.extend import core
 
 from ghostjax._jaxprs import bind, is_var
-from ghostjax.core.places import CALLS
+from ghostjax.core.places import BODIES
 from ghostjax.core.promises import is_promise
 
 Atom = Any  # the number of a value, or a literal
@@ -32,6 +33,12 @@ class Program:
     outputs: list[Atom]
     consts: dict[int, Any]
 
+    @functools.cached_property
+    def used(self) -> set[int]:
+        """The numbers of what steps or outputs use."""
+        atoms = itertools.chain(self.outputs, *(step.inputs for step in self.steps))
+        return {atom for atom in atoms if not is_literal(atom)}
+
 
 def is_literal(atom: Atom) -> bool:
     return not isinstance(atom, int)
@@ -54,8 +61,8 @@ def program_of(closed: core.ClosedJaxpr, wanted: Sequence[bool]) -> Program:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            if eqn.primitive.name in CALLS and not is_promise(eqn):
-                inner = eqn.params[CALLS[eqn.primitive.name]]
+            if eqn.primitive.name in BODIES and not is_promise(eqn):
+                inner = eqn.params[BODIES[eqn.primitive.name]]
                 if isinstance(inner, core.ClosedJaxpr):
                     outputs = open_(inner.jaxpr, [*map(constant, inner.consts), *inputs])
                 else:

@@ -69,7 +69,7 @@ def is_promise(eqn: Any) -> bool:
 
     The calls that autodiff makes of it have residuals for results, which nothing was said about.
     """
-    name = eqn.params.get("name") if eqn.primitive.name in ("jit", "pjit") else None
+    name = eqn.params.get("name") if eqn.primitive.name == "jit" else None
     if not (isinstance(name, str) and name.startswith(PREFIX)):
         return False
     body = _body(eqn)

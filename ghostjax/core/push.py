@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ghostjax._jaxprs import is_inexact
 from ghostjax.core.lookups import promises
-from ghostjax.core.meeting import TangentProgram, is_inexact, tangents_of
+from ghostjax.core.meeting import TangentProgram, tangents_of
 from ghostjax.core.types import zeros_of
 from ghostjax.core.values import paths_of
 from ghostjax.core.walk import Walk

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from ghostjax._jaxprs import UNUSED, inner_jaxprs, is_var, scan_counts
-from ghostjax.core.inside import is_container, is_number
+from ghostjax._jaxprs import CALLS, UNUSED, inner_jaxprs, is_inexact, is_var, scan_counts
+from ghostjax.core.inside import is_container
 
-_CALLS = frozenset(["closed_call", "core_call", "jit", "pjit", "remat2", "checkpoint"])
+_CALLS = CALLS | {"remat2"}
 
 # Of a function with a backward rule, what the rule keeps may be no part of its outputs.
 _MARKED = _CALLS | {"scan", "cond", "custom_vjp_call"}
@@ -30,9 +30,9 @@ def marked_where_unused(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> core.Jaxpr
     equations = []
     for eqn, flags in zip(jaxpr.eqns, reaching):
         if not any(flags):
-            numbers = [var for var in dict.fromkeys(filter(is_var, eqn.invars)) if is_number(var)]
+            numbers = [var for var in dict.fromkeys(filter(is_var, eqn.invars)) if is_inexact(var)]
             own = [var for var in numbers if var in live]
-            if len(numbers) < 2 and not any(map(is_number, eqn.outvars)) and not is_container(eqn):
+            if len(numbers) < 2 and not any(map(is_inexact, eqn.outvars)) and not is_container(eqn):
                 own = []  # a comparison with a constant, say
             for var in own:
                 if var not in marks:
@@ -85,7 +85,7 @@ def _reaching(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> tuple[list[list[bool
     live = {var for var, own in zip(jaxpr.outvars, wanted, strict=True) if own and is_var(var)}
     found = []
     for eqn in reversed(jaxpr.eqns):
-        flags = [var in live and is_number(var) for var in eqn.outvars]
+        flags = [var in live and is_inexact(var) for var in eqn.outvars]
         if any(hasattr(var.aval, "inner_aval") for var in eqn.invars):
             flags = [True] * max(1, len(flags))  # what it writes is read elsewhere
         found.append(flags)

@@ -27,7 +27,8 @@ OPERATIONS_ELSEWHERE = 400
 # The gradient of the rows route is equal to rounding only, so where it makes the gradient it has to
 # win clearly.
 MARGIN = 1.5
-_ELEMENTWISE = frozenset({"add", "mul", "sub"})
+# Operations of which ``Repeated`` knows the gradient by every row.
+_REPEATED = frozenset({"add", "mul", "sub"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +262,6 @@ def _kind(eqn, operands, rows) -> type[Meeting]:
         return Product if _loops_over_rows(eqn, operands) else Meeting
     (place,) = rows
     is_repeated = jnp.shape(parameter.primal)[place.axis : place.axis + 1] == (1,)
-    if name in _ELEMENTWISE and place.outer * place.inner == 1 and is_repeated:
+    if name in _REPEATED and place.outer * place.inner == 1 and is_repeated:
         return Repeated
     return Meeting

@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ghostjax.core.linear import is_real_or_complex
+from ghostjax._jaxprs import is_inexact
 from ghostjax.core.meeting import Cells, SummedCells
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import propagate
 from ghostjax.core.positions import best
-from ghostjax.core.rule_rows import Split
-from ghostjax.core.tracks import Where, varying
+from ghostjax.core.rule_rows import SplitRule
+from ghostjax.core.tracks import Where, axes_apart
 from ghostjax.core.values import Value
 
 
@@ -19,14 +19,14 @@ def split_along(
     eqn: Any,
     operands: Sequence[Value],
     cells: Cells,
-    split: Callable[[list[RowInfo], int], Split],
-) -> Split | None:
+    split: Callable[[list[RowInfo], int], SplitRule],
+) -> SplitRule | None:
     """The rule in two; None if it does not sum over all axes in one place.
 
     Args:
       split: does the same for rows along one axis, by where operands and outputs have them.
     """
-    outputs = [var for var in eqn.outvars if is_real_or_complex(var)]
+    outputs = [var for var in eqn.outvars if is_inexact(var)]
     sizes = [shape_of(outputs[0])[axis] for axis in cells.axes]
     infos = _by_axis(eqn, operands, cells)
     if infos is None:
@@ -56,7 +56,7 @@ def _by_axis(eqn: Any, operands: Sequence[Value], cells: Cells) -> list[list[Row
             alone: list[RowInfo] = [None] * len(operands)
             alone[k] = Rows(axis)
             places = propagate(eqn, alone, shape_of(eqn.invars[k])[axis])
-            found = {p for p, var in zip(places, eqn.outvars) if is_real_or_complex(var)}
+            found = {p for p, var in zip(places, eqn.outvars) if is_inexact(var)}
             place = found.pop()
             if found or not isinstance(place, Rows) or place != Rows(place.axis):
                 return None
@@ -72,5 +72,5 @@ def _axes(where: Where) -> list[int]:
     for track in (where.rows, best(where.positions)):
         if track is not None and track.is_apart:
             place = track.place
-            found.update([place.axis] if isinstance(place, Rows) else varying(place))
+            found.update(axes_apart(place))
     return sorted(found)

@@ -5,16 +5,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation, is_var, scan_counts, stops
+from ghostjax._jaxprs import describe_operation, is_inexact, scan_counts, stops, value_in
 from ghostjax.core.inside import inside, is_container
 from ghostjax.core.linear import (
     Kind,
     NotLinearError,
-    is_real_or_complex,
     kind_of_literal,
     kinds_after,
 )
-from ghostjax.core.mixing import WAY_OUT, check_rows
+from ghostjax.core.mixing import WAY_OUT, check_rows, in_rule_message
 from ghostjax.core.place_rules import Mixed, RowInfo, Rows, shape_of
 from ghostjax.core.places import propagate
 from ghostjax.core.program import Program, Step, is_literal
@@ -54,11 +53,7 @@ def follow(steps: Sequence[Step], places: Places, num_rows: int) -> Iterator[Fol
         if any(isinstance(info, Rows) for info in infos):
             for info, is_active in zip(infos, active):
                 if is_active and isinstance(info, Mixed):
-                    raise RowAxisError(
-                        f"{describe_operation(eqn)} combines rows with a value in which rows are "
-                        f"mixed ({info.reason}), so that no row has a gradient of its own. "
-                        f"{WAY_OUT}"
-                    )
+                    raise RowAxisError(in_rule_message(describe_operation(eqn), info.reason))
         places.infos.update(zip(step.outputs, rows))
         if any(moving):
             places.moving.update(step.outputs)
@@ -68,7 +63,7 @@ def follow(steps: Sequence[Step], places: Places, num_rows: int) -> Iterator[Fol
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class SplitRule:
     """A rule in two: what it does to rows, and the linear rest that adds them up.
 
     Attributes:
@@ -86,7 +81,7 @@ class Split:
     mixes: bool
 
 
-def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
+def split_at_sums(program: Program, places: Places, num_rows: int) -> SplitRule:
     """Cuts a rule where the first sums over rows are.
 
     Raises:
@@ -98,11 +93,8 @@ def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
         active = [not is_literal(atom) and atom in places.active for atom in step.inputs]
         for eqn, info, is_active in _statistics(step.eqn, infos, moving, active, num_rows):
             if is_active:
-                raise RowAxisError(
-                    f"{describe_operation(eqn)} combines what is summed over rows with a value in "
-                    f"which rows are mixed ({info.reason}), so that no row has a gradient of its "
-                    f"own. {WAY_OUT}"
-                )
+                what = "what is summed over rows"
+                raise RowAxisError(in_rule_message(describe_operation(eqn), info.reason, what=what))
             mixes = True
         sums = _loses_rows(infos, moving, rows)
         if sums:
@@ -112,7 +104,7 @@ def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
             continue
         for atom, var, info, is_moving in zip(step.inputs, step.eqn.invars, infos, moving):
             if is_moving and atom not in late:
-                if not (isinstance(info, Rows) and is_real_or_complex(var)):
+                if not (isinstance(info, Rows) and is_inexact(var)):
                     raise NotLinearError(step.eqn)
                 summed[atom] = info
         late.update(step.outputs)
@@ -126,7 +118,7 @@ def split_at_sums(program: Program, places: Places, num_rows: int) -> Split:
     outputs = [k for k, atom in enumerate(program.outputs) if kinds(atom) is not Kind.ZERO]
     if any(kinds(program.outputs[position]) is Kind.FIXED for position in outputs):
         raise NotLinearError(None)
-    return Split(before, summed, after, outputs, mixes)
+    return SplitRule(before, summed, after, outputs, mixes)
 
 
 def kinds_of(
@@ -171,10 +163,7 @@ def _statistics(eqn: Any, infos, moving, active, num_rows) -> Iterator[tuple[Any
         own = [None if is_slice else info for info, is_slice in zip(own, _row_slices(eqn, infos))]
         known = dict(zip(jaxpr.invars, zip(own, own_moving, own_active)))
         for inner in jaxpr.eqns:
-            given = [
-                known.get(atom, (None, False, False)) if is_var(atom) else (None, False, False)
-                for atom in inner.invars
-            ]
+            given = [value_in(known, atom, (None, False, False)) for atom in inner.invars]
             sides = [list(side) for side in zip(*given)] or [[], [], []]
             yield from _statistics(inner, *sides, own_rows)
             rows, flows = propagate(inner, sides[0], own_rows), any(sides[2]) and not stops(inner)
@@ -195,10 +184,7 @@ def _check_aligned(eqn: Any, infos: list[RowInfo], moving: list[bool], num_rows:
     for jaxpr, *given, own_rows in inside(eqn, infos, moving, num_rows):
         known = dict(zip(jaxpr.invars, zip(*given)))
         for inner in jaxpr.eqns:
-            pairs = [
-                known.get(atom, (None, False)) if is_var(atom) else (None, False)
-                for atom in inner.invars
-            ]
+            pairs = [value_in(known, atom, (None, False)) for atom in inner.invars]
             inner_infos, inner_moving = [list(side) for side in zip(*pairs)] or [[], []]
             rows = propagate(inner, inner_infos, own_rows)
             if _loses_rows(inner_infos, inner_moving, rows):

@@ -14,16 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation, stops
+from ghostjax._jaxprs import CALLS, bind, describe_operation, is_inexact, stops
 from ghostjax.core.directed import Directed
 from ghostjax.core.examples import labels_of
-from ghostjax.core.inside import is_container, is_number
+from ghostjax.core.inside import is_container
 from ghostjax.core.meeting import Meeting
-from ghostjax.core.mixing import FORWARDS, WAY_OUT, gives_nothing, without_position
+from ghostjax.core.mixing import (
+    FORWARDS,
+    WAY_OUT,
+    gives_nothing,
+    in_rule_message,
+    no_position_message,
+)
 from ghostjax.core.place_rules import Mixed, shape_of
 from ghostjax.core.promises import is_promise
-from ghostjax.core.tracking import HANDLERS, OPENED
-from ghostjax.core.tracks import SEVERAL, Known, Track, Where, is_single, merged, numbers
+from ghostjax.core.tracking import HANDLERS
+from ghostjax.core.tracks import SEVERAL, Known, Track, Where, ids_of, is_single, merged
 from ghostjax.core.values import Value, unsupported
 
 _SUM = Track(Mixed("several rows are added up", is_sum=True))
@@ -102,14 +108,14 @@ class RuleWalk(Directed):
         places = self.places_after(eqn, operands)
         if any(value.active and self.is_apart(value) for value in operands):
             for where, var in zip(places, eqn.outvars):
-                if is_number(var) and not self.is_apart(where):
+                if is_inexact(var) and not self.is_apart(where):
                     reason = _reason(where, "positions are lost").reason
                     raise self._mixed(eqn, reason)
         return self._evaluated(eqn, operands, places)
 
     def _inside(self, handler, eqn, operands):
         outside, self.around = self.around, (eqn, *self.around)
-        is_opened = eqn.primitive.name in OPENED
+        is_opened = eqn.primitive.name in CALLS
         outputs = handler(self, eqn, operands if is_opened else unsupported(operands))
         self.around = outside
         return outputs if is_opened else unsupported(outputs)
@@ -118,7 +124,7 @@ class RuleWalk(Directed):
         active = any(value.active for value in operands)
         outputs = bind(eqn, [value.primal for value in operands])
         return [
-            self.data(output, active and is_number(var), where)
+            self.data(output, active and is_inexact(var), where)
             for output, var, where in zip(outputs, eqn.outvars, places, strict=True)
         ]
 
@@ -135,7 +141,7 @@ class RuleWalk(Directed):
     def _summed(self, eqn, operands) -> tuple[list[int], list[Where]] | None:
         """The operands whose rows an operation adds up, and the places of its outputs; None if it
         adds up none."""
-        inexact = [k for k, value in enumerate(operands) if is_number(eqn.invars[k])]
+        inexact = [k for k, value in enumerate(operands) if is_inexact(eqn.invars[k])]
         apart = [k for k in inexact if self.is_apart(operands[k])]
         if not apart:
             return None
@@ -144,10 +150,7 @@ class RuleWalk(Directed):
             is_added = eqn.primitive.name in ("add", "add_any")
             if not (is_added and is_single(operands[apart[0]].where.rows)):
                 reason = _reason(sums[0].where, "positions are added up").reason
-                raise RowAxisError(
-                    f"{self.describe(eqn)} combines rows with a value in which rows are mixed "
-                    f"({reason}), so that no row has a gradient of its own. {WAY_OUT}"
-                )
+                raise RowAxisError(in_rule_message(self.describe(eqn), reason))
             return apart, [Where(_SUM)]
         if not (self.every or any(operands[k].active for k in apart)):
             return None
@@ -155,7 +158,7 @@ class RuleWalk(Directed):
         conflicts = dict(self.conflicts)
         places = self.places_after(eqn, [dataclasses.replace(v, active=False) for v in operands])
         self.conflicts = conflicts
-        if all(self.is_apart(w) for w, var in zip(places, eqn.outvars) if is_number(var)):
+        if all(self.is_apart(w) for w, var in zip(places, eqn.outvars) if is_inexact(var)):
             return None
         return apart, places
 
@@ -175,7 +178,7 @@ class RuleWalk(Directed):
         ]
         values = self._evaluated(eqn, operands, where)
         return [
-            dataclasses.replace(value, active=is_number(var))
+            dataclasses.replace(value, active=is_inexact(var))
             for value, var in zip(values, eqn.outvars)
         ]
 
@@ -207,7 +210,7 @@ class RuleWalk(Directed):
         )
 
     def labels_of(self, value: Value, eqn: Any) -> Any:
-        lost = without_position(self.describe(eqn), ", ".join(self.names[p] for p in self.paths))
+        lost = no_position_message(self.describe(eqn), ", ".join(self.names[p] for p in self.paths))
         shape, (where, _) = jnp.shape(value.primal), self._positions(value)
         return labels_of(where, shape, self.num_rows, self.labels, lost)
 
@@ -218,7 +221,7 @@ class RuleWalk(Directed):
         tracks = tuple(track for track in where.positions if not _is_of_whole_rows(track))
         if len(tracks) < 2:
             return Where(where.rows, tracks), []
-        found = [(numbers(t, shape, self.labels.positions), t) for t in tracks]
+        found = [(ids_of(t, shape, self.labels.positions), t) for t in tracks]
         (ids, track), *others = sorted(found, key=lambda pair: pair[0].size)
         return Where(where.rows, (track,)), [(own >= 0) & (own != ids) for own, _ in others]
 

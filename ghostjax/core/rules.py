@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ghostjax._jaxprs import bind
-from ghostjax.core.linear import is_real_or_complex
+from ghostjax._jaxprs import bind, is_inexact
 from ghostjax.core.program import Program, program_of
 
 
@@ -24,14 +23,12 @@ def pullback(eqn: Any, active: Sequence[bool], wanted: Sequence[bool]) -> Progra
         remaining = iter(cotangents)
         return pull(
             [
-                next(remaining)
-                if is_real_or_complex(var)
-                else np.zeros(var.aval.shape, jax.dtypes.float0)
+                next(remaining) if is_inexact(var) else np.zeros(var.aval.shape, jax.dtypes.float0)
                 for var in eqn.outvars
             ]
         )
 
-    outputs = [var.aval for var in eqn.outvars if is_real_or_complex(var)]
+    outputs = [var.aval for var in eqn.outvars if is_inexact(var)]
     closed = jax.make_jaxpr(pull_back)([atom.aval for atom in eqn.invars], outputs)
     return program_of(closed, [wanted[position] for position in moving])
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import describe_operation
-from ghostjax.core.mixing import CHECKS, check_inside, several
+from ghostjax.core.mixing import CHECKS, check_inside, several_message
 from ghostjax.core.place_rules import RULES, Rows, Rule, leading, shape_of
 from ghostjax.core.places import CONTAINERS, infer
 
@@ -41,7 +41,9 @@ def _check(eqn: Any, infos, actives, rows, num_rows) -> None:
     check_inside(matvec.jaxpr, infos, actives, num_rows, (eqn,), in_rule=False)
     for found, expected in zip(infer(matvec, infos, num_rows), solved, strict=True):
         if isinstance(expected, Rows) and found != expected:
-            raise RowAxisError(several(describe_operation(eqn), f"its matrix moves {expected}"))
+            raise RowAxisError(
+                several_message(describe_operation(eqn), f"its matrix moves {expected}")
+            )
 
 
 RULES.update({"triangular_solve": _solve(2), "tridiagonal_solve": _solve(1)})

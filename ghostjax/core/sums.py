@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind
+from ghostjax._jaxprs import CALLS, bind
 from ghostjax.core.examples import by_label, labels_of
 from ghostjax.core.meeting import Meeting, paired
 from ghostjax.core.place_rules import Mixed, Rows
-from ghostjax.core.tracking import OPENED
-from ghostjax.core.tracks import Moved, is_single, varying
+from ghostjax.core.promises import is_promise
+from ghostjax.core.tracking import HANDLERS
+from ghostjax.core.tracks import Moved, axes_apart, is_single
 from ghostjax.core.types import zeros_of
 
 
@@ -68,9 +69,9 @@ def with_summands(walk: Any, eqn: Any, operands: Sequence[Any], values: list[Any
 def _after(walk: Any, eqn: Any, operands: Sequence[Any], output: int) -> Summands | None:
     """The summands of an output; None if it is no sum, or used otherwise than linearly."""
     name = eqn.primitive.name
-    if name in OPENED and not any(value.tangents for value in operands):
+    if name in CALLS and not is_promise(eqn) and not any(v.tangents for v in operands):
         inner = walk.inside("summands")
-        value = inner.run(eqn.params["jaxpr"], operands)[output]
+        value = HANDLERS[name](inner, eqn, operands)[output]
         return summands_of(walk, value)
     if name == "reduce_sum" and operands[0].where.rows.is_apart:
         return _apart(walk, operands[0], eqn.params["axes"])
@@ -128,7 +129,7 @@ def _apart(walk: Any, value: Any, axes: Sequence[int]) -> Summands | None:
         ids = labels_of(value.where, shape, walk.num_rows, walk.labels, "")
     except RowAxisError:
         return None
-    along = varying(Moved(ids.shape))
+    along = axes_apart(Moved(ids.shape))
     if not set(along) <= set(axes):
         return None
     others = [axis for axis in axes if axis not in along]

@@ -19,7 +19,7 @@ LAYOUTS = frozenset(
 )
 
 
-def weights(value: Value) -> Any:
+def support_of(value: Value) -> Any:
     """An array that is zero only where a value is, and where no gradient flows through it."""
     if value.active or value.tangents:
         return value.support
@@ -44,7 +44,7 @@ def marked(values: list[Value], operands: Sequence[Value]) -> list[Value]:
     return [dataclasses.replace(value, mask=True) for value in values]
 
 
-def support(eqn, operands: Sequence[Value]) -> Any:
+def support_after(eqn, operands: Sequence[Value]) -> Any:
     """What is zero only where an operation's result is, and where no gradient passes."""
     name = eqn.primitive.name
     supports = [value.support for value in operands]
@@ -52,10 +52,10 @@ def support(eqn, operands: Sequence[Value]) -> Any:
         return None if supports[0] is None else bind(eqn, supports)[0]
     shape = shape_of(eqn.outvars[0])
     if name == "mul":
-        found = [mask for mask in map(weights, operands) if mask is not None]
+        found = [mask for mask in map(support_of, operands) if mask is not None]
         return next((mask for mask in found if jnp.shape(mask) == shape), None)
     if name == "dot_general" and not any(eqn.params["dimension_numbers"][0]):
-        masks = [weights(value) for value in operands]
+        masks = [support_of(value) for value in operands]
         if any(found is not None for found in masks):
             return bind(
                 eqn,

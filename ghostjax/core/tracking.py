@@ -7,24 +7,29 @@ from typing import Any
 import jax
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import describe_operation
+from ghostjax._jaxprs import CALLS, describe_operation
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Labels
 from ghostjax.core.exchange import as_sent
 from ghostjax.core.follow import rows_after
 from ghostjax.core.inside import is_container
-from ghostjax.core.mixing import CHECKS, FOLLOWED, FORWARDS, check_rows, combined, several
+from ghostjax.core.mixing import (
+    CHECKS,
+    FOLLOWED,
+    FORWARDS,
+    check_rows,
+    combined_message,
+    several_message,
+)
 from ghostjax.core.place_rules import shape_of
 from ghostjax.core.places import Mixed, RowInfo, Rows, propagate
 from ghostjax.core.positions import positions_after
-from ghostjax.core.support import LAYOUTS, weights
-from ghostjax.core.tracks import Known, Moved, Track, Where, is_single, numbers, settled
+from ghostjax.core.support import LAYOUTS, support_of
+from ghostjax.core.tracks import Known, Moved, Track, Where, ids_of, is_single, settled
 from ghostjax.core.values import Value, unsupported
 
 # By primitive, ``handle(walk, eqn, operands)``: what walks inside.
 HANDLERS: dict[str, Callable[..., list[Value]]] = {}
-# Calls, which are opened as if there were none.
-OPENED = frozenset(["closed_call", "core_call", "jit", "pjit"])
 
 
 class Tracking:
@@ -81,7 +86,7 @@ class Tracking:
             [value.where.positions for value in operands],
             actives,
             [value.primal for value in operands],
-            [weights(value) for value in operands],
+            [support_of(value) for value in operands],
             as_sent(self.labels.positions, self.num_rows),
         )
         return [Where(*pair) for pair in zip(rows, positions, strict=True)]
@@ -127,14 +132,14 @@ class Tracking:
                 return [track]
             if self.shares:
                 continue
-            raise RowAxisError(combined(describe_operation(eqn, self.around), track.place))
+            raise RowAxisError(combined_message(describe_operation(eqn, self.around), track.place))
         if is_container(eqn) and any(track.is_apart for track in tracks):
             inside = self._followed_inside(eqn, operands)
             if inside is not None:
                 return [where.rows for where in inside]
         conflicts: list[Any] = []
         primals = [value.primal for value in operands]
-        supports = [weights(value) for value in operands]
+        supports = [support_of(value) for value in operands]
         args = eqn, tracks, actives, primals, supports, self.num_rows, conflicts
         found = self._remembered(_layout_of(eqn, tracks), lambda: rows_after(*args, self.shares))
         self.count_conflicts(conflicts)
@@ -148,7 +153,7 @@ class Tracking:
         # The rule of a custom_vjp function decides what its operands are given, and was followed.
         is_checked = eqn.primitive.name == "custom_vjp_call"
         if len(apart) > 1 and lost and not sums and not is_checked and not self.shares:
-            raise RowAxisError(several(describe_operation(eqn, self.around), lost[0]))
+            raise RowAxisError(several_message(describe_operation(eqn, self.around), lost[0]))
         checked = eqn.primitive.name in CHECKS and not self._shares(eqn, operands)
         if any(actives) and not lost and checked:
             self._check_rule(eqn, tracks, actives)
@@ -191,7 +196,7 @@ class Tracking:
         axes = {
             k: [
                 (axis, size)
-                for axis, size in enumerate(numbers(track, shape_of(var), self.num_rows).shape)
+                for axis, size in enumerate(ids_of(track, shape_of(var), self.num_rows).shape)
                 if size > 1
             ]
             for k, (track, var) in enumerate(zip(tracks, eqn.invars))
@@ -241,7 +246,7 @@ class Tracking:
             )
             for value in operands
         ]
-        if eqn.primitive.name not in OPENED:
+        if eqn.primitive.name not in CALLS:
             values = unsupported(values)
         found = function(walk, eqn, values)
         self.conflicts.update(walk.conflicts)

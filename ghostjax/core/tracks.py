@@ -94,7 +94,7 @@ class Where:
 NOWHERE = Where()
 
 
-def numbers(track: Track, shape: tuple[int, ...], count: int) -> Any:
+def ids_of(track: Track, shape: tuple[int, ...], count: int) -> Any:
     """The numbers of a track as an array: of numpy where they are known."""
     place = track.place
     if isinstance(place, Rows):
@@ -111,9 +111,9 @@ def track_of(ids: Any, shape: tuple[int, ...], count: int) -> Track:
         first = ids.take([0], axis=axis)
         if ids.shape[axis] > 1 and (ids == first).all():
             ids = first
-    varying = [axis for axis in range(ids.ndim) if ids.shape[axis] > 1]
-    if len(varying) == 1 and count > 1:
-        (axis,) = varying
+    axes = axes_apart(Known(ids))
+    if len(axes) == 1 and count > 1:
+        (axis,) = axes
         along = ids.ravel()
         inner = int(np.argmax(along != along[0]))
         size = len(along)
@@ -158,7 +158,10 @@ def settled(track: Track) -> Track:
     return track
 
 
-def varying(place: Known | Moved) -> list[int]:
+def axes_apart(place: Rows | Known | Moved) -> list[int]:
+    """The axes along which examples are told apart."""
+    if isinstance(place, Rows):
+        return [place.axis]
     return [axis for axis, size in enumerate(place.shape) if size > 1]
 
 

@@ -17,24 +17,31 @@ from jax.extend import core
 
 from ghostjax._errors import RowAxisError
 from ghostjax._jaxprs import (
+    CALLS,
     bind,
     describe_operation,
     holds,
     inner_jaxprs,
+    is_inexact,
     is_var,
     stops,
 )
 from ghostjax.core.devices import as_many
 from ghostjax.core.examples import Regrouped, cells_of, labels_of, localized
-from ghostjax.core.inside import is_container, is_number
-from ghostjax.core.meeting import Cells, Meeting, is_inexact
-from ghostjax.core.mixing import gives_nothing, lost_message, several_axes, without_position
-from ghostjax.core.places import Mixed, Rows
+from ghostjax.core.inside import is_container
+from ghostjax.core.meeting import Cells, Meeting
+from ghostjax.core.mixing import (
+    gives_nothing,
+    lost_message,
+    no_position_message,
+    several_axes_message,
+)
+from ghostjax.core.places import BODIES, Mixed, Rows
 from ghostjax.core.promises import is_promise
 from ghostjax.core.routes import FOLLOWING, KINDS, SUMMING, make_meeting
 from ghostjax.core.sums import sum_meeting, with_summands
-from ghostjax.core.support import LAYOUTS, marked, support
-from ghostjax.core.tracking import HANDLERS, OPENED, Tracking
+from ghostjax.core.support import LAYOUTS, marked, support_after
+from ghostjax.core.tracking import HANDLERS, Tracking
 from ghostjax.core.tracks import SEVERAL, Track, Where
 from ghostjax.core.values import Value, paths_of, unsupported
 
@@ -49,7 +56,9 @@ class Walk(Tracking):
     Attributes:
       names: of the parameters, for messages.
       named_meetings: by the name of a jitted function, the kind of meeting that its calls are.
+      computes_data: whether data are evaluated, or it is only found where they have rows.
       stacked: whether tangents have a leading axis of directions.
+      slots: by meeting, what a subclass has for it.
       emitted: by meeting, arrays for the time after the walk. From loops they come stacked.
       specs: by meeting, zeros like the cotangents that are to be kept.
       in_branch: whether this is inside of a branch, which may not be taken.
@@ -128,9 +137,10 @@ class Walk(Tracking):
         """What a value carries for a parameter that it does not depend on, but ``like`` does."""
         return None
 
-    def run(self, closed: core.ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
-        """The values of a jaxpr's outputs."""
-        return self.open(closed.jaxpr, [Value(const) for const in closed.consts], operands)
+    def run(self, jaxpr: Any, operands: Sequence[Value]) -> list[Value]:
+        """The values of a jaxpr's outputs; with constants, if it is closed."""
+        consts = [Value(const) for const in getattr(jaxpr, "consts", ())]
+        return self.open(getattr(jaxpr, "jaxpr", jaxpr), consts, operands)
 
     def one_round(self, body: core.ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         """The same of a loop's body."""
@@ -188,7 +198,7 @@ class Walk(Tracking):
             outputs = bind(eqn, self._without_data(eqn, operands))
         active = any(value.active for value in operands) and not stops(eqn)
         values = [
-            self.data(output, active and is_number(var), where) if found else Value(output)
+            self.data(output, active and is_inexact(var), where) if found else Value(output)
             for output, var, where, found in zip(outputs, eqn.outvars, places, is_data)
         ]
         if not self.follows:
@@ -196,7 +206,7 @@ class Walk(Tracking):
         if not active:
             return marked(values, operands)
         if len(values) == 1:
-            values = [dataclasses.replace(values[0], support=support(eqn, operands))]
+            values = [dataclasses.replace(values[0], support=support_after(eqn, operands))]
         return with_summands(self, eqn, operands, values)
 
     def _without_data(self, eqn, operands):
@@ -287,7 +297,7 @@ class Walk(Tracking):
         """A meeting whose rows are the places that labels, or moved rows, tell apart."""
         if self.num_rows is None:
             return self.make(eqn, function, operands, outputs, [None] * len(outputs), None)
-        lost = without_position(self.describe(eqn), self.named(operands))
+        lost = no_position_message(self.describe(eqn), self.named(operands))
         found = {
             k: labels_of(where, jnp.shape(outputs[k]), self.num_rows, self.labels, lost)
             for k, where in enumerate(places)
@@ -295,7 +305,7 @@ class Walk(Tracking):
         }
         (cells, count), *others = {cells_of(ids) for ids in found.values()}
         if others:
-            raise RowAxisError(several_axes(self.describe(eqn), self.named(operands)))
+            raise RowAxisError(several_axes_message(self.describe(eqn), self.named(operands)))
         is_rule = eqn is not None and eqn.primitive.name in KINDS
         local = operands
         if not (is_rule and isinstance(cells, Cells) and cells.axes):
@@ -358,13 +368,7 @@ def _call(walk: Walk, eqn, operands):
         return walk.operation(eqn, operands, lambda primals: opened(*primals))
     if walk.num_rows is not None and is_promise(eqn) and any(v.is_data for v in operands):
         return _promised(walk, eqn, operands)
-    ((jaxpr, _),) = inner_jaxprs(eqn)
-    closed = next(
-        (value for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)), None
-    )
-    if closed is not None:
-        return walk.run(closed, operands)
-    return walk.open(jaxpr, [], operands)
+    return walk.run(eqn.params[BODIES[eqn.primitive.name]], operands)
 
 
 def _is_simple_call(eqn, operands: Sequence[Value]) -> bool:
@@ -391,4 +395,4 @@ def _promised(walk: Walk, eqn, operands):
     return walk.operation(eqn, operands, lambda primals: opened(*primals))
 
 
-HANDLERS.update(dict.fromkeys(OPENED, _call))
+HANDLERS.update(dict.fromkeys(CALLS, _call))

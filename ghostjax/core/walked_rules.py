@@ -20,28 +20,27 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._errors import RowAxisError
-from ghostjax._jaxprs import bind, describe_operation
+from ghostjax._jaxprs import bind, describe_operation, is_inexact
 from ghostjax.core.custom_rules import in_rule, not_a_sum
 from ghostjax.core.devices import crosses
-from ghostjax.core.examples import Regrouped
-from ghostjax.core.linear import Kind, NotLinearError, is_real_or_complex, kinds_of_outputs
+from ghostjax.core.examples import Regrouped, weights_of
+from ghostjax.core.linear import Kind, NotLinearError, kinds_of_outputs
 from ghostjax.core.meeting import (
     Cells,
     Meeting,
     Route,
-    is_inexact,
     weighted,
     where_taken,
     wide_dtype,
 )
 from ghostjax.core.mixing import WAY_OUT
 from ghostjax.core.place_rules import shape_of
-from ghostjax.core.program import is_literal, run
+from ghostjax.core.program import run
 from ghostjax.core.reach import inputs_of
 from ghostjax.core.rule_walk import RuleWalk, of_whole_rows
 from ghostjax.core.rules import pullback
 from ghostjax.core.squares import square
-from ghostjax.core.tracks import Where, merged, numbers
+from ghostjax.core.tracks import Moved, Where, axes_apart, ids_of, merged
 from ghostjax.core.values import Value
 
 # How many sums over rows a rule is expected to have at most.
@@ -85,7 +84,7 @@ class WalkedRule(Meeting):
     def _prepare(self, function, operands):
         del function
         active = [
-            (value.active or bool(value.tangents)) and is_real_or_complex(var)
+            (value.active or bool(value.tangents)) and is_inexact(var)
             for value, var in zip(operands, self.eqn.invars)
         ]
         program = pullback(self.eqn, active, active)
@@ -94,9 +93,7 @@ class WalkedRule(Meeting):
             over = [step.eqn for step in program.steps if crosses(step.eqn, self.num_rows)]
             if over:
                 raise RowAxisError(f"{describe_operation(over[0])} goes over the devices of rows")
-        atoms = [atom for step in program.steps for atom in step.inputs] + program.outputs
-        used = {atom for atom in atoms if not is_literal(atom)}
-        self.kept = [k for k in range(len(operands)) if program.inputs[k] in used]
+        self.kept = [k for k in range(len(operands)) if program.inputs[k] in program.used]
         self.needs_data = True
         self._consts = program.consts
         self._program = dataclasses.replace(program, consts=dict.fromkeys(program.consts))
@@ -234,7 +231,7 @@ class WalkedRule(Meeting):
                     f"they were ({reason}). {WAY_OUT}"
                 )
             shape = shape_of(self.eqn.invars[k])
-            pair = [numbers(t, shape, self.num_rows) for t in (value.where.rows, track)]
+            pair = [ids_of(t, shape, self.num_rows) for t in (value.where.rows, track)]
             counts.append(jnp.sum(jnp.asarray(merged(*pair)[1]), dtype=jnp.int32))
         return counts
 
@@ -314,8 +311,5 @@ def _weighed(weights, key, meeting, operands) -> list[Any]:
     if not isinstance(meeting, Regrouped):
         return [weighted(array, meeting.rows[0], meeting.num_rows, weights)]
     _, ids = meeting.keep(operands)
-    is_own = (ids >= 0) & (ids < meeting.count)
-    places = weights[jnp.clip(ids, 0, meeting.count - 1)]
-    places = jnp.where(is_own, places, jnp.zeros_like(places))
-    cells = Cells(tuple(axis for axis, size in enumerate(ids.shape) if size > 1))
-    return [weighted(array, cells, None, places)]
+    cells = Cells(tuple(axes_apart(Moved(ids.shape))))
+    return [weighted(array, cells, None, weights_of(ids, weights, meeting.count))]

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax._checks import check_val_batch_size
+from ghostjax._dtypes import wide_dtype
 from ghostjax.core import Rows, infer
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
@@ -79,8 +80,7 @@ def layernorm_dot_products(
 
 def _row_gradients(normalized, cotangents) -> dict[str, jax.Array]:
     """[N, F]: the gradient of every row, summed over positions, in float32 or wider."""
-    wide = any(array.dtype == jnp.float64 for array in (normalized, cotangents))
-    dtype = jnp.float64 if wide else jnp.float32
+    dtype = wide_dtype(normalized, cotangents)
     normalized, cotangents = normalized.astype(dtype), cotangents.astype(dtype)
     positions = tuple(range(1, normalized.ndim - 1))
     return {
@@ -116,7 +116,7 @@ def _marked(inside, next_fun, args, kwargs, context):
     again = module.clone(parent=None, name=None)
     fields = {field.name for field in dataclasses.fields(module)}
     off = {name: False for name in ("use_scale", "use_bias") if name in fields}
-    wide = jnp.float64 if inputs[0].dtype == jnp.float64 else jnp.float32
+    wide = wide_dtype(inputs[0])
     bare = again.clone(dtype=wide, **off)
     unchanged = []
 

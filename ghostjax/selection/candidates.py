@@ -111,6 +111,10 @@ Policy = Callable[[Candidates, int], jax.Array]
 def by_score(candidates: Candidates, k: int) -> jax.Array:
     """The k rows with the largest scores, of those that are finite, a policy.
 
+    Args:
+      candidates: those of the step, see ``Candidates``.
+      k: static, 1 <= k <= N.
+
     Returns:
       Weights [N], float32: N / k for the rows that are taken, 0 for the others.
 
