@@ -12,6 +12,7 @@ import optax
 from ghostjax import directions, fidelity
 from ghostjax._aggregate import aggregate
 from ghostjax._norms import squared_norms
+from ghostjax._through import through_and_undefined
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 GROUPS = 2  # of a part's rows
@@ -150,7 +151,7 @@ def make_directed(
         of_set, group = jnp.arange(sets), jnp.argmax(jnp.abs(predicted), axis=1)
         val_grads = jax.tree.map(of_parts, by_group)
         with silent_micro_steps():
-            through, undefined = directions.through_and_undefined(
+            through, undefined = through_and_undefined(
                 optimizer, opt_state, params, grads
             )
         return Directed(
