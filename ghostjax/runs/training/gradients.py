@@ -151,9 +151,7 @@ def make_directed(
         of_set, group = jnp.arange(sets), jnp.argmax(jnp.abs(predicted), axis=1)
         val_grads = jax.tree.map(of_parts, by_group)
         with silent_micro_steps():
-            through, undefined = through_and_undefined(
-                optimizer, opt_state, params, grads
-            )
+            through, undefined = through_and_undefined(optimizer, opt_state, params, grads)
         return Directed(
             updates,
             new_opt_state,
