@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ghostjax import fidelity, value_grad_and_dots
-from tests.dots.checks import DENSE, X, dense, direction_like, mean_squares
+from models.arrays import direction_like, mean_squares
+from tests.dots.checks import DENSE, X, dense
 
 
 def loss_fn(params, x):

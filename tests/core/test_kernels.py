@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ghostjax import testing
 from ghostjax.core.places import Mixed, Rows, infer
+from models.arrays import draw
 from tests.dots import kernels
-from tests.dots.checks import draw
 
 B, T, F = 4, 2, 4
 X, X3, SCALE = draw(B, F), draw(B, T, F), draw(1, F, seed=1)

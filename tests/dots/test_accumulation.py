@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from ghostjax import InRunValues, directions, testing, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots
 
 PARTS, SIZE, T, WIDTH = 3, 4, 5, 6
 B = PARTS * SIZE

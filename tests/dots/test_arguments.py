@@ -11,15 +11,8 @@ import pytest
 from flax import nnx
 
 from ghostjax import GradDotProdEngine, explain, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    X,
-    dense,
-    direction_like,
-    expected_dots,
-    mean_squares,
-)
+from models.arrays import FEATURES, direction_like, mean_squares
+from tests.dots.checks import DENSE, X, dense, expected_dots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import check_loss, direction_like, draw, expected_dots, one_by_one
+from models.arrays import direction_like, draw
+from tests.dots.checks import check_loss, expected_dots, one_by_one
 
 B, T, D, F, V = 4, 6, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "norm": draw(F, seed=8), "head": draw(F, V, seed=2)}

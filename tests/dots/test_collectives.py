@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import draw, expected_dots, mean_squares
+from models.arrays import draw, mean_squares
+from tests.dots.checks import expected_dots
 
 WIDTH, HIDDEN, B, T = 16, 32, 24, 64
 PARAMS = {

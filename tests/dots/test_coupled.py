@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from ghostjax import conservation_error, explain, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import directions_like, draw
+from models.arrays import directions_like, draw
 
 B, F = 6, 4
 PARAMS = {

@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import (
-    FEATURES,
-    ROWS,
-    activations,
-    direction_like,
-    draw,
-    mean_squares,
-    one_by_one,
-)
+from models.arrays import FEATURES, ROWS, activations, direction_like, draw, mean_squares
+from tests.dots.checks import one_by_one
 from tests.dots.rules import PARAMS, RULES, clip, contract, product_with
 
 

@@ -15,7 +15,8 @@ from ghostjax import (
     value_and_dots_fn,
     value_grad_and_dots,
 )
-from tests.dots.checks import check, directions_like, draw, expected_stacked
+from models.arrays import directions_like, draw
+from tests.dots.checks import check, expected_stacked
 
 B, F = 6, 4
 PARAMS = {"w": draw(F, F), "b": draw(F, seed=1)}

@@ -9,8 +9,8 @@ import pytest
 from ghostjax import testing, value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
 from ghostjax.core import routes
-from tests.dots.checks import FEATURES, ROWS, activations, direction_like, draw, mean_squares
-from tests.dots.layers import fused_norm
+from models.arrays import FEATURES, ROWS, activations, direction_like, draw, mean_squares
+from models.layers import fused_norm
 
 PARAMS = {
     "layers": draw(2, FEATURES, FEATURES) / 2,

@@ -7,16 +7,8 @@ import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
 from ghostjax.core import Meeting
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    ROWS,
-    X,
-    dense,
-    direction_like,
-    draw,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, direction_like, draw, mean_squares
+from tests.dots.checks import DENSE, X, dense
 
 PERMUTED = jnp.array([1, 0, 2, 3, 5, 4])
 

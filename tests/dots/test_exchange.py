@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots
 
 B, T, D, F, EXPERTS = 8, 3, 5, 6, 8
 MESH = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw
+from models.arrays import direction_like, draw
 
 B, T, F, H, EXPERTS, CAPACITY, TILE = 3, 4, 5, 6, 3, 5, 32
 PARAMS = {

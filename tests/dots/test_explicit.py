@@ -16,7 +16,8 @@ from ghostjax import (
     value_and_dots_fn,
     value_grad_and_dots,
 )
-from tests.dots.checks import directions_like, draw, expected_stacked
+from models.arrays import directions_like, draw
+from tests.dots.checks import expected_stacked
 
 B, T, D, F, LAYERS, WORDS = 8, 4, 4, 6, 2, 12
 MESH = jax.make_mesh((4, 2), ("data", "model"))

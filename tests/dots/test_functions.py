@@ -7,46 +7,13 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    POSITIONS,
-    ROWS,
-    X,
-    check,
-    dense,
-    direction_like,
-    expected_dots,
-    mean_squares,
-    plain_and_errors,
-)
-from tests.dots.functions import FUNCTIONS
-from tests.linen.cases import CASES
-
-TABLE = [
-    "layernorm_rank_3",
-    "groupnorm",
-    "einsum_heads",
-    "tied_head",
-    "convolutions",
-    "attention",
-    "lstm",
-    "optimized_lstm",
-    "gru",
-    "bidirectional",
-    "recurrent_time_major",
-    "shared_three_times",
-    "scan_over_layers",
-    "scan_with_shared_weights",
-    "vmap_ensemble",
-    "time_major_layers",
-    "own_module_with_custom_vjp",
-    "branches",
-    "positions_in_a_module_of_their_own",
-    "stopped_gradient",
-]
+from models.arrays import POSITIONS, ROWS, direction_like, mean_squares
+from models.functions import FUNCTIONS
+from models.modules import CASES, KINDS
+from tests.dots.checks import DENSE, X, check, dense, expected_dots, plain_and_errors
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", KINDS)
 def test_flax_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32))
 

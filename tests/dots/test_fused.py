@@ -17,7 +17,8 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import direction_like, draw, expected_dots, one_by_one
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots, one_by_one
 
 B, T, D, F, V = 4, 3, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "head": draw(F, V, seed=2), "table": draw(V, D, seed=3)}

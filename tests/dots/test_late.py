@@ -11,20 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ghostjax
 from ghostjax import testing
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    K,
-    X,
-    activations,
-    dense,
-    directions_like,
-    draw,
-    expected_stacked,
-    mean_squares,
-)
-from tests.dots.functions import FUNCTIONS
-from tests.dots.models import MODELS, ROUNDED
+from models.arrays import FEATURES, K, activations, directions_like, draw, mean_squares
+from models.flax import MODELS, ROUNDED
+from models.functions import FUNCTIONS
+from tests.dots.checks import DENSE, X, dense, expected_stacked
 from tests.dots.test_per_example import LOSSES, PARAMS
 
 

@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn
-from tests.dots.checks import (
-    POSITIONS,
-    ROWS,
-    check_late,
-    directions_like,
-    expected_stacked,
-)
-from tests.dots.functions import FUNCTIONS
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import EQUINOX, LIBRARIES, over_rows
-from tests.dots.models import MODELS, ROUNDED, SUMMED
-from tests.linen.cases import CASES
+from models.arrays import POSITIONS, ROWS, directions_like
+from models.flax import MODELS, ROUNDED, SUMMED
+from models.functions import FUNCTIONS
+from models.layers import LAYERS
+from models.libraries import EQUINOX, LIBRARIES, over_rows
+from models.modules import CASES
+from tests.dots.checks import check_late, expected_stacked
 
 # GPT-2 is in test_late.
 QUICK = {

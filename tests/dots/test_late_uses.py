@@ -9,20 +9,8 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    ROWS,
-    X,
-    check_late,
-    dense,
-    direction_like,
-    directions_like,
-    draw,
-    expected_dots,
-    expected_stacked,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, direction_like, directions_like, draw, mean_squares
+from tests.dots.checks import DENSE, X, check_late, dense, expected_dots, expected_stacked
 
 DIRECTION, DIRECTIONS = direction_like(DENSE), directions_like(DENSE)
 

@@ -8,14 +8,8 @@ import pytest
 
 from ghostjax import testing, value_grad_and_dots
 from ghostjax.core.lookups import promises
-from tests.dots.checks import (
-    FEATURES,
-    check,
-    direction_like,
-    draw,
-    mean_squares,
-    one_by_one,
-)
+from models.arrays import FEATURES, direction_like, draw, mean_squares
+from tests.dots.checks import check, one_by_one
 
 SIZE = 7
 # The table's size and more, and what is still negative after counting from the end.

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import check, direction_like, expected_dots
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
-from tests.dots.models import MODELS, ROUNDED, SUMMED, gpt2_with_key
+from models.arrays import direction_like
+from models.flax import MODELS, ROUNDED, SUMMED, gpt2_with_key
+from models.layers import LAYERS
+from models.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
+from tests.dots.checks import check, expected_dots
 
 SLOW = ("gpt2_scan", "gpt2_remat", "gpt2_dropout", "gpt2_dropout_scan_remat")
 

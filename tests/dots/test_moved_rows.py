@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import check_loss, draw, expected_dots
+from models.arrays import draw
+from tests.dots.checks import check_loss, expected_dots
 
 B, T, F, H = 6, 4, 5, 3
 PARAMS = {"w": draw(F, H), "b": draw(H), "v": draw(H, F, seed=4)}

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import testing, value_grad_and_dots
+from models.arrays import direction_like, draw
 from tests.dots import kernels
-from tests.dots.checks import check, check_late, direction_like, draw, expected_dots, one_by_one
+from tests.dots.checks import check, check_late, expected_dots, one_by_one
 from tests.dots.kernels import ACCUMULATING, PARAMS, B, F, T
 
 NORMS = {

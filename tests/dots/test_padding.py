@@ -16,14 +16,8 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax.core import routes
-from tests.dots.checks import (
-    direction_like,
-    directions_like,
-    draw,
-    expected_dots,
-    expected_stacked,
-    mean_squares,
-)
+from models.arrays import direction_like, directions_like, draw, mean_squares
+from tests.dots.checks import expected_dots, expected_stacked
 
 REAL, PADDED, T, WIDTH, WORDS = 3, 2, 4, 6, 9
 B = REAL + PADDED

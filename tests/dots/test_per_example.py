@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import FEATURES, activations, direction_like, draw, expected_dots
+from models.arrays import FEATURES, activations, direction_like, draw
+from tests.dots.checks import expected_dots
 
 PARAMS = {"w": draw(FEATURES, FEATURES), "start": draw(FEATURES, seed=2)}
 

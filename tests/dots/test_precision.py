@@ -12,15 +12,8 @@ import pytest
 
 from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax.core import routes
-from tests.dots.checks import (
-    K,
-    direction_like,
-    directions_like,
-    draw,
-    expected_dots,
-    expected_stacked,
-    mean_squares,
-)
+from models.arrays import K, direction_like, directions_like, draw, mean_squares
+from tests.dots.checks import expected_dots, expected_stacked
 
 B, T, WIDTH, HIDDEN = 5, 7, 6, 8
 PARAMS = {

@@ -8,7 +8,8 @@ import pytest
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax.core import routes
 from ghostjax.core.row_loop import row_loop
-from tests.dots.checks import K, directions_like, draw, expected_stacked, mean_squares
+from models.arrays import K, directions_like, draw, mean_squares
+from tests.dots.checks import expected_stacked
 
 
 @pytest.fixture(autouse=True)

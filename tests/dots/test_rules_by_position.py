@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import squared_norms, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots
 
 B, T, F = 3, 4, 5
 PARAMS = {"w": draw(F, F), "s": draw(F, seed=4)}

@@ -5,16 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import testing, value_grad_and_dots
-from tests.dots.checks import (
-    FEATURES,
-    ROWS,
-    activations,
-    check,
-    direction_like,
-    draw,
-    expected_dots,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, activations, direction_like, draw, mean_squares
+from tests.dots.checks import check, expected_dots
 from tests.dots.rules import PARAMS
 
 

@@ -8,7 +8,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import directions_like, draw, expected_stacked
+from models.arrays import directions_like, draw
+from tests.dots.checks import expected_stacked
 
 B, T, D, F = 8, 4, 4, 6
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))

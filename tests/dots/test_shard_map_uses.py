@@ -18,7 +18,8 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import direction_like, expected_dots
+from models.arrays import direction_like
+from tests.dots.checks import expected_dots
 from tests.dots.test_shard_map import (
     BATCH,
     EIGHT,

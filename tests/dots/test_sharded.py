@@ -7,7 +7,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax.core import routes
-from tests.dots.checks import directions_like, draw, expected_stacked, mean_squares
+from models.arrays import directions_like, draw, mean_squares
+from tests.dots.checks import expected_stacked
 
 PARAMS = {"first": draw(8, 16) / 3, "second": draw(16, 8) / 3}
 DIRECTIONS = directions_like(PARAMS)

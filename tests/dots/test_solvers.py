@@ -9,7 +9,8 @@ from jax.scipy import sparse
 
 from ghostjax import testing, value_grad_and_dots
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import check, check_late, direction_like, expected_dots
+from models.arrays import direction_like
+from tests.dots.checks import check, check_late, expected_dots
 from tests.dots.solvers import CASES, SQUARE, X, field
 
 SLOW = [

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import directions_like, draw, expected_stacked
+from models.arrays import directions_like, draw
+from tests.dots.checks import expected_stacked
 
 B, T, F = 6, 6, 4
 PARAMS = {"w": draw(F, F), "b": draw(F, seed=1), "s": jnp.float32(0.3), "u": jnp.float32(-0.7)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ghostjax import GradDotProdEngine, testing
-from tests.linen.cases import CASES
+from models.modules import CASES
 
 
 def cases(names):

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.dots.functions import FUNCTIONS
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import LIBRARIES
-from tests.dots.models import MODELS, SUMMED
+from models.flax import MODELS, SUMMED
+from models.functions import FUNCTIONS
+from models.layers import LAYERS
+from models.libraries import LIBRARIES
+from models.modules import CASES as LINEN
 from tests.dots.rules import RULES
 from tests.dots.test_moved_rows import CASES as MOVED
 from tests.dots.test_moved_rows import PARAMS, X
-from tests.linen.cases import CASES as LINEN
 from tests.norms.checks import Rows, check_all, mean_of, sum_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

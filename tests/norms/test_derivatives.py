@@ -11,7 +11,7 @@ from ghostjax import (
     value_and_clipped_grad,
     value_grad_and_dots,
 )
-from tests.dots.checks import direction_like, draw, mean_squares
+from models.arrays import direction_like, draw, mean_squares
 from tests.norms.test_sharded import LOOPS
 
 X = draw(2, 3, 12, 8, seed=3)

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import pairwise_dots, squared_norms, testing, value_and_clipped_grad
+from models.arrays import draw, mean_squares
 from tests.dots import test_collectives as blocks
-from tests.dots.checks import draw, mean_squares
 from tests.dots.test_sharded import mesh_of
 
 PARAMS = {"w": draw(8, 8) / 3, "v": draw(8, 3), "b": draw(1, 1, 3)}

@@ -1,4 +1,4 @@
-"""The GPT-2 shape that the cost benchmarks share: 4 layers, F 256, T 128, vocabulary 2048, tied."""
+"""The GPT-2 shape that costs are measured on: 4 layers, F 256, T 128, vocabulary 2048, tied."""
 
 import flax.linen as nn
 import jax
