@@ -27,8 +27,8 @@ from ghostjax.runs.training.trainer import Trainer
 from tests.runs.checks import fails, files
 from tests.runs.conftest import BATCH_SIZE, LENGTH
 from tests.runs.made_up import write_run
+from tests.runs.report.parsed import HOSTILE, Page
 from tests.runs.report.test_colours import contrast
-from tests.runs.report.test_page import HOSTILE, Page
 
 # optax.adamw raises a Python float to the power of an int32 count.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
