@@ -10,10 +10,7 @@ from ghostjax.runs.commands.report import ReportConfig
 from ghostjax.runs.report.page import make_report
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails, files
-from tests.runs.made_up import (
-    SETS,
-    write_run,
-)
+from tests.runs.made_up import SETS, write_run
 
 
 def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):

@@ -12,10 +12,7 @@ from ghostjax.runs.commands.sources import read_task
 from ghostjax.runs.report.page import make_report
 from ghostjax.runs.report.windows import Windows
 from ghostjax.runs.store.run import read_run
-from tests.runs.made_up import (
-    EXAMPLES,
-    write_run,
-)
+from tests.runs.made_up import EXAMPLES, write_run
 
 
 def listed(text):

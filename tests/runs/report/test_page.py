@@ -15,15 +15,7 @@ from ghostjax.runs.analysis.values import read_values
 from ghostjax.runs.report.page import make_report
 from ghostjax.runs.store.files import read_json, write_json
 from ghostjax.runs.store.run import read_run
-from tests.runs.made_up import (
-    DOMAINS,
-    EXAMPLES,
-    KINDS,
-    SETS,
-    STEPS,
-    changed_steps,
-    write_run,
-)
+from tests.runs.made_up import DOMAINS, EXAMPLES, KINDS, SETS, STEPS, changed_steps, write_run
 from tests.runs.report.parsed import HOSTILE, Page
 
 
