@@ -89,10 +89,12 @@ def of_merged_words(logits, words):
 
 MODELS = [
     pytest.param(Perceptron(), X2, SPOTS, of_classes, id="mlp"),
-    pytest.param(Language(), counts((B, B + 1), 7), None, of_words, id="gpt"),
+    pytest.param(
+        Language(), counts((B, B + 1), 7), None, of_words, id="gpt", marks=pytest.mark.slow
+    ),
     pytest.param(Language(True), counts((B, B), 7), None, of_merged_words, id="scanned gpt"),
     pytest.param(Pictures(), IMAGE, SPOTS, of_classes, id="conv"),
-    pytest.param(Recurrent(), counts((B, B), 7), None, of_words, id="lstm"),
+    pytest.param(Recurrent(), counts((B, B), 7), None, of_words, id="lstm", marks=pytest.mark.slow),
 ]
 
 

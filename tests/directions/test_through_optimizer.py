@@ -9,6 +9,7 @@ import pytest
 
 from ghostjax import directions
 from tests.directions.checks import OPTIMIZERS, by_kind, draw_like, warmed_up
+from tests.variants import crossed
 
 
 @pytest.mark.filterwarnings("ignore:optax.MultiSteps")
@@ -82,8 +83,7 @@ CLIPPED = {
 }
 
 
-@pytest.mark.parametrize("name", CLIPPED)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), crossed(CLIPPED, [jnp.float32, jnp.bfloat16]))
 def test_undefined_coordinates_are_constants_and_counted(name, dtype, standard_promotion):
     """Where gradient and second moment are zero, Adam's derivative is 0 * inf."""
     tx = CLIPPED[name]()

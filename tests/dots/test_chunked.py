@@ -15,6 +15,7 @@ from ghostjax import (
 from ghostjax._errors import RowAxisError
 from models.arrays import direction_like, draw
 from tests.dots.checks import check_loss, expected_dots, one_by_one
+from tests.variants import some_quick
 
 B, T, D, F, V = 4, 6, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "norm": draw(F, seed=8), "head": draw(F, V, seed=2)}
@@ -184,12 +185,11 @@ CASES = {
 }
 
 
-FEW = ("tiled 3", "made before 3", "sliced", "floats counted")
+# Tiles alone are in the tests below.
+FEW = ("sliced", "floats counted")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", some_quick(CASES, FEW))
 def test_dots_are_those_of_rows(name):
     check_loss(CASES[name], row_losses, P, BATCH, exact_gradient=False)
 
@@ -243,6 +243,7 @@ def test_norms_and_clipping():
     )
 
 
+@pytest.mark.slow
 def test_bfloat16():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), P)
     batch = {**BATCH, "x": BATCH["x"].astype(jnp.bfloat16)}

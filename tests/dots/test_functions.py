@@ -11,9 +11,13 @@ from models.arrays import POSITIONS, ROWS, direction_like, mean_squares
 from models.functions import FUNCTIONS
 from models.modules import CASES, KINDS
 from tests.dots.checks import DENSE, X, check, dense, expected_dots, plain_and_errors
+from tests.variants import crossed, some_quick
 
 
-@pytest.mark.parametrize("name", KINDS)
+# Cells of both are in "bidirectional", too.
+@pytest.mark.parametrize(
+    "name", some_quick(KINDS, lambda name: name not in ("gru", "optimized_lstm"))
+)
 def test_flax_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32))
 
@@ -23,15 +27,7 @@ def test_rematerialised_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient=False)
 
 
-# Each function with both; where time matters, one after the other.
-REDUCTIONS = [
-    pytest.param(name, reduction, marks=[pytest.mark.slow] * (number % 2 != k))
-    for number, name in enumerate(FUNCTIONS)
-    for k, reduction in enumerate(["mean", "sum"])
-]
-
-
-@pytest.mark.parametrize(("name", "reduction"), REDUCTIONS)
+@pytest.mark.parametrize(("name", "reduction"), crossed(FUNCTIONS, ["mean", "sum"]))
 def test_functions(name, reduction):
     check(*FUNCTIONS[name](), reduction, exact_gradient="checkpoint" not in name)
 

@@ -10,6 +10,7 @@ from ghostjax.core import routes
 from ghostjax.core.row_loop import row_loop
 from models.arrays import K, directions_like, draw, mean_squares
 from tests.dots.checks import expected_stacked
+from tests.variants import some_quick
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +122,7 @@ SLOW = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS],
+    some_quick(LAYOUTS, lambda name: name not in SLOW),
 )
 def test_every_layout(name, taken):
     """On data that is made of a parameter itself, so that its gradient passes, too."""
