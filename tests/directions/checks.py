@@ -57,9 +57,9 @@ OPTIMIZERS = {
 
 def warmed_up(tx, params, steps=STEPS):
     """The state after some steps, so that moments are not zero."""
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for seed in range(1, steps + 1):
-        _, state = tx.update(draw_like(params, seed), state, params)
+        _, state = update(draw_like(params, seed), state, params)
     return state
 
 
