@@ -15,7 +15,7 @@ from ghostjax import (
 from ghostjax._errors import RowAxisError
 from models.arrays import direction_like, draw
 from tests.dots.checks import check_loss, expected_dots, one_by_one
-from tests.variants import some_quick
+from tests.variants import crossed, some_quick
 
 B, T, D, F, V = 4, 6, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "norm": draw(F, seed=8), "head": draw(F, V, seed=2)}
@@ -186,7 +186,7 @@ CASES = {
 
 
 # Tiles alone are in the tests below.
-FEW = ("sliced", "floats counted")
+FEW = ["floats counted"]
 
 
 @pytest.mark.parametrize("name", some_quick(CASES, FEW))
@@ -297,8 +297,7 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("name", MIXING)
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(("name", "tiles"), crossed(MIXING, [1, 2]))
 def test_rules_that_mix_rows_are_refused(name, tiles):
     one, message = MIXING[name]
     with pytest.raises(RowAxisError, match=message):

@@ -13,11 +13,15 @@ from models.modules import CASES, KINDS
 from tests.dots.checks import DENSE, X, check, dense, expected_dots, plain_and_errors
 from tests.variants import crossed, some_quick
 
+# The others are like these, or like those that the engine is tested with where time matters.
+QUICK = {
+    "groupnorm", "convolutions", "attention", "lstm", "bidirectional", "scan_over_layers",
+    "vmap_ensemble", "time_major_layers", "own_module_with_custom_vjp", "branches",
+    "positions_in_a_module_of_their_own", "stopped_gradient",
+}  # fmt: skip
 
-# Cells of both are in "bidirectional", too.
-@pytest.mark.parametrize(
-    "name", some_quick(KINDS, lambda name: name not in ("gru", "optimized_lstm"))
-)
+
+@pytest.mark.parametrize("name", some_quick(KINDS, QUICK))
 def test_flax_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32))
 

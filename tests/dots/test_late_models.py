@@ -16,7 +16,6 @@ from tests.variants import some_quick
 
 # GPT-2 and plain functions are in test_late.
 QUICK = {
-    "gru_of_padded_sequences",
     "branches_in_a_scan",
     "custom_vjp_norm",
     "checkpoint_names",

@@ -301,6 +301,7 @@ SLOW = {
     "every_third", "map_in_batches", "row_by_row", "python_loop", "python_list", "python_chunks",
     "strided", "chunked_outputs", "there_and_back", "looked_up", "turned_within_rows", "rolled",
     "reversed_with_itself", "started_by_parameters_reversed", "joined_by_zeros", "weighted_sum",
+    "by_index", "split", "shuffled", "reversed_and_rematerialised",
 }  # fmt: skip
 
 

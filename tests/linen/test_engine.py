@@ -267,7 +267,7 @@ def test_a_nan_reaches_its_own_row_only(name):
     [
         ("tied_head", AxisType.Auto),
         ("layernorm_rank_3", AxisType.Explicit),
-        ("scan_of_remat", AxisType.Explicit),
+        pytest.param("scan_of_remat", AxisType.Explicit, marks=pytest.mark.slow),
     ],
     ids=["automatic", "explicit", "explicit_scan"],
 )
