@@ -180,11 +180,12 @@ def test_a_part_that_is_sign_based_is_named(params):
 def test_stacked_validation_gradients(name, params):
     tx = OPTIMIZERS[name]()
     args = tx, warmed_up(tx, params), params, draw_like(params, 11)
+    direction = jax.jit(directions.through_optimizer, static_argnums=0)
     several = [draw_like(params, seed) for seed in (1, 2, 3)]
     for count in (3, 1):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several[:count])
-        found = directions.through_optimizer(*args, stacked)
-        each = [directions.through_optimizer(*args, one) for one in several[:count]]
+        found = direction(*args, stacked)
+        each = [direction(*args, one) for one in several[:count]]
         expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         chex.assert_trees_all_close(found, expected, rtol=1e-10)
 
