@@ -17,9 +17,9 @@ import optax
 from jax_privacy.clipping import clipped_grad
 
 from benchmarks._common import figures, save, times
-from benchmarks._models import cnn, mlp, setup
 from benchmarks._peers.harness import largest_error
 from ghostjax import squared_norms, value_and_clipped_grad
+from models.measured import cnn, mlp, setup
 
 SHAPES = {
     "GPT-2 shape, B 16": (setup, 16, {}),

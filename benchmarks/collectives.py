@@ -30,8 +30,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks._common import save
-from benchmarks._models import setup
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
+from models.measured import setup
 
 ROWS_PER_DEVICE = 4
 MESHES = {  # data, model

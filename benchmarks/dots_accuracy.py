@@ -5,20 +5,20 @@ python -m benchmarks.dots_accuracy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks._common import save
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import POSITIONS, ROWS, direction_like, expected_dots
-from tests.dots.functions import FUNCTIONS
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import LIBRARIES
-from tests.dots.models import MODELS, SUMMED
-from tests.dots.test_functions import TABLE
-from tests.linen.cases import CASES
+from models.arrays import POSITIONS, ROWS, direction_like
+from models.flax import MODELS, SUMMED
+from models.functions import FUNCTIONS
+from models.layers import LAYERS
+from models.libraries import LIBRARIES
+from models.modules import CASES, KINDS
 
 
 def flax_table():
-    names = [*TABLE, "remat", "scan_of_remat"]
+    names = [*KINDS, "remat", "scan_of_remat"]
     return {name: lambda name=name: CASES[name](ROWS, POSITIONS, jnp.float32) for name in names}
 
 
@@ -27,7 +27,14 @@ def measure(losses, params, batch, reduction):
     direction = direction_like(params)
     fn = value_grad_and_dots(lambda p, b: reduce(losses(p, b)), loss_reduction=reduction)
     result = jax.jit(lambda p, b, v: fn(p, b, direction=v))(params, batch, direction)
-    errors = testing.relative_errors(result.dots, expected_dots(losses, params, batch, direction))
+    expected = jax.tree.map(
+        lambda rows, vector: np.tensordot(
+            np.asarray(rows, np.float64), np.asarray(vector, np.float64), axes=vector.ndim
+        ),
+        testing.per_example_grads(losses, params, batch),
+        direction,
+    )
+    errors = testing.relative_errors(result.dots, expected)
     certificate = jax.tree.leaves(conservation_error(result, direction))
     return {"dots": max(errors.values()), "certificate": float(max(certificate))}
 

@@ -15,8 +15,8 @@ import optax
 from optax.microbatching import micro_grad
 
 from benchmarks._common import compare, run
-from benchmarks._models import setup
 from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
+from models.measured import setup
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 K = 6

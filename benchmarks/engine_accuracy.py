@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from benchmarks._common import save
 from ghostjax import GradDotProdEngine, testing
-from tests.linen.cases import CASES
+from models.modules import CASES
 
 ROWS, VAL_ROWS, POSITIONS = 7, 3, 7
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks._common import compare, run
-from benchmarks._models import mlp, setup
 from ghostjax import GradDotProdEngine, testing
+from models.measured import mlp, setup
 
 SHAPES = {
     "B 8, V 8": (setup, 8, 8),

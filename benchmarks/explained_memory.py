@@ -4,7 +4,7 @@
 
 Scratch memory that ``explain`` estimates from shapes, beside that of the compiled step (XLA's own
 figure, on virtual CPU devices): the plain step, ``value_grad_and_dots``, and ``value_and_dots_fn``
-with its dots, all without the validation gradient. Models of ``benchmarks/_models.py`` on one
+with its dots, all without the validation gradient. Models of ``models/measured.py`` on one
 device, and a GPT-2-shaped layer in the layouts of ``benchmarks/collectives.py``, with what dots add
 to the bytes that are sent, estimated and compiled.
 """
@@ -17,9 +17,9 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks._common import save
-from benchmarks._models import cnn, mlp, setup
 from benchmarks.collectives import ROWS_PER_DEVICE, spec_of
 from ghostjax import explain, testing, value_and_dots_fn, value_grad_and_dots
+from models.measured import cnn, mlp, setup
 
 MODELS = {
     "GPT-2 shape": lambda: setup(8),

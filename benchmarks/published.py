@@ -25,8 +25,8 @@ import numpy as np
 import optax
 
 from benchmarks._common import figures, save, times
-from benchmarks._models import setup
 from ghostjax import GradDotProdEngine, conservation_error, testing, value_grad_and_dots
+from models.measured import setup
 
 SIZES = {
     "layers": 12,

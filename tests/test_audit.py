@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ghostjax import fidelity, value_grad_and_dots
-from tests.dots.checks import DENSE, X, dense, direction_like, mean_squares
+from models.arrays import direction_like, mean_squares
+from tests.dots.checks import DENSE, X, dense
+from tests.variants import crossed
 
 
 def loss_fn(params, x):
@@ -77,8 +79,7 @@ def words(name, dtype):
     return loss, params, batch, 5 * by_row / by_row.sum(), direction, result
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize(("name", "dtype"), crossed(WORDS, [jnp.float32, jnp.bfloat16]))
 def test_audits_of_masks_and_weight_decay(name, dtype):
     loss, params, batch, weights, direction, result = words(name, dtype)
     dots, rows, tolerance = result.total(), jnp.array([0, 1, 4]), 1e-5

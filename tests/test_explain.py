@@ -10,10 +10,11 @@ import pytest
 
 from ghostjax import explain, value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
-from tests.dots.checks import DENSE, FEATURES, POSITIONS, ROWS, X, activations, dense, draw
-from tests.dots.layers import LAYERS
-from tests.dots.models import MODELS
-from tests.linen.cases import CASES
+from models.arrays import FEATURES, POSITIONS, ROWS, activations, draw
+from models.flax import MODELS
+from models.layers import LAYERS
+from models.modules import CASES
+from tests.dots.checks import DENSE, X, dense
 
 
 def mean_of(row_losses):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _models
 from ghostjax import (
     _row_gradients,
     explain,
@@ -20,7 +19,8 @@ from ghostjax._flops import flops
 from ghostjax._norms import trace_rows
 from ghostjax._row_gradients import row_pass
 from ghostjax.core import routes, squares
-from tests.dots.checks import draw
+from models import measured
+from models.arrays import draw
 
 ROWS, T, F, LAYERS = 6, 4, 16, 2
 X = draw(ROWS, T, F)
@@ -269,7 +269,7 @@ def images():
 def gpt():
     sizes = {"layers": 2, "features": 128, "heads": 4, "positions": 64, "vocabulary": 512}
     with jax.numpy_rank_promotion("allow"):
-        row_losses, params, batch = _models.setup(4, **sizes)
+        row_losses, params, batch = measured.setup(4, **sizes)
     return (lambda params, batch: jnp.mean(row_losses(params, batch))), params, batch
 
 

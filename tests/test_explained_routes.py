@@ -8,7 +8,7 @@ from ghostjax import explain, value_grad_and_dots
 from ghostjax._jaxprs import inner_jaxprs
 from ghostjax._late import value_and_dots_fn
 from ghostjax.core import Route
-from tests.dots.checks import draw
+from models.arrays import draw
 
 
 def wide_layer(positions, directions):

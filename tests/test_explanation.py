@@ -8,7 +8,7 @@ import rich.console
 
 from ghostjax import explain
 from ghostjax._explanation import in_units
-from tests.dots.checks import draw
+from models.arrays import draw
 
 TINY = """\
 parameter  meets data in                          times  row axis  dots  route       FLOP  late route  late FLOP  late bytes

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ghostjax import fidelity
-from tests.dots.checks import DENSE, X, dense, mean_squares
+from models.arrays import mean_squares
+from tests.dots.checks import DENSE, X, dense
 
 
 def draw(*shape):

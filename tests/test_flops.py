@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax._flops import flops, flops_after, rounds_unknown
-from tests.dots.checks import draw
+from models.arrays import draw
 
 
 def count(function, *args):

@@ -209,3 +209,29 @@ def test_a_breach_is_found(module, source):
 def test_what_is_imported_when_rich_asks_is_no_breach():
     source = "class A:\n    def __rich__(self):\n        from rich.table import Table"
     assert breaches("ghostjax._explanation", source) == []
+
+
+# Shared models live in ``models``; who may not import whom.
+STRANGERS = {
+    "tests": ("benchmarks",),
+    "benchmarks": ("tests",),
+    "models": ("benchmarks", "tests"),
+    "ghostjax": ("benchmarks", "models", "tests"),
+}
+
+
+def strangers(folder, source):
+    return [name for name in imported_modules(source) if name.split(".")[0] in STRANGERS[folder]]
+
+
+@pytest.mark.parametrize("folder", STRANGERS)
+def test_tests_benchmarks_and_the_package_stand_alone(folder):
+    files = sorted((pathlib.Path(__file__).parents[1] / folder).rglob("*.py"))
+    assert files
+    found = {str(path): strangers(folder, path.read_text()) for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_stranger_is_found():
+    assert strangers("tests", "from benchmarks import run_cost")
+    assert strangers("benchmarks", "def f():\n    import tests.dots.checks")

@@ -47,7 +47,8 @@ def test_what_is_loaded_is_seen():
 
 def named_files(text: str) -> list[str]:
     """Files and folders of the project that are named in backquotes."""
-    return re.findall(r"`((?:ghostjax|tests|docs|benchmarks|\.ci)/[\w./]*|[A-Z]+\.md)`", text)
+    folders = r"ghostjax|tests|models|docs|benchmarks|\.ci"
+    return re.findall(rf"`((?:{folders})/[\w./]*|[A-Z]+\.md)`", text)
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/pages/design.md"])

@@ -10,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import explain, testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax._step_memory import StepMemory, in_bytes
+from models.arrays import mean_squares
+from models.flax import MODELS
 from tests.dots import test_collectives as blocks
-from tests.dots.checks import mean_squares
-from tests.dots.models import MODELS
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""The probes in Flax, and the work of ``_models``: the models of ``in_torch`` once more."""
+"""The probes in Flax, and the work of ``models.measured``: the models of ``in_torch`` once more."""
 
 import functools
 
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._models import cnn, mlp, setup
 from benchmarks._peers.harness import Problem
+from models.measured import cnn, mlp, setup
 
 ROWS, VAL_ROWS, POSITIONS, FEATURES, VOCABULARY = 5, 3, 5, 8, 11
 

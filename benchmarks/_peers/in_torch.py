@@ -1,4 +1,4 @@
-"""The probes and the work in torch: the models of ``in_jax`` and ``_models`` once more."""
+"""The probes and the work in torch: the models of ``in_jax`` and ``models.measured`` again."""
 
 import copy
 import functools

@@ -6,28 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-
-ROWS, POSITIONS, FEATURES = 6, 6, 5  # T = B: no axis is told by its size
-K = 3
-
-
-def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def direction_like(params):
-    generator = np.random.default_rng(9)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), params
-    )
-
-
-def directions_like(params, count=K):
-    """Stacked."""
-    generator = np.random.default_rng(9)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(generator.normal(size=(count, *leaf.shape)), leaf.dtype), params
-    )
+from models.arrays import FEATURES, ROWS, direction_like, directions_like, draw
 
 
 def expected_dots(row_losses, params, batch, direction):
@@ -159,14 +138,6 @@ def check_loss(loss_fn, row_losses, params, batch, *, exact_gradient=True):
     assert (int(one.conflicts), int(several.conflicts)) == (0, 0)
     assert max(errors) <= 1e-5
     return one
-
-
-def mean_squares(outputs):
-    return jnp.mean(jnp.square(outputs).reshape(outputs.shape[0], -1), axis=1)
-
-
-def activations(seed=1):
-    return draw(ROWS, POSITIONS, FEATURES, seed=seed)
 
 
 def dense(params, x):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.dots.checks import draw
+from models.arrays import draw
 
 B, T, F = 3, 4, 8
 

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tests.dots.checks import FEATURES, activations, draw, mean_squares
+from models.arrays import FEATURES, activations, draw, mean_squares
 
 RULES = {}
 WIDTH = 4

@@ -6,7 +6,7 @@ from jax import lax
 from jax.experimental.ode import odeint
 from jax.scipy import linalg, sparse, stats
 
-from tests.dots.checks import FEATURES, ROWS, draw
+from models.arrays import FEATURES, ROWS, draw
 
 CASES = {}
 X = draw(ROWS, FEATURES, seed=1)

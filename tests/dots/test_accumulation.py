@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from ghostjax import InRunValues, directions, testing, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots
+from tests.variants import crossed
 
 PARTS, SIZE, T, WIDTH = 3, 4, 5, 6
 B = PARTS * SIZE
@@ -33,11 +35,10 @@ def summed_loss(params, batch):
     return jnp.sum(token_losses(params, batch["x"]) * batch["mask"])
 
 
-CONTIGUOUS = ("contiguous", lambda leaf: leaf.reshape(PARTS, SIZE, *leaf.shape[1:]))
-STRIDED = (
-    "every k-th",
-    lambda leaf: jnp.stack([leaf[k::PARTS] for k in range(PARTS)]),
-)
+CUTS = {
+    "contiguous": lambda leaf: leaf.reshape(PARTS, SIZE, *leaf.shape[1:]),
+    "every k-th": lambda leaf: jnp.stack([leaf[k::PARTS] for k in range(PARTS)]),
+}
 
 
 @jax.jit
@@ -83,13 +84,12 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("cut", [CONTIGUOUS, STRIDED], ids=lambda cut: cut[0])
+@pytest.mark.parametrize(("cut", "loss"), crossed(CUTS, LOSSES))
 def test_a_scan_over_parts(cut, loss, standard_promotion):
     """The first scan accumulates the gradient, the second multiplies with the direction."""
     loss_fn, reduction, of_gradients, of_dots, rows = LOSSES[loss]
     batch = {"x": X, "mask": MASK}
-    parts, ids = jax.tree.map(cut[1], batch), cut[1](IDS)
+    parts, ids = jax.tree.map(CUTS[cut], batch), CUTS[cut](IDS)
 
     @jax.jit
     def step(params, values):
@@ -119,13 +119,12 @@ def test_a_scan_over_parts(cut, loss, standard_promotion):
 
 
 @pytest.mark.filterwarnings("ignore:optax.MultiSteps")
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("cut", [CONTIGUOUS, STRIDED], ids=lambda cut: cut[0])
+@pytest.mark.parametrize(("cut", "loss"), crossed(CUTS, LOSSES))
 def test_multi_steps(cut, loss, standard_promotion):
     """Parts wait for the step that updates; the direction through it is that of all of them."""
     loss_fn, reduction, of_gradients, of_dots, rows = LOSSES[loss]
     batch = {"x": X, "mask": MASK}
-    parts, ids = jax.tree.map(cut[1], batch), cut[1](IDS)
+    parts, ids = jax.tree.map(CUTS[cut], batch), CUTS[cut](IDS)
     multi = optax.MultiSteps(TX, PARTS)
     # MultiSteps takes the mean of the parts' gradients, and a part's dots are of its own gradient.
     of_part, of_rows = of_gradients / PARTS, of_dots / PARTS
@@ -155,7 +154,7 @@ def test_multi_steps(cut, loss, standard_promotion):
     state = multi.init(PARAMS)._replace(inner_opt_state=start())
     values, after, gathering = steps(PARAMS, state, InRunValues.zeros(20))
     expected, total = expected_scores(rows, batch)
-    updates, _ = TX.update(total, start(), PARAMS)
+    updates, _ = jax.jit(TX.update)(total, start(), PARAMS)
     testing.assert_dots_close(after, optax.apply_updates(PARAMS, updates))
     of_ids = np.zeros(20)
     of_ids[np.asarray(IDS)] = expected
@@ -178,7 +177,7 @@ def test_plain_dots_of_parts(loss, standard_promotion):
         found = jax.lax.scan(score, None, parts)[1]
         return jax.tree.map(lambda leaf: leaf.reshape(B) / of_dots, found)
 
-    found = dots(PARAMS, jax.tree.map(CONTIGUOUS[1], batch))
+    found = dots(PARAMS, jax.tree.map(CUTS["contiguous"], batch))
     testing.assert_dots_close(found, expected_dots(rows, PARAMS, batch, direction))
 
 
@@ -193,7 +192,7 @@ def test_a_validation_gradient_in_parts_of_several_lengths():
             return jax.tree.map(jnp.add, total, found), None
 
         nothing = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
-        (total, count), _ = jax.lax.scan(add, nothing, jax.tree.map(STRIDED[1], val))
+        (total, count), _ = jax.lax.scan(add, nothing, jax.tree.map(CUTS["every k-th"], val))
         return jax.tree.map(lambda leaf: leaf / count, total)
 
     def whole(params):
@@ -208,6 +207,7 @@ def test_a_validation_gradient_for_several_steps():
     fn = value_grad_and_dots(mean_loss)
     batches = X.reshape(PARTS, SIZE, T, WIDTH)
 
+    @jax.jit
     def fresh(params):
         return jax.grad(mean_loss)(params, {"x": VAL})
 

@@ -11,15 +11,8 @@ import pytest
 from flax import nnx
 
 from ghostjax import GradDotProdEngine, explain, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    X,
-    dense,
-    direction_like,
-    expected_dots,
-    mean_squares,
-)
+from models.arrays import FEATURES, direction_like, mean_squares
+from tests.dots.checks import DENSE, X, dense, expected_dots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +72,7 @@ def test_an_equinox_module():
     def loss_fn(net, x):
         return jnp.mean(jnp.square(jax.vmap(net)(x)))
 
-    direction = direction_of(eqx.filter_grad(loss_fn)(net, X))
+    direction = direction_of(eqx.filter_jit(eqx.filter_grad(loss_fn))(net, X))
     early, late = value_grad_and_dots(loss_fn), value_and_dots_fn(loss_fn)
 
     @eqx.filter_jit
@@ -87,7 +80,7 @@ def test_an_equinox_module():
         return early(net, x, direction=direction), late(net, x)
 
     one, (value, grads, dots) = run(net, X)
-    expected = eqx.filter_value_and_grad(loss_fn)(net, X)
+    expected = eqx.filter_jit(eqx.filter_value_and_grad(loss_fn))(net, X)
     testing.assert_dots_close((one.value, one.grads), expected, rtol=1e-6)
     testing.assert_dots_close((value, grads), expected, rtol=1e-6)
     params, static = eqx.partition(net, eqx.is_inexact_array)
@@ -118,7 +111,7 @@ def test_an_nnx_module():
     """As ``nnx.grad`` has it: other variables are no parameters."""
     net = nnx_net(nnx.gelu, nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)))
     graphdef, params, rest = nnx.split(net, nnx.Param, ...)
-    direction = direction_of(nnx.grad(squares)(net, X))
+    direction = direction_of(nnx.jit(nnx.grad(squares))(net, X))
 
     @jax.jit
     def run(params, x):
@@ -127,7 +120,7 @@ def test_an_nnx_module():
         return early, value_and_dots_fn(squares)(net, x)
 
     one, (value, grads, dots) = run(params, X)
-    expected = nnx.value_and_grad(squares)(net, X)
+    expected = nnx.jit(nnx.value_and_grad(squares))(net, X)
     testing.assert_dots_close((one.value, one.grads), expected, rtol=1e-6)
     testing.assert_dots_close((value, grads), expected, rtol=1e-6)
     of_rows = expected_dots(

@@ -13,7 +13,9 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import check_loss, direction_like, draw, expected_dots, one_by_one
+from models.arrays import direction_like, draw
+from tests.dots.checks import check_loss, expected_dots, one_by_one
+from tests.variants import crossed, some_quick
 
 B, T, D, F, V = 4, 6, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "norm": draw(F, seed=8), "head": draw(F, V, seed=2)}
@@ -183,12 +185,11 @@ CASES = {
 }
 
 
-FEW = ("tiled 3", "made before 3", "sliced", "floats counted")
+# Tiles alone are in the tests below.
+FEW = ["floats counted"]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", some_quick(CASES, FEW))
 def test_dots_are_those_of_rows(name):
     check_loss(CASES[name], row_losses, P, BATCH, exact_gradient=False)
 
@@ -242,6 +243,7 @@ def test_norms_and_clipping():
     )
 
 
+@pytest.mark.slow
 def test_bfloat16():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), P)
     batch = {**BATCH, "x": BATCH["x"].astype(jnp.bfloat16)}
@@ -295,8 +297,7 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("name", MIXING)
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(("name", "tiles"), crossed(MIXING, [1, 2]))
 def test_rules_that_mix_rows_are_refused(name, tiles):
     one, message = MIXING[name]
     with pytest.raises(RowAxisError, match=message):

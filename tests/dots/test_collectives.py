@@ -13,7 +13,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import draw, expected_dots, mean_squares
+from models.arrays import draw, mean_squares
+from tests.dots.checks import expected_dots
+from tests.variants import crossed, some_quick
 
 WIDTH, HIDDEN, B, T = 16, 32, 24, 64
 PARAMS = {
@@ -105,8 +107,7 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize("step", [early, late])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "step"), crossed(LAYOUTS, [early, late]))
 def test_what_dots_add(layout, step, expected):
     own, args = compiled(step, layout)
     found = own(*args)
@@ -133,7 +134,7 @@ def test_explicit_axes_send_the_same(expected):
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some_quick(LAYOUTS, ["replicated", "fsdp_and_tensor"]))
 def test_directions_lie_like_parameters(layout, expected, standard_promotion):
     """A whole step, that says nowhere how its results are to be split; several directions."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

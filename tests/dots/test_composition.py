@@ -11,17 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import testing, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    ROWS,
-    X,
-    dense,
-    direction_like,
-    draw,
-    expected_dots,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, direction_like, draw, mean_squares
+from tests.dots.checks import DENSE, X, dense, expected_dots
 
 
 def mean_loss(params, x):

@@ -1,4 +1,4 @@
-"""What dots cost by XLA's own figures, on the GPT-2 shape of the benchmarks.
+"""What dots cost by XLA's own figures, on the GPT-2 shape that costs are measured on.
 
 The floor of any exact method is a plain step and the gradient of the validation rows. How much
 LLVM optimizes changes neither FLOPs nor scratch memory: both are fixed before.
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import _models
 from ghostjax import directions, explain, value_and_dots_fn, value_grad_and_dots
+from models import measured
 
 TRAIN_ROWS, VAL_ROWS = 4, 4
 SIZES = {"layers": 2, "features": 128, "heads": 4, "positions": 64, "vocabulary": 512}
@@ -18,9 +18,9 @@ SIZES = {"layers": 2, "features": 128, "heads": 4, "positions": 64, "vocabulary"
 
 @pytest.fixture(scope="module")
 def setup():
-    """``(loss_fn, (params, train, val))`` of the benchmarks' model, made smaller."""
+    """``(loss_fn, (params, train, val))`` of that shape, made smaller."""
     with jax.numpy_rank_promotion("allow"):
-        row_losses, params, batch = _models.setup(TRAIN_ROWS + VAL_ROWS, **SIZES)
+        row_losses, params, batch = measured.setup(TRAIN_ROWS + VAL_ROWS, **SIZES)
         train = jax.tree.map(lambda leaf: leaf[:TRAIN_ROWS], batch)
         val = jax.tree.map(lambda leaf: leaf[TRAIN_ROWS:], batch)
         yield lambda params, batch: jnp.mean(row_losses(params, batch)), (params, train, val)

@@ -7,16 +7,9 @@ import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
 from ghostjax.core import Meeting
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    ROWS,
-    X,
-    dense,
-    direction_like,
-    draw,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, direction_like, draw, mean_squares
+from tests.dots.checks import DENSE, X, dense
+from tests.variants import crossed
 
 PERMUTED = jnp.array([1, 0, 2, 3, 5, 4])
 
@@ -121,8 +114,7 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("positions", [ROWS, 2 * ROWS], ids=["T_equals_B", "T_equals_2B"])
-@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize(("name", "positions"), crossed(SHARES, [ROWS, 2 * ROWS]))
 def test_shares_of_rows_that_are_rearranged_or_mixed(name, positions):
     """Against a layer in which every row has parameters of its own, which move one by one."""
     params = {"w": draw(FEATURES, FEATURES), "b": draw(FEATURES)}

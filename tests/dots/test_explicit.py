@@ -1,6 +1,7 @@
 """Meshes whose axes are explicit, which is what ``jax.make_mesh`` gives."""
 
 import collections
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from ghostjax import (
     value_and_dots_fn,
     value_grad_and_dots,
 )
-from tests.dots.checks import directions_like, draw, expected_stacked
+from models.arrays import directions_like, draw
+from tests.dots.checks import expected_stacked
+from tests.variants import some_quick
 
 B, T, D, F, LAYERS, WORDS = 8, 4, 4, 6, 2, 12
 MESH = jax.make_mesh((4, 2), ("data", "model"))
@@ -150,13 +153,9 @@ def on_mesh():
         yield
 
 
-# Every mesh and every loop, where time matters.
-QUICK = ("data", "layers"), ("tensor", "scan"), ("fsdp", "remat"), ("fsdp_tensor", "scan")
-PAIRS = [
-    pytest.param(case, loop, marks=[pytest.mark.slow] * ((case, loop) not in QUICK))
-    for case in CASES
-    for loop in LOOPS
-]
+# Where time matters, the mesh with everything, and a loop that is rematerialized.
+QUICK = ("fsdp_tensor", "scan"), ("fsdp", "remat")
+PAIRS = some_quick(itertools.product(CASES, LOOPS), QUICK)
 
 
 @pytest.mark.usefixtures("on_mesh")
@@ -216,7 +215,7 @@ ADDED = {
 
 
 @pytest.mark.usefixtures("on_mesh")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_quick(CASES, ["data", "fsdp_tensor"]))
 def test_what_dots_add_to_what_is_sent(case):
     specs, mesh = CASES[case]
 

@@ -7,46 +7,21 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    POSITIONS,
-    ROWS,
-    X,
-    check,
-    dense,
-    direction_like,
-    expected_dots,
-    mean_squares,
-    plain_and_errors,
-)
-from tests.dots.functions import FUNCTIONS
-from tests.linen.cases import CASES
+from models.arrays import POSITIONS, ROWS, direction_like, mean_squares
+from models.functions import FUNCTIONS
+from models.modules import CASES, KINDS
+from tests.dots.checks import DENSE, X, check, dense, expected_dots, plain_and_errors
+from tests.variants import crossed, some_quick
 
-TABLE = [
-    "layernorm_rank_3",
-    "groupnorm",
-    "einsum_heads",
-    "tied_head",
-    "convolutions",
-    "attention",
-    "lstm",
-    "optimized_lstm",
-    "gru",
-    "bidirectional",
-    "recurrent_time_major",
-    "shared_three_times",
-    "scan_over_layers",
-    "scan_with_shared_weights",
-    "vmap_ensemble",
-    "time_major_layers",
-    "own_module_with_custom_vjp",
-    "branches",
-    "positions_in_a_module_of_their_own",
-    "stopped_gradient",
-]
+# The others are like these, or like those that the engine is tested with where time matters.
+QUICK = {
+    "groupnorm", "convolutions", "attention", "lstm", "bidirectional", "scan_over_layers",
+    "vmap_ensemble", "time_major_layers", "own_module_with_custom_vjp", "branches",
+    "positions_in_a_module_of_their_own", "stopped_gradient",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", some_quick(KINDS, QUICK))
 def test_flax_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32))
 
@@ -56,20 +31,12 @@ def test_rematerialised_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient=False)
 
 
-# Each function with both; where time matters, one after the other.
-REDUCTIONS = [
-    pytest.param(name, reduction, marks=[pytest.mark.slow] * (number % 2 != k))
-    for number, name in enumerate(FUNCTIONS)
-    for k, reduction in enumerate(["mean", "sum"])
-]
-
-
-@pytest.mark.parametrize(("name", "reduction"), REDUCTIONS)
+@pytest.mark.parametrize(("name", "reduction"), crossed(FUNCTIONS, ["mean", "sum"]))
 def test_functions(name, reduction):
     check(*FUNCTIONS[name](), reduction, exact_gradient="checkpoint" not in name)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", some_quick(FUNCTIONS, [*FUNCTIONS][::3]))
 def test_per_example(name):
     """The loss of one row, vectorized: the same results without any tracking."""
     losses, params, batch = FUNCTIONS[name]()

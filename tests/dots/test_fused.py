@@ -17,7 +17,9 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import direction_like, draw, expected_dots, one_by_one
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots, one_by_one
+from tests.variants import crossed
 
 B, T, D, F, V = 4, 3, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "head": draw(F, V, seed=2), "table": draw(V, D, seed=3)}
@@ -103,8 +105,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("coupled", ["error", "share"])
+@pytest.mark.parametrize(("name", "coupled"), crossed(CASES, ["error", "share"]))
 def test_dots_are_those_of_rows(name, coupled):
     loss_fn, losses = CASES[name]
     direction = direction_like(P)
@@ -307,7 +308,8 @@ def test_rules_of_activations_alone_in_chunks(tiles):
         return back.reshape(d.shape)
 
     direction = direction_like(P)
-    result = value_grad_and_dots(of_activations(in_chunks))(P, BATCH, direction=direction)
+    fn = jax.jit(value_grad_and_dots(of_activations(in_chunks)))
+    result = fn(P, BATCH, direction=direction)
     expected = expected_dots(
         lambda p, b: 3 * jnp.sum(jnp.sin(hidden(p, b)), (1, 2)), P, BATCH, direction
     )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import value_grad_and_dots
-from tests.dots.checks import check_loss, draw
+from models.arrays import draw
+from tests.dots.checks import check_loss
 
 B, F, FIRST = 6, 4, 2
 PARAMS = {"w": draw(F, F), "u": draw(F, F, seed=1)}

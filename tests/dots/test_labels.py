@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
+from models.arrays import direction_like, directions_like, draw
 from tests.dots import packed
-from tests.dots.checks import direction_like, directions_like, draw, expected_dots
+from tests.dots.checks import expected_dots
 from tests.dots.packed import DOCUMENTS, B, T
 
 PARAMS, BATCH = packed.parameters(), packed.packed_batch()

@@ -11,21 +11,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ghostjax
 from ghostjax import testing
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    K,
-    X,
-    activations,
-    dense,
-    directions_like,
-    draw,
-    expected_stacked,
-    mean_squares,
-)
-from tests.dots.functions import FUNCTIONS
-from tests.dots.models import MODELS, ROUNDED
+from models.arrays import FEATURES, K, activations, directions_like, draw, mean_squares
+from models.flax import MODELS, ROUNDED
+from models.functions import FUNCTIONS
+from tests.dots.checks import DENSE, X, dense, expected_stacked
 from tests.dots.test_per_example import LOSSES, PARAMS
+from tests.variants import crossed, some_quick
 
 
 def late(loss_fn, **settings):
@@ -60,10 +51,7 @@ def check(results, expected, directions):
 
 # Every third of the functions, where time matters, and the model with all that is repeated.
 QUICK = (*[*FUNCTIONS][::3], "gpt2_scan_remat")
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK))
-    for name in [*FUNCTIONS, "gpt2", "gpt2_scan_remat"]
-]
+NAMES = some_quick([*FUNCTIONS, "gpt2", "gpt2_scan_remat"], QUICK)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,8 +76,7 @@ def test_stacked_directions(name, standard_promotion):
             chex.assert_trees_all_equal((result.value, result.grads), (value, grads))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(("loss", "form"), crossed(LOSSES, FORMS))
 def test_stacked_directions_of_a_loss_of_one_row(loss, form):
     x, directions = activations(), directions_like(PARAMS)
     run = jax.jit(FORMS[form](loss, per_example=True))
@@ -215,8 +202,7 @@ def test_directions_that_do_not_fit(form):
             run(DENSE, X, direction)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("axis_type", "form"), crossed([AxisType.Auto, AxisType.Explicit], FORMS))
 def test_a_batch_sharded_over_devices(axis_type, form):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     params, x = {"w": draw(FEATURES, 16), "b": draw(16)}, draw(16, FEATURES, seed=1)

@@ -6,25 +6,17 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn
-from tests.dots.checks import (
-    POSITIONS,
-    ROWS,
-    check_late,
-    directions_like,
-    expected_stacked,
-)
-from tests.dots.functions import FUNCTIONS
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import EQUINOX, LIBRARIES, over_rows
-from tests.dots.models import MODELS, ROUNDED, SUMMED
-from tests.linen.cases import CASES
+from models.arrays import POSITIONS, ROWS, directions_like
+from models.flax import MODELS, ROUNDED, SUMMED
+from models.layers import LAYERS
+from models.libraries import EQUINOX, LIBRARIES, over_rows
+from models.modules import CASES
+from tests.dots.checks import check_late, expected_stacked
+from tests.variants import some_quick
 
-# GPT-2 is in test_late.
+# GPT-2 and plain functions are in test_late.
 QUICK = {
-    "gru_of_padded_sequences",
-    "cnn",
     "branches_in_a_scan",
-    "low_rank_adapter",
     "custom_vjp_norm",
     "checkpoint_names",
     "equinox_mlp",
@@ -40,34 +32,32 @@ CANCELLED = {"instancenorm"}
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def some_slow(names):
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", some_slow(MODELS))
+@pytest.mark.parametrize("name", some_quick(MODELS, QUICK))
 def test_models(name):
     reduction = "sum" if name in SUMMED else "mean"
     check_late(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
 
 
-@pytest.mark.parametrize("name", some_slow(LAYERS | FUNCTIONS))
-def test_layers_and_functions(name):
+@pytest.mark.parametrize("name", some_quick(LAYERS, QUICK))
+def test_layers(name):
     exact_gradient = "checkpoint" not in name and name not in FUSED_OTHERWISE
-    check_late(*(LAYERS | FUNCTIONS)[name](), exact_gradient=exact_gradient)
+    check_late(*LAYERS[name](), exact_gradient=exact_gradient)
 
 
-@pytest.mark.parametrize("name", some_slow(LIBRARIES))
+@pytest.mark.parametrize("name", some_quick(LIBRARIES, []))
 def test_libraries(name):
     with jax.numpy_rank_promotion("allow"):
         check_late(*LIBRARIES[name](), exact_gradient="remat" not in name)
 
 
-@pytest.mark.parametrize("name", some_slow(name for name in CASES if name not in CANCELLED))
+@pytest.mark.parametrize(
+    "name", some_quick([name for name in CASES if name not in CANCELLED], QUICK)
+)
 def test_flax_models(name):
     check_late(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient="remat" not in name)
 
 
-@pytest.mark.parametrize("name", some_slow(EQUINOX))
+@pytest.mark.parametrize("name", some_quick(EQUINOX, QUICK))
 def test_equinox_models_of_one_row(name):
     with jax.numpy_rank_promotion("allow"):
         loss, params, batch = EQUINOX[name]()

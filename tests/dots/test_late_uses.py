@@ -9,20 +9,9 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import (
-    DENSE,
-    FEATURES,
-    ROWS,
-    X,
-    check_late,
-    dense,
-    direction_like,
-    directions_like,
-    draw,
-    expected_dots,
-    expected_stacked,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, direction_like, directions_like, draw, mean_squares
+from tests.dots.checks import DENSE, X, check_late, dense, expected_dots, expected_stacked
+from tests.variants import crossed
 
 DIRECTION, DIRECTIONS = direction_like(DENSE), directions_like(DENSE)
 
@@ -165,14 +154,16 @@ def test_lowering_for_accelerators(form):
     assert exported.platforms == ("tpu", "cuda")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("params", "data"), [("float64", "float32"), ("float32", "float64")])
-def test_dots_have_the_width_of_their_parameter(params, data, form, standard_promotion):
+@pytest.mark.parametrize(
+    ("dtypes", "form"), crossed([("float64", "float32"), ("float32", "float64")], FORMS)
+)
+def test_dots_have_the_width_of_their_parameter(dtypes, form, standard_promotion):
+    of_params, of_data = dtypes
     with jax.enable_x64(True):
         given, directions = jax.tree.map(
-            lambda leaf: np.asarray(leaf).astype(params), (DENSE, DIRECTIONS)
+            lambda leaf: np.asarray(leaf).astype(of_params), (DENSE, DIRECTIONS)
         )
-        x = np.asarray(X).astype(data)
+        x = np.asarray(X).astype(of_data)
 
         def losses(params, x):
             params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
@@ -181,7 +172,7 @@ def test_dots_have_the_width_of_their_parameter(params, data, form, standard_pro
         run = jax.jit(FORMS[form](lambda params, x: jnp.mean(losses(params, x))))
         result = run(given, x, directions)
         testing.assert_dots_close(result.dots, expected_stacked(losses, given, x, directions))
-        assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(params)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(of_params)}
 
 
 @pytest.mark.parametrize("form", FORMS)

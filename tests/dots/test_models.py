@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import check, direction_like, expected_dots
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
-from tests.dots.models import MODELS, ROUNDED, SUMMED, gpt2_with_key
+from models.arrays import direction_like
+from models.flax import MODELS, ROUNDED, SUMMED, gpt2_with_key
+from models.layers import LAYERS
+from models.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
+from tests.dots.checks import check, expected_dots
+from tests.variants import some_quick
 
-SLOW = ("gpt2_scan", "gpt2_remat", "gpt2_dropout", "gpt2_dropout_scan_remat")
+# Where time matters, one of each kind, here or in test_late and test_late_models.
+QUICK = ("gpt2", "cnn", "encoder_decoder", "gru_of_padded_sequences", "spectral_norm")
+QUICK_LIBRARIES = ("nnx_transformer", "nnx_scan_of_remat", "equinox_transformer", "haiku_lstm")
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def some_slow(names):
-    """Of the variants of GPT-2, one is enough where time matters."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
-
-
-@pytest.mark.parametrize("name", some_slow(MODELS))
+@pytest.mark.parametrize("name", some_quick(MODELS, QUICK))
 def test_models(name):
     reduction = "sum" if name in SUMMED else "mean"
     check(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
@@ -35,13 +34,13 @@ def test_layers(name):
     check(*LAYERS[name](), exact_gradient="checkpoint" not in name)
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", some_quick(LIBRARIES, QUICK_LIBRARIES))
 def test_libraries(name):
     with jax.numpy_rank_promotion("allow"):
         check(*LIBRARIES[name](), exact_gradient="remat" not in name)
 
 
-@pytest.mark.parametrize("name", EQUINOX)
+@pytest.mark.parametrize("name", some_quick(EQUINOX, ["equinox_cnn", "equinox_gru"]))
 def test_equinox_models_of_one_row(name):
     with jax.numpy_rank_promotion("allow"):
         loss, params, batch = EQUINOX[name]()
@@ -88,7 +87,7 @@ def bias_dots(losses, params, batch, direction):
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "cnn"])
+@pytest.mark.parametrize("name", some_quick(["gpt2", "cnn"], ["gpt2"]))
 def test_bfloat16(name):
     """Within 1e-2 of per-row autodiff in bfloat16, without exception.
 

@@ -16,14 +16,9 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax.core import routes
-from tests.dots.checks import (
-    direction_like,
-    directions_like,
-    draw,
-    expected_dots,
-    expected_stacked,
-    mean_squares,
-)
+from models.arrays import direction_like, directions_like, draw, mean_squares
+from tests.dots.checks import expected_dots, expected_stacked
+from tests.variants import crossed
 
 REAL, PADDED, T, WIDTH, WORDS = 3, 2, 4, 6, 9
 B = REAL + PADDED
@@ -100,8 +95,7 @@ def of_real(tree):
     return jax.tree.map(lambda leaf: leaf[..., IS_REAL], tree)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("form", [early, late])
+@pytest.mark.parametrize(("form", "reduction"), crossed([early, late], ["mean", "sum"]))
 def test_dots(form, reduction):
     """Shares of the loss are those of the batch without padding. A mean's dots are B shares, and
     B counts the padded rows."""
@@ -177,8 +171,7 @@ def test_an_engine_with_padded_rows_on_both_sides():
     testing.assert_dots_close(of_real(result.dots), expected)
 
 
-@pytest.mark.parametrize("rubbish", [jnp.nan, jnp.inf, 1e30])
-@pytest.mark.parametrize("form", [early, late])
+@pytest.mark.parametrize(("form", "rubbish"), crossed([early, late], [jnp.nan, jnp.inf, 1e30]))
 def test_rubbish_does_not_pass_where_before_and_behind(form, rubbish):
     direction = direction_like(PARAMS)
     run = jax.jit(form(cleaned, "sum"))

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
-from tests.dots.checks import FEATURES, activations, direction_like, draw, expected_dots
+from models.arrays import FEATURES, activations, direction_like, draw
+from tests.dots.checks import expected_dots
+from tests.variants import crossed
 
 PARAMS = {"w": draw(FEATURES, FEATURES), "start": draw(FEATURES, seed=2)}
 
@@ -60,8 +62,7 @@ LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(("loss", "reduction"), crossed(LOSSES, ["mean", "sum"]))
 def test_values_that_vectorization_does_not_repeat(loss, reduction):
     x, direction = activations(), direction_like(PARAMS)
     rows = jax.vmap(loss, (None, 0))

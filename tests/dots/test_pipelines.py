@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots, expected_stacked
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots, expected_stacked
 
 STAGES, MICRO, T, D = 2, 3, 2, 4
 PARAMS = {"w": draw(STAGES, D, D, seed=1), "b": draw(STAGES, D, seed=2), "out": draw(D, seed=3)}

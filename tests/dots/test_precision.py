@@ -12,15 +12,9 @@ import pytest
 
 from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax.core import routes
-from tests.dots.checks import (
-    K,
-    direction_like,
-    directions_like,
-    draw,
-    expected_dots,
-    expected_stacked,
-    mean_squares,
-)
+from models.arrays import K, direction_like, directions_like, draw, mean_squares
+from tests.dots.checks import expected_dots, expected_stacked
+from tests.variants import crossed
 
 B, T, WIDTH, HIDDEN = 5, 7, 6, 8
 PARAMS = {
@@ -78,8 +72,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("form", [early, late])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "form"), crossed(POLICIES, [early, late]))
 def test_policies(policy, form, standard_promotion):
     """Dots are float32, as near as the dtype allows; gradients are those of the plain step."""
     stored, computed = POLICIES[policy]
@@ -129,7 +122,7 @@ def test_loss_scaling(form, standard_promotion):
     testing.assert_dots_close((grads, dots), step(jnp.float32(2.0**27)), rtol=1e-4)
     wide = mean(row_losses)
     testing.assert_dots_close(
-        grads, jax.grad(lambda *args: small * wide(*args))(PARAMS, X), rtol=1e-2
+        grads, jax.jit(jax.grad(lambda *args: small * wide(*args)))(PARAMS, X), rtol=1e-2
     )
     expected = expected_dots(row_losses, PARAMS, X, FIRST)
     testing.assert_dots_close(dots, jax.tree.map(lambda leaf: small * leaf, expected), rtol=1e-2)
@@ -164,8 +157,7 @@ def operations(function, *args) -> collections.Counter:
 
 @pytest.mark.parametrize("rows", [False, True], ids=["tangents", "rows"])
 @pytest.mark.parametrize("count", [None, K])
-@pytest.mark.parametrize("form", [early, late])
-@pytest.mark.parametrize("policy", ["mixed", "bf16"])
+@pytest.mark.parametrize(("policy", "form"), crossed(["mixed", "bf16"], [early, late]))
 def test_sums_for_dots_are_float32(policy, form, count, rows, monkeypatch, standard_promotion):
     """In the lowered program: of what dots add to the plain step, tangents alone are bfloat16."""
     monkeypatch.setattr(routes, "rows_cost_less", lambda *args, **kwargs: rows)
@@ -186,8 +178,7 @@ def test_sums_for_dots_are_float32(policy, form, count, rows, monkeypatch, stand
     }
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["tangents", "rows"])
-@pytest.mark.parametrize("form", [early, late])
+@pytest.mark.parametrize(("form", "rows"), crossed([early, late], [False, True]))
 def test_dots_of_whole_numbers_are_exact(form, rows, monkeypatch, standard_promotion):
     """bfloat16 holds numbers up to 256: all tangents and cotangents here, but not their products
     and sums, which float32 holds."""

@@ -12,16 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ghostjax import register_row_rule, rowwise, testing, value_grad_and_dots
 from ghostjax.core import ROW_RULES
-from tests.dots.checks import (
-    DENSE,
-    X,
-    activations,
-    check,
-    check_late,
-    direction_like,
-    draw,
-    expected_dots,
-)
+from models.arrays import activations, direction_like, draw
+from tests.dots.checks import DENSE, X, check, check_late, expected_dots
 
 
 @pytest.fixture

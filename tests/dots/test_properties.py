@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from ghostjax import testing, value_grad_and_dots
-from tests.dots.checks import (
-    FEATURES,
-    ROWS,
-    activations,
-    direction_like,
-    draw,
-    expected_dots,
-)
+from models.arrays import FEATURES, ROWS, activations, direction_like, draw
+from tests.dots.checks import expected_dots
 
 PARAMS = {"w": draw(FEATURES, FEATURES), "b": draw(FEATURES), "gain": draw(1, FEATURES, seed=2)}
 DIRECTION = direction_like(PARAMS)

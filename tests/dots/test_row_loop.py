@@ -8,7 +8,9 @@ import pytest
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax.core import routes
 from ghostjax.core.row_loop import row_loop
-from tests.dots.checks import K, directions_like, draw, expected_stacked, mean_squares
+from models.arrays import K, directions_like, draw, mean_squares
+from tests.dots.checks import expected_stacked
+from tests.variants import some_quick
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +122,7 @@ SLOW = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS],
+    some_quick(LAYOUTS, lambda name: name not in SLOW),
 )
 def test_every_layout(name, taken):
     """On data that is made of a parameter itself, so that its gradient passes, too."""

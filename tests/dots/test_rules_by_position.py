@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import squared_norms, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots
 
 B, T, F = 3, 4, 5
 PARAMS = {"w": draw(F, F), "s": draw(F, seed=4)}
@@ -108,7 +109,9 @@ def test_rules_that_sum_step_by_step(shape):
     params = {"s": PARAMS["s"]}
     direction = direction_like(params)
     fn = value_grad_and_dots(stepwise, loss_reduction="sum")
-    result = fn(params, X, direction=direction, labels=PLACES, num_labels=B * T)
+    result = jax.jit(lambda p, x: fn(p, x, direction=direction, labels=PLACES, num_labels=B * T))(
+        params, X
+    )
     slopes = jnp.sin(2 * X * params["s"][None, None]) * X
     testing.assert_dots_close(
         result.dots["s"], jnp.einsum("bto,o->bt", slopes, direction["s"]).ravel()
@@ -220,7 +223,7 @@ def test_rows_of_cotangents_at_the_places_of_labels(name):
 
 def test_rows_of_cotangents_at_places_of_other_rows():
     loss_fn, _ = with_rule(lambda d, y, c: added(d, y, c, (ROWS + 1) % B))
-    result = value_grad_and_dots(loss_fn)(HEAD, BATCH, direction=HEAD)
+    result = jax.jit(value_grad_and_dots(loss_fn))(HEAD, BATCH, direction=HEAD)
     assert int(result.conflicts) > 0
     assert bool(jnp.isnan(result.total()).all())
 

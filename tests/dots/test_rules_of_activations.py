@@ -5,17 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from ghostjax import testing, value_grad_and_dots
-from tests.dots.checks import (
-    FEATURES,
-    ROWS,
-    activations,
-    check,
-    direction_like,
-    draw,
-    expected_dots,
-    mean_squares,
-)
+from models.arrays import FEATURES, ROWS, activations, direction_like, draw, mean_squares
+from tests.dots.checks import check, expected_dots
 from tests.dots.rules import PARAMS
+from tests.variants import crossed
 
 
 def with_backward(function, backward, **settings):
@@ -100,9 +93,10 @@ def test_rules_that_mix_rows_of_activations(name):
         fn(PARAMS, x, direction=PARAMS)
 
 
-@pytest.mark.parametrize("kind", ["backward", "tangents"])
-@pytest.mark.parametrize("with_parameters", [False, True], ids=["activations", "parameters"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "with_parameters", "kind"),
+    crossed(PLACES, [False, True], ["backward", "tangents"]),
+)
 def test_rules_that_mix_rows_inside(place, with_parameters, kind):
     def loss_fn(params, x):
         def inside(x):

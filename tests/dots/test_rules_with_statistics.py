@@ -8,7 +8,7 @@ import pytest
 
 from ghostjax import value_grad_and_dots
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import draw
+from models.arrays import draw
 from tests.norms.checks import Rows, check_all, mean_of
 
 B, T, D, F, V = 4, 3, 5, 6, 2

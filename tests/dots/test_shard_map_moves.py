@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import direction_like, draw, expected_dots
+from models.arrays import direction_like, draw
+from tests.dots.checks import expected_dots
 
 
 @pytest.mark.parametrize("order", ["sorted", "row_by_row", "recurrent"])

@@ -18,7 +18,8 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import direction_like, expected_dots
+from models.arrays import direction_like
+from tests.dots.checks import expected_dots
 from tests.dots.test_shard_map import (
     BATCH,
     EIGHT,
@@ -38,6 +39,7 @@ from tests.dots.test_shard_map import (
     tensor,
     tensor_block,
 )
+from tests.variants import crossed
 
 DIRECTION = direction_like(PARAMS)
 
@@ -53,7 +55,9 @@ def late(loss_fn, **options):
 
 
 forms = pytest.mark.parametrize("form", [eager, late])
-checked = pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+forms_and_checks = pytest.mark.parametrize(
+    ("form", "check_vma"), crossed([eager, late], [True, False])
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,7 @@ def expected():
     return expected_dots(rows_of, PARAMS, BATCH, DIRECTION)
 
 
-@forms
-@checked
+@forms_and_checks
 def test_weight_decay_inside(check_vma, form, expected):
     """Every device adds it to its loss; it belongs to no row, and is there once."""
 
@@ -78,8 +81,7 @@ def test_weight_decay_inside(check_vma, form, expected):
     assert max(jax.tree.leaves(conservation_error(result, DIRECTION))) <= 1e-5
 
 
-@forms
-@checked
+@forms_and_checks
 def test_one_row_at_a_time(check_vma, form):
     """The loss of one row, whose features are split."""
     names = ("w", "b", "v")
@@ -99,9 +101,9 @@ def test_one_row_at_a_time(check_vma, form):
     testing.assert_dots_close(found.dots, expected_dots(rows, params, BATCH["x"], direction))
 
 
-@forms
-@checked
-@pytest.mark.parametrize("sizes", [(8, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "form", "check_vma"), crossed([(8, 1), (1, 2)], [late, eager], [True, False])
+)
 def test_an_axis_of_one_device(sizes, check_vma, form, expected):
     devices = jax.devices()[: sizes[0] * sizes[1]]
     kinds = (AxisType.Auto, AxisType.Auto)
@@ -118,8 +120,7 @@ def test_an_axis_of_one_device(sizes, check_vma, form, expected):
     testing.assert_dots_close(found, expected)
 
 
-@forms
-@checked
+@forms_and_checks
 def test_on_an_explicit_mesh(check_vma, form, expected):
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     with jax.set_mesh(mesh):

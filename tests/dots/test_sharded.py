@@ -7,7 +7,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
 from ghostjax.core import routes
-from tests.dots.checks import directions_like, draw, expected_stacked, mean_squares
+from models.arrays import directions_like, draw, mean_squares
+from tests.dots.checks import expected_stacked
+from tests.variants import crossed
 
 PARAMS = {"first": draw(8, 16) / 3, "second": draw(16, 8) / 3}
 DIRECTIONS = directions_like(PARAMS)
@@ -85,8 +87,7 @@ def compare(found, expected):
     testing.assert_dots_close(grads, expected[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("specs", SPECS)
+@pytest.mark.parametrize(("specs", "form"), crossed(SPECS, FORMS))
 def test_row_by_row(specs, form, expected, monkeypatch):
     taken, mesh = take_rows(monkeypatch), mesh_of(AxisType.Auto)
     found = jitted(form)(*placed(mesh, SPECS[specs], ROWS))

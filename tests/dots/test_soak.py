@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from ghostjax import InRunValues, directions, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import draw, mean_squares
+from models.arrays import draw, mean_squares
 
 B, T, WIDTH, EXAMPLES = 8, 4, 16, 64
 PARAMS = {"first": draw(WIDTH, WIDTH) / 4, "bias": draw(WIDTH), "second": draw(WIDTH, WIDTH) / 4}

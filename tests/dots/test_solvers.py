@@ -9,8 +9,10 @@ from jax.scipy import sparse
 
 from ghostjax import testing, value_grad_and_dots
 from ghostjax._errors import RowAxisError
-from tests.dots.checks import check, check_late, direction_like, expected_dots
+from models.arrays import direction_like
+from tests.dots.checks import check, check_late, expected_dots
 from tests.dots.solvers import CASES, SQUARE, X, field
+from tests.variants import some_quick
 
 SLOW = [
     "bicgstab",
@@ -26,7 +28,18 @@ SLOW = [
     "root_by_row",
     "solve_with_a_matrix_of_each_row",
 ]
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+# Like others, which are quick.
+ALIKE = [
+    "loop_that_rows_end",
+    "logarithms_and_polynomials",
+    "reduce_by_product",
+    "reduce_by_sum",
+    "searchsorted",
+    "solve_rows_as_columns",
+    "triangular_solve_by_row",
+    "triangular_solve_rows_as_columns",
+]
+NAMES = some_quick(CASES, lambda name: name not in (*SLOW, *ALIKE))
 LATE = ["solve_by_row", "multivariate_normal", "rows_solved_together", "loop_that_rows_end"]
 
 
@@ -35,9 +48,7 @@ def test_solvers(name):
     check(*CASES[name])
 
 
-@pytest.mark.parametrize(
-    "name", [*LATE, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.parametrize("name", some_quick([*LATE, *SLOW], LATE))
 def test_late_directions(name):
     check_late(*CASES[name])
 
@@ -118,7 +129,8 @@ def test_custom_vmap_of_one_row():
         return jnp.sum(scaled(row, params["b"]) ** 2)
 
     direction = direction_like(SQUARE)
-    result = value_grad_and_dots(one, per_example=True)(SQUARE, X, direction=direction)
+    fn = jax.jit(value_grad_and_dots(one, per_example=True))
+    result = fn(SQUARE, X, direction=direction)
     expected = expected_dots(
         lambda p, x: jnp.sum((x * p["b"][None]) ** 2, axis=1), SQUARE, X, direction
     )

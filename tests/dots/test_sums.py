@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import directions_like, draw, expected_stacked
+from models.arrays import directions_like, draw
+from tests.dots.checks import expected_stacked
+from tests.variants import some_quick
 
 B, T, F = 6, 6, 4
 PARAMS = {"w": draw(F, F), "b": draw(F, seed=1), "s": jnp.float32(0.3), "u": jnp.float32(-0.7)}
@@ -152,7 +154,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Like others, which are quick.
+SLOW = {
+    "uncertainty_of_two_tasks", "weight_decay_times_the_loss", "two_means_before_the_parameter",
+    "shuffled", "a_jitted_mean",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_quick(CASES, lambda name: name not in SLOW))
 def test_a_parameter_times_a_mean(name):
     loss_fn, row_losses, rest = CASES[name]
     directions = directions_like(PARAMS)

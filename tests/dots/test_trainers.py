@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from ghostjax import testing, value_and_dots_fn, value_grad_and_dots
-from tests.dots.checks import FEATURES, X, direction_like, expected_dots
+from models.arrays import FEATURES, direction_like
+from tests.dots.checks import X, expected_dots
 
 README = pathlib.Path(__file__).parents[2] / "README.md"
 

@@ -7,12 +7,9 @@ from tests.fuzz.compare import outcome
 from tests.fuzz.norms import norms_outcome
 from tests.fuzz.programs import program
 from tests.fuzz.refused import AMBIGUOUS, MOST, REFUSED
+from tests.variants import some_quick
 
-COUNT, AT_ONCE, QUICK = 500, 10, 40
-GROUPS = [
-    pytest.param(first, marks=[pytest.mark.slow] if first >= QUICK else [])
-    for first in range(0, COUNT, AT_ONCE)
-]
+COUNT, AT_ONCE = 500, 10
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +18,7 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("first", GROUPS)
+@pytest.mark.parametrize("first", some_quick(range(0, COUNT, AT_ONCE), [0]))
 def test_programs(first):
     """Dots are exact, or refused where they were before; of rows that are mixed they may be NaN."""
     wrong, known = [], {seed for own in REFUSED.values() for seed in own}
@@ -42,13 +39,8 @@ def test_programs(first):
 SATURATED = {31}
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param(first, marks=[pytest.mark.slow] * bool(first))
-        for first in range(0, 100, AT_ONCE)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 100, AT_ONCE))
 def test_norms_and_clipped_gradients(first):
     """Exact, or refused as dots are."""
     wrong, known = [], {seed for own in REFUSED.values() for seed in own}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.linen.cases import activations, row_means
+from models.modules.table import activations, row_means
 
 N, T, F = 7, 5, 4
 FUNCTIONS = {}

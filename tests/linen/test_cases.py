@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from ghostjax import GradDotProdEngine, testing
-from tests.linen.cases import CASES
+from models.modules import CASES, KINDS
 
 
-def cases(names):
+def cases(names, quick=()):
     """Parametrized by name, with the tests of one case on one worker, which keeps its oracle."""
+    marks = {name: [pytest.mark.xdist_group(name)] for name in names}
+    for name in {*names} - {*quick}:
+        marks[name].append(pytest.mark.slow)
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+        "name", [pytest.param(name, marks=marks[name]) for name in names]
     )
 
 
@@ -50,7 +53,18 @@ def assert_gradient(result, loss_fn, params, batch, num_train, reduce):
     return losses
 
 
-@cases(CASES)
+# Where time matters: norms and weights that are used several times, which the engine has ways of
+# its own for, and what ``value_grad_and_dots``, which has the same core, is not tested with.
+QUICK = {
+    "layernorm_rank_3", "layernorm_features_swapped", "rmsnorm", "instancenorm", "tied_head",
+    "shared_three_times", "einsum_heads", "dense_general_axes", "dense_general_batch_dims",
+    "embed_and_head", "embed_out_of_range", "scan_with_shared_weights", "scan_of_tied_table",
+    "scan_with_shared_weights_inside_scan_over_layers", "vmap_over_positions_with_shared_weights",
+    "own_module", "batchnorm_in_evaluation", "unused_parameter", "remat_scan",
+}  # fmt: skip
+
+
+@cases(CASES, QUICK)
 def test_float32(name, standard_promotion):
     loss_fn, params, batch, result = run(name, 7, 3, 7, jnp.float32)
     testing.assert_dots_close(result.dots, oracle(name, jnp.float32), rtol=1e-5)
@@ -59,8 +73,7 @@ def test_float32(name, standard_promotion):
     np.testing.assert_allclose(result.val_value, losses[4:].mean(), rtol=1e-5)
 
 
-@pytest.mark.slow
-@cases(CASES)
+@cases(KINDS)
 def test_float32_one_position_sum_of_losses(name, standard_promotion):
     loss_fn, params, batch, result = run(name, 5, 2, 1, jnp.float32, "sum")
     expected = testing.per_example_dots(loss_fn, params, batch, 2)
@@ -69,35 +82,28 @@ def test_float32_one_position_sum_of_losses(name, standard_promotion):
     np.testing.assert_allclose(result.value, losses[:3].sum(), rtol=1e-5)
 
 
-@pytest.mark.slow
-@cases(CASES)
+NORMS = [name for name in CASES if "norm" in name and not name.startswith("batchnorm")]
+
+
+@cases(CASES, {"layernorm_rank_3", "rmsnorm", "groupnorm"})
 def test_bfloat16(name, standard_promotion):
     """Within 1e-2 of per-row autodiff of the same model, or closer than that to float32 autodiff.
 
     The second is for biases: their per-row gradients are sums over positions, which the engine
-    makes in float32 and bfloat16 autodiff rounds to bfloat16.
+    makes in float32 and bfloat16 autodiff rounds to bfloat16. Scales and biases of norms are within
+    1e-2 without exception.
     """
     result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
     assert {leaf.dtype for leaf in jax.tree.leaves(result.dots)} == {jnp.dtype(jnp.float32)}
     errors = testing.relative_errors(result.dots, oracle(name, jnp.bfloat16))
     remaining = testing.relative_errors(result.dots, oracle(name, jnp.float32))
     rounding = testing.relative_errors(oracle(name, jnp.bfloat16), oracle(name, jnp.float32))
+    norms = [path for path in errors if "Norm" in path] if name in NORMS else []
+    assert norms or name not in NORMS
     faults = {
         path: (errors[path], remaining[path], rounding[path])
         for path in errors
-        if errors[path] > 1e-2 and (remaining[path] > rounding[path] or "bias" not in path)
+        if errors[path] > 1e-2
+        and (path in norms or remaining[path] > rounding[path] or "bias" not in path)
     }
     assert not faults
-
-
-NORMS = [name for name in CASES if "norm" in name and not name.startswith("batchnorm")]
-
-
-@cases(NORMS)
-def test_norms_in_bfloat16(name, standard_promotion):
-    """Scales and biases of norms are within 1e-2 of per-row autodiff without exception."""
-    result = run(name, 7, 3, 7, jnp.bfloat16)[-1]
-    errors = testing.relative_errors(result.dots, oracle(name, jnp.bfloat16))
-    norms = {path: error for path, error in errors.items() if "Norm" in path}
-    assert norms
-    assert max(norms.values()) <= 1e-2, norms

@@ -12,7 +12,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import GradDotProdEngine, aggregate, testing
-from tests.linen.cases import CASES, VOCAB, Block, TiedHead, activations, perturbed, squared
+from models.modules import CASES
+from models.modules.loops import Block
+from models.modules.products import TiedHead
+from models.modules.table import VOCAB, activations, perturbed, squared
 
 B, V = 4, 3
 
@@ -264,7 +267,7 @@ def test_a_nan_reaches_its_own_row_only(name):
     [
         ("tied_head", AxisType.Auto),
         ("layernorm_rank_3", AxisType.Explicit),
-        ("scan_of_remat", AxisType.Explicit),
+        pytest.param("scan_of_remat", AxisType.Explicit, marks=pytest.mark.slow),
     ],
     ids=["automatic", "explicit", "explicit_scan"],
 )
@@ -318,7 +321,7 @@ def test_cost_is_one_forward_shaped_product_more():
 def test_coverage_names_the_operations_of_every_parameter():
     _, params, batch, engine = tied()
     coverage = engine.coverage({**params, "unused": jnp.ones(2)}, batch)
-    here = r".*cases\.py:\d+"
+    here = r".*products\.py:\d+"
     expected = {
         "['Embed_0']['embedding']": [rf"gather in _take at {here}", rf"dot_general at {here}"],
         "['LayerNorm_0']['scale']": [rf"ghostjax_LayerNorm_bias_scale at {here}"],
@@ -337,7 +340,7 @@ def test_coverage_names_the_line_of_a_cell_that_a_library_loops_over():
     loss_fn, params, batch = CASES["gru"](B + V, 3, jnp.float32)
     coverage = GradDotProdEngine(loss_fn, val_batch_size=V).coverage(params, batch)
     [place] = coverage["['GRUCell_0']['hn']['kernel']"]
-    assert re.fullmatch(r"dot_general in scan at .*cases\.py:\d+", place)
+    assert re.fullmatch(r"dot_general in scan at .*recurrent\.py:\d+", place)
 
 
 def test_scanned_layers_carry_no_records():

@@ -6,23 +6,21 @@ import numpy as np
 import pytest
 
 from ghostjax import GradDotProdEngine, testing
-from tests.dots import functions, layers, libraries, models
+from models import functions
+from models.flax import MODELS
+from models.layers import LAYERS
+from models.libraries import LIBRARIES
 from tests.linen.checks import check
 from tests.linen.functions import FUNCTIONS, P, W, X, dense, draw, means
+from tests.variants import some_quick
 
 
-def with_slow(names, slow):
-    return [pytest.param(name, marks=[pytest.mark.slow] * slow(name)) for name in names]
-
-
-@pytest.mark.parametrize("name", with_slow(FUNCTIONS, lambda name: FUNCTIONS[name][1]))
+@pytest.mark.parametrize("name", some_quick(FUNCTIONS, lambda name: not FUNCTIONS[name][1]))
 def test_functions(name):
     check(*FUNCTIONS[name][0])
 
 
-@pytest.mark.parametrize(
-    "name", with_slow(functions.FUNCTIONS, lambda name: name != "einsum_of_three")
-)
+@pytest.mark.parametrize("name", some_quick(functions.FUNCTIONS, ["einsum_of_three"]))
 def test_functions_of_value_grad_and_dots(name):
     check(*functions.FUNCTIONS[name]())
 
@@ -30,22 +28,22 @@ def test_functions_of_value_grad_and_dots(name):
 QUICK = ("haiku_mlp", "equinox_mlp", "nnx_mlp")
 
 
-@pytest.mark.parametrize("name", with_slow(libraries.LIBRARIES, lambda name: name not in QUICK))
+@pytest.mark.parametrize("name", some_quick(LIBRARIES, QUICK))
 def test_libraries(name, standard_promotion):
     with jax.numpy_rank_promotion("allow"):
-        check(*libraries.LIBRARIES[name]())
+        check(*LIBRARIES[name]())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", layers.LAYERS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_of_value_grad_and_dots(name, standard_promotion):
-    check(*layers.LAYERS[name]())
+    check(*LAYERS[name]())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_models_of_value_grad_and_dots(name, standard_promotion):
-    check(*models.MODELS[name]())
+    check(*MODELS[name]())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from ghostjax import GradDotProdEngine, testing
 from ghostjax.linen import layernorm, layernorm_dot_products
-from tests.linen.cases import activations, perturbed, squared
+from models.modules.table import activations, perturbed, squared
 from tests.linen.checks import check
 
 SHAPES = {"rank_2": (7, 6), "rank_3": (7, 5, 6), "rank_4": (7, 3, 2, 6)}

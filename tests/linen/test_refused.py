@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ghostjax import GradDotProdEngine
-from tests.linen.cases import FEATURES, activations, perturbed, squared
+from models.modules.table import FEATURES, activations, perturbed, squared
 
 ROWS, POSITIONS = 7, 5
 WAY_OUT = r"take value_grad_and_dots or value_and_dots_fn with coupled=\"share\""

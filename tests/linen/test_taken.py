@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ghostjax import GradDotProdEngine, testing, value_grad_and_dots
-from tests.linen.cases import FEATURES, activations, ids, perturbed, squared
+from models.modules.table import FEATURES, activations, ids, perturbed, squared
 from tests.linen.checks import check
 
 ROWS, POSITIONS = 7, 5

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.linen.cases import activations, perturbed, squared
+from models.modules.table import activations, perturbed, squared
 from tests.linen.checks import check
 
 ROWS, FEATURES = 7, 4

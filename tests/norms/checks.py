@@ -11,7 +11,7 @@ from ghostjax import (
     value_and_clipped_grad,
     value_grad_and_dots,
 )
-from tests.dots.checks import direction_like
+from models.arrays import direction_like
 
 
 class Rows:

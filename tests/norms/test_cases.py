@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.dots.functions import FUNCTIONS
-from tests.dots.layers import LAYERS
-from tests.dots.libraries import LIBRARIES
-from tests.dots.models import MODELS, SUMMED
+from models.flax import MODELS, SUMMED
+from models.functions import FUNCTIONS
+from models.layers import LAYERS
+from models.libraries import LIBRARIES
+from models.modules import CASES as LINEN
 from tests.dots.rules import RULES
 from tests.dots.test_moved_rows import CASES as MOVED
 from tests.dots.test_moved_rows import PARAMS, X
-from tests.linen.cases import CASES as LINEN
 from tests.norms.checks import Rows, check_all, mean_of, sum_of
+from tests.variants import some_quick
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -35,9 +36,8 @@ QUICK = {
 EXCLUDED = {"instancenorm", "symbolic_zeros"}
 
 
-def some_quick(names):
-    names = [name for name in names if name not in EXCLUDED]
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def variants(names):
+    return some_quick([name for name in names if name not in EXCLUDED], QUICK)
 
 
 def check_mean(row_losses, params, batch):
@@ -50,22 +50,22 @@ def check_sum(row_losses, params, batch):
     check_all(sum_of(row_losses), rows, params, batch, loss_reduction="sum")
 
 
-@pytest.mark.parametrize("name", some_quick(FUNCTIONS))
+@pytest.mark.parametrize("name", variants(FUNCTIONS))
 def test_functions(name):
     check_mean(*FUNCTIONS[name]())
 
 
-@pytest.mark.parametrize("name", some_quick(MODELS))
+@pytest.mark.parametrize("name", variants(MODELS))
 def test_models(name):
     (check_sum if name in SUMMED else check_mean)(*MODELS[name]())
 
 
-@pytest.mark.parametrize("name", some_quick(RULES))
+@pytest.mark.parametrize("name", variants(RULES))
 def test_backward_rules(name):
     check_sum(*RULES[name]())
 
 
-@pytest.mark.parametrize("name", some_quick(MOVED))
+@pytest.mark.parametrize("name", variants(MOVED))
 def test_moved_rows(name):
     loss_fn, row_losses = MOVED[name]
     check_all(loss_fn, Rows.of(row_losses, PARAMS, X), PARAMS, X)
@@ -83,6 +83,6 @@ def test_libraries(name):
     check_mean(*LIBRARIES[name]())
 
 
-@pytest.mark.parametrize("name", some_quick(LINEN))
+@pytest.mark.parametrize("name", variants(LINEN))
 def test_linen_modules(name):
     check_mean(*LINEN[name](6, 6, jnp.float32))

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from ghostjax import testing, value_and_clipped_grad
-from tests.dots.checks import DENSE, ROWS, X, dense, draw, mean_squares
+from models.arrays import ROWS, draw, mean_squares
+from tests.dots.checks import DENSE, X, dense
 from tests.norms.checks import Rows, mean_of
 
 WEIGHTS = jnp.array([1.0, 0, 2, 1, 0.5, 1])

@@ -11,8 +11,9 @@ from ghostjax import (
     value_and_clipped_grad,
     value_grad_and_dots,
 )
-from tests.dots.checks import direction_like, draw, mean_squares
+from models.arrays import direction_like, draw, mean_squares
 from tests.norms.test_sharded import LOOPS
+from tests.variants import crossed
 
 X = draw(2, 3, 12, 8, seed=3)
 
@@ -56,9 +57,7 @@ QUANTITIES = {
 }
 
 
-@pytest.mark.parametrize("argument", [0, 1], ids=["parameters", "data"])
-@pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize(("quantity", "name", "argument"), crossed(QUANTITIES, LOOPS, [0, 1]))
 def test_derivatives(quantity, name, argument):
     """As a penalty takes them; of several batches at once."""
     row_losses, params = LOOPS[name]

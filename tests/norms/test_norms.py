@@ -16,8 +16,9 @@ from ghostjax import (
     value_grad_and_dots,
 )
 from ghostjax._errors import BatchError, ParameterError, RowAxisError
+from models.arrays import ROWS, directions_like, draw, mean_squares
 from tests.dots import packed
-from tests.dots.checks import DENSE, ROWS, X, dense, directions_like, draw, mean_squares
+from tests.dots.checks import DENSE, X, dense
 from tests.dots.test_moved_rows import PARAMS as MOVED_PARAMS
 from tests.dots.test_moved_rows import X as MOVED_X
 from tests.dots.test_moved_rows import mixed_by_data

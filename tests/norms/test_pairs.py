@@ -7,7 +7,7 @@ import pytest
 
 from ghostjax import GradDotProdEngine, pairwise_dots, squared_norms, testing
 from ghostjax._errors import BatchError
-from tests.dots.checks import ROWS, mean_squares
+from models.arrays import ROWS, mean_squares
 from tests.norms.checks import Rows, mean_of
 from tests.norms.test_norms import TIED, TOKENS, tied
 

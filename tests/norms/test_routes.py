@@ -8,7 +8,7 @@ import pytest
 
 from ghostjax import squared_norms, testing
 from ghostjax.core import squares, uses
-from tests.dots.checks import draw, mean_squares
+from models.arrays import draw, mean_squares
 from tests.norms.checks import Rows
 
 ROWS, T, VOCABULARY, F = 5, 4, 40, 16

@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import pairwise_dots, squared_norms, testing, value_and_clipped_grad
+from models.arrays import draw, mean_squares
 from tests.dots import test_collectives as blocks
-from tests.dots.checks import draw, mean_squares
 from tests.dots.test_sharded import mesh_of
+from tests.variants import crossed
 
 PARAMS = {"w": draw(8, 8) / 3, "v": draw(8, 3), "b": draw(1, 1, 3)}
 X = draw(16, 4, 8, seed=1)
@@ -34,8 +35,9 @@ def expected():
     return {name: jax.jit(fn(losses))(PARAMS, X) for name, fn in FUNCTIONS.items()}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "axis_type"), crossed(FUNCTIONS, [AxisType.Auto, AxisType.Explicit])
+)
 def test_rows_on_several_devices(name, axis_type, expected):
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
@@ -75,8 +77,7 @@ def test_inside_of_a_shard_map_that_checks(function):
         inside(function, ROWS, True)
 
 
-@pytest.mark.parametrize("layout", blocks.LAYOUTS)
-@pytest.mark.parametrize("name", ["norms", "clipped"])
+@pytest.mark.parametrize(("layout", "name"), crossed(blocks.LAYOUTS, ["norms", "clipped"]))
 def test_no_row_is_sent(name, layout):
     """What is gathered is no larger than a parameter; but one number a row."""
     mesh = mesh_of(AxisType.Auto)

@@ -13,6 +13,14 @@ from ghostjax.runs.store.run import read_run
 STEPS, BATCH_SIZE, VAL_BATCH_SIZE, LENGTH = 6, 4, 2, 16
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that look at the run are on one worker, so that it is made once."""
+    for item in items:
+        if "micro_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("micro_run"))
+
+
 @pytest.fixture(scope="session")
 def write_data(tmp_path_factory):
     """Writes ``{name: content}`` and gives the paths, by name."""

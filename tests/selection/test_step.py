@@ -128,7 +128,8 @@ def test_parameters_are_those_of_training_on_the_chosen_rows_alone(name, standar
 def scored(exclude=(), through=True, optimizer=OPTIMIZERS["clipped"], remat=False):
     """What policies see, at a second step, and the arguments of the step."""
     params = init()
-    _, params, state = plain_step(optimizer, params, optimizer.init(params), draw(2, N))
+    first = jax.jit(functools.partial(plain_step, optimizer))
+    _, params, state = first(params, optimizer.init(params), draw(2, N))
     args = params, state, draw(3, N), draw(1, V)
     seen = {}
 
@@ -151,7 +152,7 @@ def scored(exclude=(), through=True, optimizer=OPTIMIZERS["clipped"], remat=Fals
 )
 def test_what_policies_see_is_that_of_per_row_autodiff(exclude, standard_promotion):
     seen, (params, state, batch, val), optimizer = scored(exclude)
-    grads, val_grads = per_row_grads(params, batch), jax.grad(mean_loss)(params, val)
+    grads, val_grads = per_row_grads(params, batch), jax.jit(jax.grad(mean_loss))(params, val)
     if exclude:
         grads, val_grads = zeroed(grads), zeroed(val_grads)
 
@@ -159,7 +160,7 @@ def test_what_policies_see_is_that_of_per_row_autodiff(exclude, standard_promoti
         return optimizer.update(gradient, state, params)[0]
 
     mean = jax.tree.map(lambda leaf: leaf.mean(0), grads)
-    of_rows = jax.vmap(lambda tangent: jax.jvp(moved, (mean,), (tangent,))[1])(grads)
+    of_rows = jax.jit(jax.vmap(lambda tangent: jax.jvp(moved, (mean,), (tangent,))[1]))(grads)
     assert_close(seen["scores"], -dots(of_rows, val_grads) / K)
     assert_close(seen["losses"], loss_fn(params, batch))
     flat = jnp.concatenate([leaf.reshape(N, -1) for leaf in jax.tree.leaves(grads)], axis=1)
@@ -170,7 +171,7 @@ def test_what_policies_see_is_that_of_per_row_autodiff(exclude, standard_promoti
 @pytest.mark.parametrize("exclude", [(), EXCLUDE], ids=["all", "some"])
 def test_plain_scores(exclude, standard_promotion):
     seen, (params, _, batch, val), _ = scored(exclude, False)
-    val_grads = jax.grad(mean_loss)(params, val)
+    val_grads = jax.jit(jax.grad(mean_loss))(params, val)
     val_grads = zeroed(val_grads) if exclude else val_grads
     assert_close(seen["scores"], dots(per_row_grads(params, batch), val_grads) / K)
 

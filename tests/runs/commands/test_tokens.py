@@ -27,8 +27,8 @@ from ghostjax.runs.training.trainer import Trainer
 from tests.runs.checks import fails, files
 from tests.runs.conftest import BATCH_SIZE, LENGTH
 from tests.runs.made_up import write_run
+from tests.runs.report.parsed import HOSTILE, Page
 from tests.runs.report.test_colours import contrast
-from tests.runs.report.test_page import HOSTILE, Page
 
 # optax.adamw raises a Python float to the power of an int32 count.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -78,6 +78,7 @@ def test_tokens_add_up_to_the_scores_of_the_log(micro_run):
             assert sums[window] == pytest.approx(visit[f"score_{name}"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tokens_of_order_2_in_parts_add_up_to_the_scores_of_a_step(micro_config):
     config = dataclasses.replace(micro_config, order=2, microbatches=2, optimizer="sgd")
     task = load_task(config)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.dots.checks import FEATURES, POSITIONS, ROWS, activations, draw, mean_squares
+from models.arrays import FEATURES, POSITIONS, ROWS, activations, draw, mean_squares
 
 FUNCTIONS = {}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tests.dots.checks import FEATURES, POSITIONS, ROWS, activations, draw, mean_squares
+from models.arrays import FEATURES, POSITIONS, ROWS, activations, draw, mean_squares
 
 WIDTH, VOCAB = 8, 11
 LIBRARIES = {}

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tests.dots.checks import POSITIONS, ROWS, activations, draw, mean_squares
-from tests.linen.cases import VOCAB, ids, perturbed, row_means
+from models.arrays import POSITIONS, ROWS, activations, draw, mean_squares
+from models.modules.table import VOCAB, ids, perturbed, row_means
 
 WIDTH, HEADS = 8, 2
 MODELS = {}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tests.dots.checks import FEATURES, activations, draw, mean_squares
+from models.arrays import FEATURES, activations, draw, mean_squares
 
 LAYERS = {}
 

@@ -1,0 +1,1 @@
+"""Models that tests and benchmarks share. No part of the package."""
