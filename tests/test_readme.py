@@ -11,8 +11,8 @@ from ghostjax.runs.store.run import read_run
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def snippets(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+def snippets(text: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_python_snippets(standard_promotion):

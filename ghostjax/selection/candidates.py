@@ -29,6 +29,8 @@ class Candidates:
       scores: [N]. Through the optimizer, the first-order decrease of the mean validation loss by
         row i's share of a step on k rows, < g_i, v > / k with v = ``directions.through_optimizer``
         at the mean gradient of all N; without, < g_i, gradient of the mean validation loss > / k.
+        Where a row's gradient is not finite, so is its score, and of the mean gradient those
+        coordinates count as 0 that it takes with it: the others have scores all the same.
       losses: [N].
       squared_norms: [N], |g_i|^2, for one more forward and backward pass.
       gram: [N, N], < g_i, g_j >, for one more, and N products like that of a direction.
@@ -74,6 +76,8 @@ class Candidates:
             return result.total() / self._k
         pass_ = value_and_dots_fn(self._mean_loss, remat=self._remat)
         value, grads, dots = pass_(self._left, self._batch)
+        # One row that is not finite would take the direction with it, and so all scores.
+        grads = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), grads)
         direction = directions.through_optimizer(
             self._optimizer,
             self._state,

@@ -10,7 +10,8 @@ import optax
 
 from ghostjax._checks import batch_rows
 from ghostjax.selection.candidates import Candidates, Policy, by_score, row_losses
-from ghostjax.selection.weights import check_k, rows
+from ghostjax.selection.meshes import taken, whole
+from ghostjax.selection.weights import check_k, of_size_one, rows
 
 
 @jax.tree_util.register_dataclass
@@ -19,9 +20,10 @@ class Selected:
     """What a step of ``select_step`` was made of.
 
     Attributes:
-      value: scalar, the weighted mean loss of the rows trained on, before the step.
+      value: scalar, the weighted mean loss of the rows trained on, before the step; NaN if none is.
       rows: [k] int32, their numbers in the batch, ascending; -1 at the end where the policy kept
-        fewer. If it kept none, all are -1, and parameters and state are what they were.
+        fewer. If it kept none, as where the validation gradient is not finite, all are -1, and
+        parameters and state are what they were.
       weights: [N] float32, what the policy gave.
     """
 
@@ -61,8 +63,8 @@ def select_step(
             lambda rows, k: selection.greedy(rows.scores, rows.gram, k, interaction=lr / k**2)
 
         (the latter with ``through_optimizer=False``). Where more than k rows have a weight, the k
-        largest count. A row of weight NaN is never trained on, nor by the policies above one
-        whose score is not finite.
+        largest count. A row whose weight is NaN or infinite is never trained on, nor by the
+        policies above, but ``at_random``, one whose score is not finite.
       exclude: parameters left out of scores, norms and Gram matrix, by patterns of ``fnmatch`` for
         paths like "layers_0/kernel". Scores are then those of a step in which these parameters
         have a gradient of zero and stay. All are trained.
@@ -88,6 +90,7 @@ def select_step(
     3.3, those of the last block 1.1.
 
     Raises:
+      TypeError: k is no int, or ``exclude`` a single string.
       ValueError: k, a pattern (the paths are listed), the losses or the weights do not fit; the
         optimizer has no derivative; or a policy draws without a key.
       What ``value_and_dots_fn`` raises, as where rows are mixed.
@@ -105,6 +108,8 @@ def select_step(
     (Array([0.2, 0. ], dtype=float32), Array([0], dtype=int32))
     """
     optimizer = optax.with_extra_args_support(optimizer)
+    # The step is traced anew for other shapes, and an iterator would be at its end by then.
+    exclude = exclude if isinstance(exclude, str) else tuple(exclude)
 
     @jax.jit
     def step(
@@ -124,16 +129,20 @@ def select_step(
         )
         weights = policy(candidates, k)
         _check_weights(weights, count)
-        chosen = rows(weights, k)
+        weights = whole(jnp.asarray(weights))
+        kept = jnp.where(jnp.isfinite(weights), weights, 0).astype(jnp.float32)
+        chosen = rows(kept, k)
         is_row = chosen >= 0
         # Places without a row have the first one once more, whose loss is as finite as it is.
         places = jnp.where(is_row, chosen, jnp.maximum(chosen[0], 0))
-        share = jnp.where(is_row, weights[places].astype(jnp.float32), 0)
-        share = share / jnp.where(is_row[0], jnp.sum(share), 1)
-        taken = jax.tree.map(lambda leaf: leaf[places], batch)
+        # Of size one, as sums of large weights overflow and small ones are 0 to processors.
+        own = of_size_one(jnp.where(is_row, kept[places], 0))
+        batch = jax.tree.map(lambda leaf: taken(jnp.asarray(leaf), places), batch)
 
         def train_loss(params):
-            losses = row_losses(loss_fn, params, taken)
+            losses = row_losses(loss_fn, params, batch)
+            wide = own.astype(jnp.promote_types(own.dtype, losses.dtype))
+            share = wide / jnp.where(is_row[0], jnp.sum(wide), 1)
             return jnp.sum(share.astype(losses.dtype) * losses)
 
         value, grads = jax.value_and_grad(train_loss)(params)
@@ -144,6 +153,7 @@ def select_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(is_row[0], new, old), new, (params, opt_state)
         )
+        value = jnp.where(is_row[0], value, jnp.nan)
         return params, opt_state, Selected(value, chosen, weights)
 
     return step

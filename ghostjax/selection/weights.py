@@ -14,6 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ghostjax.selection.meshes import whole
 
 
 def threshold(scores: jax.Array, least: Any = 0.0) -> jax.Array:
@@ -161,7 +164,7 @@ def greedy(scores: jax.Array, gram: jax.Array, k: int, interaction: Any = 1.0) -
             f"gram must be floating point [B, B] for {scores.shape[0]} scores, got "
             f"{gram.dtype}{gram.shape}."
         )
-    gram = jax.lax.stop_gradient(gram.astype(jnp.float32))
+    gram = jax.lax.stop_gradient(whole(gram).astype(jnp.float32))
     interaction = jnp.asarray(interaction, jnp.float32)
     lowest = jnp.iinfo(jnp.int32).min
 
@@ -202,6 +205,10 @@ def rows(weights: jax.Array, k: int) -> jax.Array:
 
 
 def check_k(k: int, count: int) -> None:
+    if not isinstance(k, int | np.integer):
+        raise TypeError(
+            f"k must be a Python int (it is a static shape), got {k!r} of type {type(k).__name__}."
+        )
     if not 1 <= k <= count:
         raise ValueError(f"k must be from 1 to the number of rows, {count}, got {k}.")
 
@@ -212,7 +219,7 @@ def _exponents(scores: jax.Array, temperature: float) -> jax.Array:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     is_finite = jnp.isfinite(scores)
     # Differences of large scores overflow, and the squares of small ones are zero.
-    scores = _of_size_one(jnp.where(is_finite, scores, 0))
+    scores = of_size_one(jnp.where(is_finite, scores, 0))
     best = jnp.max(scores, where=is_finite, initial=-1)
     # Differences first: they are exact where they are small, quotients would be rounded.
     below = jnp.where(is_finite, scores - best, 0)
@@ -227,7 +234,7 @@ def _checked(scores: jax.Array, name: str = "scores") -> jax.Array:
     scores = jnp.asarray(scores)
     if scores.ndim != 1 or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point [B], got {scores.dtype}{scores.shape}.")
-    return jax.lax.stop_gradient(scores.astype(jnp.float32))
+    return jax.lax.stop_gradient(whole(scores).astype(jnp.float32))
 
 
 def _as_integers(scores: jax.Array) -> jax.Array:
@@ -239,7 +246,7 @@ def _as_integers(scores: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, -(bits & jnp.iinfo(jnp.int32).max), bits)
 
 
-def _of_size_one(scores: jax.Array) -> jax.Array:
+def of_size_one(scores: jax.Array) -> jax.Array:
     """[B] finite scores over the largest of their sizes; zeros stay."""
     integers = _as_integers(scores)
     is_lost = jnp.abs(integers) < 2**23

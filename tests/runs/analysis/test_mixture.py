@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store.run import read_run
 from tests.runs.checks import fails
 from tests.runs.made_up import DOMAINS, EFFECTS, SETS, write_run
+from tests.test_readme import snippets
+
+PAGE = pathlib.Path(__file__).parents[3] / "docs" / "pages" / "selection.md"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,20 @@ def test_grain_mixes_by_the_file(made_up, tmp_path):
     mixed = grain.MapDataset.mix([sources[name] for name in weights], list(weights.values()))
     drawn = [mixed[n] for n in range(400)]
     for name, weight in weights.items():
+        assert abs(drawn.count(name) - 400 * weight) <= 2
+
+
+def test_grain_as_the_page_says(made_up, tmp_path, monkeypatch):
+    pytest.importorskip("grain", reason="grain is not installed")
+    monkeypatch.chdir(tmp_path)
+    options = ["--set", "code", "--mixture", "weights.json", "--quiet"]
+    assert main(["rank", str(made_up), *options]) == 0
+    [snippet] = snippets(PAGE.read_text(), "py")
+    namespace = {"rows": {name: [name] * 7 for name in DOMAINS}}  # far fewer than are drawn
+    exec(compile(snippet, str(PAGE), "exec"), namespace)
+    drawn = [row for n in range(100) for row in namespace["mixed"][n]]
+    assert len(drawn) == 400
+    for name, weight in namespace["weights"].items():
         assert abs(drawn.count(name) - 400 * weight) <= 2
 
 
