@@ -31,8 +31,25 @@ def draw(seed: int, noise: str, share: float, val_rows: int, test_rows: int) -> 
     over again.
     """
     generator = np.random.default_rng(seed)
-    train, held = (rows.copy() for rows in _prose())
+    held = _prose()[1]
     held = held[generator.permutation(len(held))[: val_rows + test_rows]]
+    train, is_noise = noisy(generator, noise, share)
+    return Data(train, held[:val_rows], held[val_rows:], is_noise)
+
+
+def held_out(*sizes: int) -> list[np.ndarray]:
+    """Held-out rows in parts that have no row in common, the same for every seed; the last part
+    is what is left."""
+    held = _prose()[1]
+    order = np.random.default_rng(0).permutation(len(held))
+    return np.split(held[order], np.cumsum(sizes))
+
+
+def noisy(
+    generator: np.random.Generator, noise: str, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The training rows, some of which become noise, and whether each has."""
+    train = _prose()[0].copy()
     is_noise = np.zeros(len(train), bool)
     count = round(share * len(train))
     is_noise[generator.choice(len(train), count, replace=False)] = True
@@ -42,7 +59,7 @@ def draw(seed: int, noise: str, share: float, val_rows: int, test_rows: int) -> 
         else:
             start = generator.integers(POSITIONS - WORD)
             train[place] = np.resize(train[place][start : start + WORD], POSITIONS + 1)
-    return Data(train, held[:val_rows], held[val_rows:], is_noise)
+    return train, is_noise
 
 
 @functools.cache

@@ -1,39 +1,49 @@
 """Claim: which rows of a noisy text to train on, at equal compute and at equal steps.
 
 python -m benchmarks.selection
+python -m benchmarks.selection --steps 8 --seeds 2     # a try, which saves nothing
 
 Prose in bytes, a model that sees four of them (LayerNorm and a hidden layer), AdamW. At every step
 a method sees 32 candidate rows, of which half are noise on average, and trains on 16 of them
 (``selection.select_step``). Noise is one of two: the bytes of a row in random order ("shuffled", of
 high loss), or four bytes over and over again ("boilerplate", of low loss); "none" has no noise.
-Scores have 16 clean rows of held-out prose for validation, drawn from 64 at every step; "random,
-clean rows too" has these 64 among its candidates.
 
-Loss in nats per byte on 512 other rows, mean over five seeds and standard deviation:
+Held-out prose is in three parts that have no row in common, the same for all seeds:
 
-- at equal compute: every method has the FLOPs of 800 plain steps on 16 rows;
-- at equal steps: after as many steps as the most expensive method has at equal compute.
+- scoring, of which every seed has 64 rows: scores have 16 of them at every step, "random, clean
+  rows too" has all among its candidates;
+- tuning, 256 rows: every method has, for every noise, the learning rate that is best there at
+  equal compute, in the mean of two seeds that nothing is reported of. Rates are apart by a factor
+  of the square root of 10, and as many are tried as it takes for the best not to be the first or
+  the last;
+- test, 512 rows: loss in nats per byte, mean over five other seeds.
 
-FLOPs are XLA's; those of greedy selection, which loops, are those of the jaxpr. Every method has
-the better of two learning rates at equal compute, chosen on another seed.
+Intervals are of 95% by Student's t over these seeds; those of differences from random rows are of
+pairs, as runs of the same seed have the same noise, initial parameters and candidates. They are not
+corrected for there being many.
 
-What came out: scores are ahead of random rows, and of all rows, for either noise and even at equal
-compute, most of all without embedding and head, which costs less. Low loss is better yet where
-noise has a high loss, and far worse than random where it has a low one, as large gradients are for
-both. Without noise nothing beats random rows at equal compute. Greedy selection chooses about as
-well as scores alone, and costs the most. The learning rates are coarse: in most rows the larger of
-them was chosen.
+- at equal compute: every method has the FLOPs of 400 plain steps on 16 rows;
+- at equal steps: after as many steps as the most expensive method has at equal compute, at the
+  learning rate for all of them.
+
+FLOPs are XLA's; those of greedy selection, which loops, are those of the jaxpr.
 """
 
+import argparse
+import concurrent.futures
 import functools
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import stats
 
 from benchmarks._common import figures, save
-from benchmarks._text import draw, init, mean_loss, row_losses
+from benchmarks._digits import batches
+from benchmarks._text import held_out, init, mean_loss, noisy, row_losses
 from ghostjax._flops import flops
 from ghostjax.selection import (
     at_random,
@@ -44,12 +54,13 @@ from ghostjax.selection import (
     select_step,
 )
 
-CANDIDATES, CHOSEN, VAL_BATCH, VAL_ROWS, TEST_ROWS = 32, 16, 16, 64, 512
-STEPS = 800  # plain ones, of CHOSEN rows
-EVERY = 20
-RATES = (1e-2, 3e-2)
-CHOOSE, REPORT = (100,), range(200, 205)
+CANDIDATES, CHOSEN, VAL_BATCH = 32, 16, 16
+VAL_ROWS, TUNE_ROWS, TEST_ROWS = 64, 256, 512
+STEPS = 400  # plain ones, of CHOSEN rows
+CHOOSE, REPORT = (100, 101), range(200, 205)
+HALF_DECADES = (-5, -4, -3)  # learning rates 10 ** (n / 2) to begin with
 NOISES = {"shuffled": 0.5, "boilerplate": 0.5, "none": 0.0}
+BASELINE, COMPUTE, EQUAL_STEPS = "random", "equal compute", "equal steps"
 
 
 def greedily(rows, k):
@@ -73,6 +84,23 @@ METHODS = {  # name: policy, how many rows, options
 }
 
 
+class Rows(NamedTuple):
+    """Of one seed, tokens [n, POSITIONS + 1]; ``is_noise`` of the training rows."""
+
+    train: Any
+    is_noise: Any
+    val: Any
+    tune: Any
+    test: Any
+
+
+def draw(seed: int, noise: str, share: float) -> Rows:
+    generator = np.random.default_rng(seed)
+    tune, test, scoring = held_out(TUNE_ROWS, TEST_ROWS)
+    val = scoring[generator.permutation(len(scoring))[:VAL_ROWS]]
+    return Rows(*noisy(generator, noise, share), val, tune, test)
+
+
 def step_of(method, optimizer):
     policy, count, options = METHODS[method]
     return select_step(row_losses, optimizer, count, policy, **options)
@@ -86,9 +114,9 @@ def plain_step(optimizer, params, state, rows):
 
 def costs() -> dict[str, float]:
     """Of every method, its FLOPs over those of a plain step on ``CHOSEN`` rows."""
-    optimizer = optax.adamw(RATES[0])
+    optimizer = optax.adamw(1e-2)
     params = init(0)
-    data = draw(0, "none", 0.0, VAL_ROWS, TEST_ROWS)
+    data = draw(0, "none", 0.0)
     state, key = optimizer.init(params), jax.random.key(0)
     args = params, state, data.train[:CANDIDATES], data.val[:VAL_BATCH]
     plain = functools.partial(plain_step, optimizer)
@@ -97,97 +125,138 @@ def costs() -> dict[str, float]:
     def of_jaxpr(function, *args):
         return flops(jax.make_jaxpr(function)(*args).jaxpr)
 
+    of_plain = figures(plain, *plain_args)["gflop"]
     found = {}
     for method in METHODS:
-        step = step_of(method, optimizer)
-        with_key = functools.partial(step, key=key)
+        with_key = functools.partial(step_of(method, optimizer), key=key)
         if method == "greedy":
             found[method] = of_jaxpr(with_key, *args) / of_jaxpr(plain, *plain_args)
         else:
-            whole = figures(with_key, *args)["gflop"]
-            found[method] = whole / figures(plain, *plain_args)["gflop"]
+            found[method] = figures(with_key, *args)["gflop"] / of_plain
     return found
 
 
 @functools.cache
-def trainer(method: str, steps: int):
-    """``run(data, seed, learning rate)`` -> test losses every 20 steps, and the share of noise that
-    was trained on in every 20."""
+def trainer(method: str):
+    """``train(carry, rows, candidates, seed, learning rate, start, stop)`` -> carry: parameters,
+    state of the optimizer, and the shares of noise in what was trained on, added up."""
 
     @jax.jit
-    def run(data, seed, rate):
+    def train(carry, rows, candidates, seed, rate, start, stop):
         step = step_of(method, optax.adamw(rate))
-        pool, is_noise = data.train, data.is_noise
-        if method == "random, clean rows too":
-            pool = jnp.concatenate([pool, data.val])
-            is_noise = jnp.concatenate([is_noise, jnp.zeros(VAL_ROWS, bool)])
 
-        def one(carry, number):
-            params, state = carry
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 3)
-            places = jax.random.choice(keys[0], len(pool), (CANDIDATES,), replace=False)
-            val = jax.random.choice(keys[1], data.val, (VAL_BATCH,), replace=False)
-            *carry, selected = step(params, state, pool[places], val, key=keys[2])
-            return tuple(carry), is_noise[places][selected.rows].mean()
+        def one(number, carry):
+            params, state, noise = carry
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+            places = candidates[number]
+            val = jax.random.choice(keys[0], rows.val, (VAL_BATCH,), replace=False)
+            params, state, selected = step(params, state, rows.train[places], val, key=keys[1])
+            return params, state, noise + rows.is_noise[places][selected.rows].mean()
 
-        def block(carry, numbers):
-            carry, noise = jax.lax.scan(one, carry, numbers)
-            return carry, (mean_loss(carry[0], data.test), noise.mean())
+        return jax.lax.fori_loop(start, stop, one, carry)
 
-        params = init(seed)
-        carry = params, optax.adamw(rate).init(params)
-        return jax.lax.scan(block, carry, jnp.arange(steps).reshape(-1, EVERY))[1]
-
-    return run
+    return train
 
 
-def measure(noise: str, share: float, cost: dict[str, float]) -> dict:
-    budgets = {name: round(STEPS / own / EVERY) * EVERY for name, own in cost.items()}
-    fewest = min(budgets.values())
-    drawn = {seed: draw(seed, noise, share, VAL_ROWS, TEST_ROWS) for seed in (*CHOOSE, *REPORT)}
-    table = {}
-    for method, steps in budgets.items():
-        run = trainer(method, steps)
+loss_of = jax.jit(mean_loss)
 
-        def last(rate, run=run):
-            found = np.mean([run(drawn[seed], seed, np.float32(rate))[0][-1] for seed in CHOOSE])
-            return np.where(np.isfinite(found), found, np.inf)
 
-        rate = min(RATES, key=last)
-        curves, noise_shares = zip(
-            *(run(drawn[seed], seed, np.float32(rate)) for seed in REPORT), strict=True
+def run(method: str, rows: Rows, seed: int, rate: float, stops: list[int]) -> tuple[list, float]:
+    """Parameters after so many steps; the share of noise in what was trained on."""
+    if method == "random, clean rows too":
+        train = np.concatenate([rows.train, rows.val])
+        rows = rows._replace(
+            train=train, is_noise=np.append(rows.is_noise, np.zeros(VAL_ROWS, bool))
         )
-        curves = np.array(curves)
-        assert np.isfinite(curves).all()
-        table[method] = {"cost": cost[method], "steps": steps, "learning_rate": rate}
-        places = {"equal compute": -1, f"equal steps, {fewest}": fewest // EVERY - 1}
-        for kind, place in places.items():
-            table[method][kind] = {
-                "loss": float(curves[:, place].mean()),
-                "std": float(curves[:, place].std(ddof=1)),
-                "of_seeds": curves[:, place].tolist(),
-            }
-        table[method]["noise"] = float(np.mean(noise_shares))
-        print(
-            f"{noise:12s}{method:30s}{cost[method]:6.2f}{steps:6d}{rate:8g}"
-            + "".join(
-                f"{table[method][kind]['loss']:9.3f} ({table[method][kind]['std']:.3f})"
-                for kind in places
-            )
-            + f"{table[method]['noise']:8.0%}",
-            flush=True,
-        )
-    return table
+    candidates = batches(seed, len(rows.train), CANDIDATES, stops[-1])
+    params = init(seed)
+    carry = params, optax.adamw(rate).init(params), jnp.zeros(())
+    found = []
+    for start, stop in zip([0, *stops], stops):
+        carry = trainer(method)(carry, rows, candidates, seed, np.float32(rate), start, stop)
+        found.append(carry[0])
+    return found, float(carry[2] / stops[-1])
+
+
+def tuned(of_rate) -> dict[float, float]:
+    """Rates and their losses, with more at either end until the best is not one of the ends."""
+    found = {place: of_rate(10 ** (place / 2)) for place in HALF_DECADES}
+    while True:
+        best = min(found, key=found.get)
+        if min(found) < best < max(found):
+            return {10 ** (place / 2): found[place] for place in sorted(found)}
+        place = best - 1 if best == min(found) else best + 1
+        found[place] = of_rate(10 ** (place / 2))
+
+
+def measure(method: str, noise: str, budgets: dict[str, int], seeds: int) -> dict[str, Any]:
+    fewest, steps = min(budgets.values()), budgets[method]
+    drawn = {seed: draw(seed, noise, NOISES[noise]) for seed in (*CHOOSE, *REPORT)}
+
+    def tuning(rate):
+        def one(seed):
+            (params,), _ = run(method, drawn[seed], seed, rate, [steps])
+            return loss_of(params, drawn[seed].tune)
+
+        loss = np.mean(list(pool.map(one, CHOOSE[:seeds])))
+        return float(np.where(np.isfinite(loss), loss, np.inf))
+
+    def reported(seed):
+        found, noise = run(method, drawn[seed], seed, rate, [fewest, steps])
+        return [loss_of(params, drawn[seed].test) for params in found], noise
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        by_rate = tuned(tuning)
+        rate = min(by_rate, key=by_rate.get)
+        losses, noises = zip(*pool.map(reported, REPORT[:seeds]), strict=True)
+    losses = np.array(losses)
+    assert np.isfinite(losses).all()
+    return {
+        "steps": steps,
+        "learning_rate": rate,
+        "loss of tuning": {f"{rate:.2g}": loss for rate, loss in by_rate.items()},
+        COMPUTE: {"of_seeds": losses[:, 1].tolist()},
+        EQUAL_STEPS: {"after": fewest, "of_seeds": losses[:, 0].tolist()},
+        "noise": float(np.mean(noises)),
+    }
+
+
+def summarized(table: dict[str, dict]) -> None:
+    """Adds means and 95% intervals over seeds, of losses and of the differences of pairs."""
+
+    def interval(values):
+        return [float(end) for end in stats.ttest_1samp(values, 0).confidence_interval(0.95)]
+
+    for method, row in table.items():
+        for kind in (COMPUTE, EQUAL_STEPS):
+            losses = np.array(row[kind]["of_seeds"])
+            row[kind] |= {"loss": float(losses.mean()), "interval": interval(losses)}
+            if method != BASELINE:
+                more = losses - table[BASELINE][kind]["of_seeds"]
+                row[kind] |= {"over random": float(more.mean()), "its interval": interval(more)}
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="plain ones, the compute of all")
+    parser.add_argument("--seeds", type=int, default=len(REPORT), help="of those that are reported")
+    parser.add_argument("--noise", nargs="+", choices=NOISES, default=list(NOISES))
+    options = parser.parse_args()
     cost = costs()
-    print(
-        f"{'noise':12s}{'method':30s}{'cost':>6s}{'steps':>6s}{'rate':>8s}   equal compute", end=""
-    )
-    print("       equal steps   noise trained on")
-    for noise, share in NOISES.items():
-        save("selection", {noise: measure(noise, share, cost)}, keep=True)
+    budgets = {name: round(options.steps / own) for name, own in cost.items()}
+    tables = {noise: {} for noise in options.noise}
+    for method, noise in itertools.product(METHODS, options.noise):
+        table = tables[noise]
+        table[method] = {"cost": cost[method]} | measure(method, noise, budgets, options.seeds)
+        summarized(table)
+        row = table[method]
+        print(f"{noise:12s}{method:24s}{cost[method]:5.2f}{row['steps']:5d}", end="")
+        print(f"{row['learning_rate']:8.2g}{row['noise']:6.0%} noise", end="")
+        for kind in (COMPUTE, EQUAL_STEPS):
+            print("{loss:8.3f} [{interval[0]:.3f}, {interval[1]:.3f}]".format(**row[kind]), end="")
+        print(flush=True)
+    if (options.steps, options.seeds) == (STEPS, len(REPORT)):
+        save("selection", tables, keep=True)
 
 
 if __name__ == "__main__":
