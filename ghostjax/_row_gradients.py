@@ -18,6 +18,7 @@ from ghostjax.core import (
     Labels,
     NormRoute,
     Regrouped,
+    RowMeeting,
     Rows,
     Squares,
     map_parts,
@@ -137,8 +138,8 @@ class Pass:
         """Whether a row's gradient needs no more of a meeting's factors than what these have of
         that row."""
         meeting = self.found.meetings[key]
-        if self.labels is not None or isinstance(meeting, Regrouped):
-            return False
+        if self.labels is not None or not isinstance(meeting, RowMeeting):
+            return False  # rows that moved, or a rule that adds them up, are not in place
         leaves = jax.tree.leaves(self.factors[key])
         return splits_rows(*leaves) if self.loss.per_example else meeting.is_cut(leaves)
 

@@ -129,7 +129,7 @@ def test_shard_map(name):
     sent -= blocks.traffic(testing.collectives(base))
     assert_near(memory.plain_scratch, base.memory_analysis().temp_size_in_bytes)
     assert_near(memory.scratch, step.memory_analysis().temp_size_in_bytes)
-    assert_near(explained.plain_flops / mesh.size, base.cost_analysis()["flops"], 1.05)
+    assert_near(explained.plain_flops / mesh.size, base.cost_analysis()["flops"], 1.1)
     assert_near(explained.flops / mesh.size, step.cost_analysis()["flops"], 1.1)
     if name == "fsdp":  # XLA gathers once what is gathered again
         assert memory.sent.keys() == sent.keys()

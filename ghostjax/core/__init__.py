@@ -35,6 +35,7 @@ from ghostjax.core.row_blocks import map_parts as map_parts
 from ghostjax.core.row_map import splits_rows as splits_rows
 from ghostjax.core.split import Split as Split
 from ghostjax.core.squares import DirectedSquares as DirectedSquares
+from ghostjax.core.squares import RowMeeting as RowMeeting
 from ghostjax.core.squares import Squares as Squares
 from ghostjax.core.squares import square as square
 from ghostjax.core.tracks import Track as Track
