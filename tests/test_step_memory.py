@@ -129,8 +129,9 @@ def test_shard_map(name):
     sent -= blocks.traffic(testing.collectives(base))
     assert_near(memory.plain_scratch, base.memory_analysis().temp_size_in_bytes)
     assert_near(memory.scratch, step.memory_analysis().temp_size_in_bytes)
-    assert_near(explained.plain_flops / mesh.size, base.cost_analysis()["flops"], 1.1)
-    assert_near(explained.flops / mesh.size, step.cost_analysis()["flops"], 1.1)
+    # With JAX 0.12 XLA repeats up to an eighth of "some_axes" along the axis that is not manual.
+    for flops, program in ((explained.plain_flops, base), (explained.flops, step)):
+        assert_near(flops / mesh.size, program.cost_analysis()["flops"], 1.15)
     if name == "fsdp":  # XLA gathers once what is gathered again
         assert memory.sent.keys() == sent.keys()
         assert memory.sent["all-gather"] >= sent["all-gather"]
