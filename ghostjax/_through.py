@@ -22,7 +22,7 @@ def through_and_undefined(
 ) -> tuple[Callable[[Any], Any], jax.Array]:
     """What ``through_optimizer`` makes of one ``val_grads``, and ``count_undefined``.
 
-    They have most of their work in common, which neither tracing nor XLA would find.
+    They have most of their work in common, which is traced once here.
     """
     check_direction(params, grads, "grads")
     _warn_of_micro_steps(opt_state)

@@ -129,7 +129,7 @@ def test_shard_map(name):
     sent -= blocks.traffic(testing.collectives(base))
     assert_near(memory.plain_scratch, base.memory_analysis().temp_size_in_bytes)
     assert_near(memory.scratch, step.memory_analysis().temp_size_in_bytes)
-    # With JAX 0.12 XLA repeats up to an eighth of "some_axes" along the axis that is not manual.
+    # With JAX 0.12 XLA counts up to an eighth more for "some_axes"; why is not known.
     for flops, program in ((explained.plain_flops, base), (explained.flops, step)):
         assert_near(flops / mesh.size, program.cost_analysis()["flops"], 1.15)
     if name == "fsdp":  # XLA gathers once what is gathered again
