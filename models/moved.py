@@ -1,4 +1,4 @@
-"""The table of programs whose rows do not stay in place: loops over them, shuffles, look-ups, padding.
+"""Programs whose rows do not stay in place: loops over rows, shuffles, look-ups, padding.
 
 Each is (loss(params, x), row_losses(params, x) -> [B]).
 """
