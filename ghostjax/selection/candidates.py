@@ -16,6 +16,7 @@ from ghostjax._late import value_and_dots_fn
 from ghostjax._norms import squared_norms
 from ghostjax._pairs import pairwise_dots
 from ghostjax.selection.exclude import parted, paths_of, together
+from ghostjax.selection.meshes import taken
 from ghostjax.selection.weights import top_k
 
 
@@ -29,8 +30,8 @@ class Candidates:
       scores: [N]. Through the optimizer, the first-order decrease of the mean validation loss by
         row i's share of a step on k rows, < g_i, v > / k with v = ``directions.through_optimizer``
         at the mean gradient of all N; without, < g_i, gradient of the mean validation loss > / k.
-        Where a row's gradient is not finite, so is its score, and of the mean gradient those
-        coordinates count as 0 that it takes with it: the others have scores all the same.
+        A row whose gradient is not finite has no finite score, and is left out of that mean, for
+        one more forward and backward pass.
       losses: [N].
       squared_norms: [N], |g_i|^2, for one more forward and backward pass.
       gram: [N, N], < g_i, g_j >, for one more, and N products like that of a direction.
@@ -76,8 +77,11 @@ class Candidates:
             return result.total() / self._k
         pass_ = value_and_dots_fn(self._mean_loss, remat=self._remat)
         value, grads, dots = pass_(self._left, self._batch)
-        # One row that is not finite would take the direction with it, and so all scores.
-        grads = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), grads)
+        value, grads = jax.lax.cond(
+            functools.reduce(jnp.logical_and, map(_is_finite, jax.tree.leaves(grads))),
+            lambda: (value, grads),
+            lambda: self._of_rows(jnp.isfinite(dots.result(val_grads).total())),
+        )
         direction = directions.through_optimizer(
             self._optimizer,
             self._state,
@@ -104,9 +108,25 @@ class Candidates:
     def _mean_loss(self, left: dict[str, Any], batch: Any) -> jax.Array:
         return jnp.mean(self._row_losses(left, batch))
 
+    def _of_rows(self, are_in: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """The mean loss and its gradient, of the rows that are in [N]; others may be no number."""
+        places = jnp.where(are_in, jnp.arange(self.count), jnp.argmax(are_in))
+        batch = jax.tree.map(lambda leaf: taken(jnp.asarray(leaf), places), self._batch)
+
+        def mean_loss(left):
+            losses = self._row_losses(left, batch)
+            share = are_in.astype(losses.dtype)
+            return jnp.sum(share * losses) / jnp.maximum(jnp.sum(share), 1)
+
+        return jax.value_and_grad(mean_loss)(self._left)
+
     def _whole(self, left: dict[str, Any]) -> Any:
         """With zeros for what is left out."""
         return together(self._params, left | jax.tree.map(jnp.zeros_like, self._out))
+
+
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
 
 
 Policy = Callable[[Candidates, int], jax.Array]

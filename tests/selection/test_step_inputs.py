@@ -46,6 +46,25 @@ def test_a_bad_row_takes_no_score_from_others(bad, clip, standard_promotion):
     assert stepped(k=4, batch=batch, optimizer=optimizer)[2].rows.tolist() == plain.rows.tolist()
 
 
+def test_a_bad_row_leaves_the_choice_among_the_others(standard_promotion):
+    """That is what it would be without the row, where every coordinate of the mean is lost."""
+    optimizer = optax.adam(1e-2, eps=0.1)
+    seen = []
+
+    def policy(rows, k):
+        seen.append(rows.scores)
+        return by_score(rows, k)
+
+    with jax.disable_jit():
+        stepped(policy, batch=BATCH | {"x": BATCH["x"].at[3].set(np.nan)}, optimizer=optimizer)
+        others = jax.tree.map(lambda leaf: jnp.delete(leaf, 3, axis=0), BATCH)
+        stepped(policy, batch=others, optimizer=optimizer)
+    found, expected = seen
+    assert jnp.isnan(found[3])
+    assert jnp.abs(expected).min() > 0
+    np.testing.assert_allclose(jnp.delete(found, 3), expected, rtol=1e-4)
+
+
 def test_all_rows_make_a_plain_step():
     params, _, selected = stepped(k=N, optimizer=optax.sgd(0.1))
     assert selected.rows.tolist() == list(range(N))
