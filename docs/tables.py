@@ -41,6 +41,22 @@ METHODS = {
     "`lax.scan` over rows, one gradient at a time": "scan over rows",
 }
 LOOPS = {"... K = 6 directions", "micro_grad", "scan over rows"}
+NOISES = {
+    "bytes of a row shuffled": "shuffled",
+    "four bytes repeated": "boilerplate",
+    "no noise": "none",
+}
+SELECTIONS = {
+    "16 at random": "random",
+    "the same, 64 clean rows among the candidates": "random, clean rows too",
+    "all 32": "all 32",
+    "low loss": "low loss",
+    "large gradient": "gradient norm",
+    "score, plain": "score, plain",
+    "score, through AdamW": "score, through AdamW",
+    "score, plain, without embedding and head": "score, plain, no head",
+    "greedy": "greedy",
+}
 CLIPPED = {
     "GPT-2 shape, T 128, B 16": "GPT-2 shape, B 16",
     "the same, B 256": "GPT-2 shape, B 256",
@@ -121,6 +137,27 @@ def cost_over_floor() -> str:
         if key not in ("plain step", FLOOR, "engine")
     ]
     return rows_of(["", *found], rows)
+
+
+def selection() -> str:
+    """Test loss by what is trained on, and where its difference from random rows is not noise."""
+    found = result("selection")
+
+    def cell(figures):
+        low, high = figures.get("its interval", (0, 0))
+        mark = " ↑" if low > 0 else " ↓" if high < 0 else ""
+        return f"{figures['loss']:.2f}{mark}"
+
+    def cells(method):
+        for noise in NOISES.values():
+            row = found[noise][method]
+            yield f"{cell(row['equal compute'])} / {cell(row['equal steps'])}"
+
+    rows = [
+        [name, f"{found['none'][method]['cost']:.1f}", *cells(method)]
+        for name, method in SELECTIONS.items()
+    ]
+    return rows_of(["trained on", "plain steps' cost", *NOISES], rows)
 
 
 def clipping() -> str:
@@ -231,6 +268,7 @@ def summary_of_peers() -> str:
 TABLES = {
     "fidelity": fidelity,
     "staleness": staleness,
+    "selection": selection,
     "cost_over_floor": cost_over_floor,
     "files": functools.partial(files_of, "ghostjax"),
     "core": functools.partial(files_of, "ghostjax/core"),
