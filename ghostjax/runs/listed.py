@@ -52,6 +52,19 @@ class Listed(Sequence[Any]):
         yield from map(self._make, self._last)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 has a text, and so a table can: it has no lone surrogates.
+
+    >>> is_unicode("ü"), is_unicode("\\ud800")
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def in_tables(rows: Iterable[Sequence[Any]]) -> Iterator[pa.Table]:
     """Examples in tables of ``BLOCK``, as they come."""
     for block in blocks(rows, BLOCK):

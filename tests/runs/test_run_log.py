@@ -163,6 +163,11 @@ REFUSED = {
     "texts": ({"scores": ["1", "2"]}, TypeError, "scores must be numbers"),
     "ids": ({"ids": [1.5, 2.5]}, TypeError, "ids must be strings or integers"),
     "ids [B, 1]": ({"ids": [["x"], ["y"]]}, ValueError, r"ids must be \[B\]"),
+    "no Unicode": ({"ids": ["x", "\ud800"]}, ValueError, r"id '\\ud800' is no Unicode text, as"),
+    "excerpts": (
+        *({"excerpts": ["a", "\udcff"]}, ValueError),
+        r"id 'y': its excerpt '\\udcff' is no Unicode text, .*errors='backslashreplace'",
+    ),
     "padding": ({"ids": [1, -1]}, ValueError, "ids must not be negative: leave out rows"),
     "no ids": ({"ids": None}, ValueError, "step 2: ids are missing"),
     "other ids": ({"ids": [1, 2]}, TypeError, "ids are integers, but those before were strings"),

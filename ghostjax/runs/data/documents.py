@@ -15,6 +15,7 @@ from ghostjax.runs.blocks import blocks
 from ghostjax.runs.data.shards import Fields, Recent, Shard, open_shard
 from ghostjax.runs.data.task import Skipped, check_stems
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.listed import is_unicode
 
 MIN_BYTES = 2
 MIN_TOKENS = 2  # one token to read and one to predict
@@ -227,11 +228,9 @@ def _document(
         text.encode(errors="replace"),
     )
     for what, name in (("id", found.id), ("domain", found.domain)):
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
+        if not is_unicode(name):
             raise UsageError(
                 f"{shard.path}, {where}: its {what} {name!r} is no Unicode text: change it, or the "
                 "name of the file where it is from there"
-            ) from error
+            )
     return found

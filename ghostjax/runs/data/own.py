@@ -19,7 +19,7 @@ from ghostjax.runs.data.documents import Ids
 from ghostjax.runs.data.elements import array_elements
 from ghostjax.runs.data.task import Example, Examples, Skipped
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.listed import Listed
+from ghostjax.runs.listed import Listed, is_unicode
 
 FOR_THE_LOG = ("id", "domain", "excerpt")
 EXCERPT = 12  # numbers of an array
@@ -207,6 +207,12 @@ def _read_one(where: str, example: Any) -> _Read:
             f"{_kind(example)}"
         )
     about = {key: str(example[key]) for key in FOR_THE_LOG if example.get(key) is not None}
+    for key, text in about.items():
+        if not is_unicode(text):
+            raise UsageError(
+                f"{where}: its {key} {text!r} is no Unicode text, as a file's name may be: give "
+                f"another, such as {key}.encode(errors='backslashreplace').decode()"
+            )
     row = _row(example)
     leaves = jax.tree_util.tree_leaves_with_path(row)
     shape = {}

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.listed import is_unicode
 
 TOLD = 3  # of places of what is skipped
 
@@ -94,9 +95,12 @@ class LoadedTask(Protocol):
 
 
 def check_stems(paths: Collection[Path]) -> None:
-    """Raises ``UsageError`` where two files have one stem: examples would have the same ids."""
+    """Raises ``UsageError`` where two files have one stem: examples would have the same ids; or a
+    stem is no Unicode text, so that no id can have it."""
     stems: dict[str, Path] = {}
     for path in paths:
+        if not is_unicode(path.stem):
+            raise UsageError(f"{str(path)!r}: ids have its name, no Unicode text: rename it")
         if path.stem in stems:
             raise UsageError(
                 f"{stems[path.stem]} and {path} have the same name up to the suffix, "

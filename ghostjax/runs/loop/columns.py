@@ -7,17 +7,19 @@ import chex
 import jax
 import numpy as np
 
+from ghostjax.runs.listed import is_unicode
+
 ROUNDING = 0.01  # more than that of scores in bfloat16
 
 
 def texts_of_ids(ids: Any) -> tuple[np.ndarray, str]:
-    """Ids [B] as texts, and what they were.
+    """Ids [B] as texts that a table can hold, and what they were.
 
     >>> texts_of_ids(np.array([3, 0]))
     (array(['3', '0'], dtype=object), 'integers')
 
     Raises:
-      ValueError, TypeError: they are not [B], or neither texts nor integers.
+      ValueError, TypeError: they are not [B], or neither Unicode texts nor integers.
     """
     array = np.asarray(outside_jit("ids", ids))
     if array.ndim != 1:
@@ -28,7 +30,18 @@ def texts_of_ids(ids: Any) -> tuple[np.ndarray, str]:
         return array.astype(str).astype(object), "integers"
     if not all(isinstance(one, str) for one in array.tolist()):
         raise TypeError("ids must be strings or integers.")
+    for one in array.tolist():
+        check_unicode("id", one)
     return array.astype(object), "strings"
+
+
+def check_unicode(where: str, text: str) -> None:
+    """Raises ``ValueError`` for a text that a table cannot hold."""
+    if not is_unicode(text):
+        raise ValueError(
+            f"{where} {text!r} is no Unicode text, as a file's name may be: give another, such as "
+            "text.encode(errors='backslashreplace').decode()."
+        )
 
 
 def numbers(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

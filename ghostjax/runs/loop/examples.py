@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ghostjax.runs.listed import BLOCK, Listed
-from ghostjax.runs.loop.columns import texts_of_ids
+from ghostjax.runs.loop.columns import check_unicode, texts_of_ids
 from ghostjax.runs.loop.places import Places
 from ghostjax.runs.store.run import Run
 
@@ -146,6 +146,9 @@ def _rows(ids: np.ndarray, columns: Mapping[str, Any]) -> list[tuple]:
         wanted = int if name == "size" else str
         if not all(isinstance(one, wanted) for one in column):
             raise TypeError(f"{name}: expected {wanted.__name__}, one for each id.")
+        if wanted is str:
+            for which, text in zip(ids, column):
+                check_unicode(f"id {which!r}: its {name}", text)
         found.append(
             [" ".join(one.split())[:80] for one in column] if name == "excerpt" else column
         )

@@ -104,6 +104,8 @@ def test_files_of_one_name(tmp_path):
         np.savez(path, **blobs(4, 0))
     with pytest.raises(UsageError, match=r"a\.npz and .*a\.npz have the same name"):
         read_arrays(paths)
+    with pytest.raises(UsageError, match=r"a\\udcff\.npz': ids have its name, no Unicode"):
+        read_arrays([tmp_path / "a\udcff.npz"])
 
 
 def test_files_that_do_not_fit_together(config, tmp_path):

@@ -143,6 +143,10 @@ WRONG = {
     "val without names": ({"val": examples(4, 1)}, "task.val must be a dictionary of validation"),
     "name of a set": ({"val": {"a_b": examples(4, 1)}}, "letters, digits and hyphens .* 'a_b'"),
     "duplicate ids": ({"train": TWICE}, r"task.train\[2\] and task.train\[5\] .* same id 'e2'"),
+    "id": (
+        {"train": [*examples(4, 0), {**examples(1, 0)[0], "id": "\ud800"}]},
+        r"task.train\[4\]: its id '\\ud800' is no Unicode text, .*errors='backslashreplace'",
+    ),
     "shapes": (
         {"train": UNEVEN},
         r"task.train\[4\] has x float64\[2\], but task.train\[0\]: float3",
