@@ -59,9 +59,9 @@ class ArrayTask:
         del rng
         return self._rows(self._train, indices[own]), np.zeros(len(indices), int)
 
-    def val_rows(self, name, indices, rng):
+    def val_rows(self, name, indices, rng, own=slice(None)):
         del rng
-        return self._rows(self._val[name], indices)
+        return self._rows(self._val[name], indices[own])
 
     def elements(self, index: int) -> np.ndarray:
         return array_elements(self._train.x[index])

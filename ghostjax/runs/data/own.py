@@ -93,9 +93,9 @@ class OwnTask:
         del rng
         return _stacked("task.train", self._task.train, indices[own]), np.zeros(len(indices), int)
 
-    def val_rows(self, name, indices, rng):
+    def val_rows(self, name, indices, rng, own=slice(None)):
         del rng
-        return _stacked(f'task.val["{name}"]', self._task.val[name], indices)
+        return _stacked(f'task.val["{name}"]', self._task.val[name], indices[own])
 
     def elements(self, index: int) -> np.ndarray:
         return array_elements(*jax.tree.leaves(_row(self._task.train[int(index)])))

@@ -83,9 +83,9 @@ class LoadedTask(Protocol):
         starts."""
 
     def val_rows(
-        self, name: str, indices: np.ndarray, rng: np.random.Generator
+        self, name: str, indices: np.ndarray, rng: np.random.Generator, own: Any = slice(None)
     ) -> dict[str, np.ndarray]:
-        """Rows of held-out examples."""
+        """Rows of those of the held-out examples that ``own`` chooses."""
 
     def elements(self, index: int) -> np.ndarray:
         """What a training example is made of, for how alike two are: uint64 [n], ascending."""

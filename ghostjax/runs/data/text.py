@@ -150,9 +150,9 @@ class TextTask:
         starts = draw_starts(self.examples.sizes[indices], self.length, rng)
         return self.window_rows(indices[own], starts[own]), starts
 
-    def val_rows(self, name, indices, rng):
+    def val_rows(self, name, indices, rng, own=slice(None)):
         starts = self.val_starts(name, indices, rng)
-        return make_rows(self.val_examples[name].tokens(indices), starts, self.length)
+        return make_rows(self.val_examples[name].tokens(indices[own]), starts[own], self.length)
 
     def val_starts(self, name: str, indices: Sequence[int], rng: np.random.Generator) -> np.ndarray:
         """Where the windows of ``val_rows`` start."""

@@ -116,9 +116,12 @@ class Placement:
         return self._put(tree, PartitionSpec("data"))
 
     def val_rows(self, tree: Any) -> Any:
-        """Validation rows, NumPy arrays, whole on every device: a step takes them in parts and
-        groups, each of which ``losses`` splits."""
-        return self._put(tree, PartitionSpec())
+        """Validation rows, NumPy arrays [K, PARTS, n, ...], whole on every device: a step takes
+        them in parts and groups, each of which ``losses`` splits. A process needs those of
+        ``read_val_rows`` alone, as the devices give them to each other."""
+        if self.mesh is None:
+            return jax.device_put(tree)
+        return _gather(self.mesh)(self._put(tree, PartitionSpec(None, None, "data")))
 
     def _put(self, tree: Any, spec: PartitionSpec) -> Any:
         if self.mesh is None:
@@ -183,6 +186,11 @@ class Placement:
         own = np.vectorize(lambda device: device.process_index)(self.mesh.devices)
         is_own = (own == jax.process_index()).any(1)
         return np.flatnonzero(np.repeat(is_own, count // len(is_own)))
+
+    def read_val_rows(self, count: int) -> np.ndarray:
+        """As ``read_rows``, of the ``count`` rows of a validation set in PARTS."""
+        parts = np.arange(count).reshape(PARTS, -1)
+        return parts[:, self.read_rows(parts.shape[1])].reshape(-1)
 
     def as_json(self) -> dict[str, Any]:
         """What ``run.json`` says of it."""

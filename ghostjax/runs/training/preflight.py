@@ -31,8 +31,9 @@ def check_losses(
     """
     rows = batch.train_rows
     _check_shape(task, params, rows, "training rows")
+    val_rows = placement.fetch(placement.val_rows(batch.val_rows))  # those of other processes, too
     sets = {
-        name: jax.tree.map(lambda leaf, k=k: leaf[k].reshape(-1, *leaf.shape[3:]), batch.val_rows)
+        name: jax.tree.map(lambda leaf, k=k: leaf[k].reshape(-1, *leaf.shape[3:]), val_rows)
         for k, name in enumerate(task.val_sizes)
     }
     for name, own in sets.items():

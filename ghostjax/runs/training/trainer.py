@@ -73,16 +73,17 @@ def batches(
 
     What is drawn at random for a step depends on ``config.seed`` and the step alone. A step takes B
     examples, as ``VisitOrder`` has them, and of every validation set V held-out examples, drawn
-    anew without replacement. Training rows that ``placement`` puts on no device of this process
-    are zero.
+    anew without replacement. Rows that ``placement`` takes from other processes are zero.
     """
     sets = list(task.val_sizes)
+    own = placement.read_val_rows(config.val_batch_size)
     found = train_batches(config, task, start, placement)
     for step, (indices, starts, train_rows) in enumerate(found, start):
         val_rows = []
         for name in sets:
             chosen, rng = val_choice(config, name, task.val_sizes[name], step)
-            val_rows.append(task.val_rows(name, chosen, rng))
+            rows = task.val_rows(name, chosen, rng, own)
+            val_rows.append(_among_zeros(rows, own, len(chosen)))
         stacked = jax.tree.map(
             lambda *leaves: np.stack(leaves).reshape(len(sets), PARTS, -1, *leaves[0].shape[1:]),
             *val_rows,
@@ -96,16 +97,21 @@ def train_batches(
     """What ``batches`` has of the training rows alone."""
     order = VisitOrder(len(task.examples), config.batch_size, config.seed)
     own = placement.read_rows(config.batch_size)
-
-    def whole(leaf):
-        rows = np.zeros((config.batch_size, *leaf.shape[1:]), leaf.dtype)
-        rows[own] = leaf
-        return rows
-
     for step in itertools.count(start):
         indices = order(step)
         rows, starts = task.train_rows(indices, generator(config.seed, "windows", step), own)
-        yield TrainBatch(indices, starts, jax.tree.map(whole, rows))
+        yield TrainBatch(indices, starts, _among_zeros(rows, own, len(indices)))
+
+
+def _among_zeros(rows: Any, own: np.ndarray, count: int) -> Any:
+    """The ``own`` of ``count`` rows, with zeros in the places of the others."""
+
+    def whole(leaf):
+        found = np.zeros((count, *leaf.shape[1:]), leaf.dtype)
+        found[own] = leaf
+        return found
+
+    return jax.tree.map(whole, rows)
 
 
 def val_choice(

@@ -18,7 +18,7 @@ from ghostjax.runs.data.task import Skipped
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.store.fingerprint import fingerprints
 from ghostjax.runs.training.placement import Placement
-from ghostjax.runs.training.trainer import batches
+from ghostjax.runs.training.trainer import batches, val_choice
 
 
 def read(paths, fields=None, **more):
@@ -329,12 +329,21 @@ def test_of_several_groups_of_rows_the_latest_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_process_reads_its_own_rows(micro_config, monkeypatch):
-    task, whole = load_task(micro_config), next(batches(micro_config, load_task(micro_config)))
-    monkeypatch.setattr(Placement, "read_rows", lambda self, count: np.array([1, 2]))
-    read, tokens = [], task.examples.tokens
-    monkeypatch.setattr(task.examples, "tokens", lambda own: read.extend(own) or tokens(own))
-    batch = next(batches(micro_config, task))
-    assert read == batch.indices[1:3].tolist() == whole.indices[1:3].tolist()
+    """Of validation rows those in the same places of either part."""
+    config = dataclasses.replace(micro_config, val_batch_size=4, val=micro_config.val[:1])
+    task, whole = load_task(config), next(batches(config, load_task(config)))
+    monkeypatch.setattr(Placement, "read_rows", lambda self, count: np.arange(count)[1:3])
+    read, (chosen, _) = {}, val_choice(config, "held", 4, 0)
+    for name, texts in (("train", task.examples), *task.val_examples.items()):
+        own = read[name] = []
+        monkeypatch.setattr(
+            texts, "tokens", lambda of, own=own, tokens=texts.tokens: own.extend(of) or tokens(of)
+        )
+    batch = next(batches(config, task))
+    assert read == {"train": whole.indices[1:3].tolist(), "held": chosen[[1, 3]].tolist()}
     for name, rows in batch.train_rows.items():
         np.testing.assert_array_equal(rows[1:3], whole.train_rows[name][1:3])
         assert not rows[[0, 3]].any()
+    for name, rows in batch.val_rows.items():
+        np.testing.assert_array_equal(rows[:, :, 1], whole.val_rows[name][:, :, 1])
+        assert not rows[:, :, 0].any()

@@ -70,9 +70,11 @@ def test_rows_are_split_over_data(tmp_path):
     rows = np.arange(16.0).reshape(8, 2)
     placement = placement_of(tmp_path, "data=4,model=2")
     found = placement.rows({"x": rows})["x"]
-    assert placement.val_rows(rows).sharding.is_fully_replicated
+    val_rows = placement.val_rows(rows.reshape(1, 2, 4, 2))  # in parts
+    assert val_rows.sharding.is_fully_replicated
+    assert (val_rows.reshape(8, 2) == rows).all()
     loss = jax.jit(placement.losses(lambda params, rows: rows.sum(1)))
-    assert loss({}, placement.val_rows(rows)).sharding.spec == P("data")
+    assert loss({}, val_rows.reshape(8, 2)).sharding.spec == P("data")
     assert (placement.own_rows(8) == np.arange(8)).all()
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 2)}
     assert (np.asarray(found) == rows).all()
