@@ -44,6 +44,11 @@ class Document:
         return " ".join(text.split())
 
 
+def is_long_enough(text: bytes, size: int) -> bool:
+    """Whether a text of ``size`` tokens can be used."""
+    return len(text) >= MIN_BYTES and size >= MIN_TOKENS
+
+
 class Documents(Sequence[Document]):
     """The documents of files, which are read again whenever one is asked for. Of each are kept 16
     bytes: where it is, its index in its file, and its size. As PyGrain has it, a
@@ -112,7 +117,7 @@ class Documents(Sequence[Document]):
             sizes = measure([document.text for document in found])
             for (index, record), document, size in zip(block, found, sizes, strict=True):
                 filled += len(document.text) >= MIN_BYTES
-                if len(document.text) < MIN_BYTES or size < MIN_TOKENS:
+                if not is_long_enough(document.text, size):
                     skipped.add(shard.place(record.number))
                     continue
                 self._at.append(record.at)

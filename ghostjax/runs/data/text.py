@@ -23,6 +23,7 @@ from ghostjax.runs.data.documents import (
     read_documents,
 )
 from ghostjax.runs.data.elements import text_elements
+from ghostjax.runs.data.kept import KeptTokens
 from ghostjax.runs.data.shards import Fields, Recent
 from ghostjax.runs.data.task import Example, Examples, Skipped
 from ghostjax.runs.errors import UsageError
@@ -59,14 +60,23 @@ def byte_pieces(text: bytes) -> list[str]:
 
 
 class Texts(Examples):
-    """Documents and their tokens, of which the latest are kept.
+    """Documents and their tokens, of which the latest are in memory.
+
+    Args:
+      kept: the tokens that the documents were measured by. None: they are made again.
 
     Attributes:
       sizes: integers [n], how many tokens each has.
     """
 
-    def __init__(self, documents: Sequence[Document], sizes: np.ndarray, coder: Coder):
-        self.documents, self.sizes, self._coder = documents, sizes, coder
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        sizes: np.ndarray,
+        coder: Coder,
+        kept: KeptTokens | None = None,
+    ):
+        self.documents, self.sizes, self._coder, self._kept = documents, sizes, coder, kept
         self._recent = Recent()
 
     def __len__(self) -> int:
@@ -96,7 +106,11 @@ class Texts(Examples):
         return [found[int(n)] for n in indices]
 
     def all_tokens(self) -> Iterator[np.ndarray]:
-        """Those of all documents in order."""
+        """Those of all documents in order: for the first time, those that were kept."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            yield from kept.read(self.sizes)
+            return
         for block in blocks((document.text for document in self.documents), BLOCK):
             yield from self._coder.encode(block)
 
@@ -200,19 +214,33 @@ def load_texts(config: TrainConfig) -> TextTask:
         coder = _load_tokenizer(config.tokenizer)
 
     skipped = Skipped()
+
+    def keep() -> KeptTokens | None:
+        return None if config.tokenizer is None else KeptTokens(coder.encode)
+
+    def read(paths: list[Path], fields: Fields, where: str) -> Texts:
+        kept = keep()
+        documents = read_documents(paths, fields, (kept or coder).sizes, skipped)
+        return _texts(coder, documents, where, skipped, kept)
+
     if config.train:
         fields = Fields(config.text_field, config.id_field, config.domain_field)
-        train = read_documents(config.train_files, fields, coder.sizes, skipped)
+        train = read(config.train_files, fields, "--train")
         val = {
-            name: read_documents(paths, Fields(config.text_field), coder.sizes, skipped)
+            name: read(paths, Fields(config.text_field), f"validation set {name}")
             for name, paths in config.val_files.items()
         }
     else:
-        train, val = default_documents(config.positions + 1)
+        documents, held_out = default_documents(config.positions + 1)
+        train = _texts(coder, documents, "--train", skipped, keep())
+        val = {
+            name: _texts(coder, own, f"validation set {name}", skipped, keep())
+            for name, own in held_out.items()
+        }
     dtype = jnp.dtype(config.dtype)
     return TextTask(
-        _texts(coder, train, "--train", skipped),
-        {name: _texts(coder, own, f"validation set {name}", skipped) for name, own in val.items()},
+        train,
+        val,
         GPT(SIZES[config.model], coder.vocabulary, dtype, config.remat),
         config.positions,
         skipped,
@@ -220,20 +248,25 @@ def load_texts(config: TrainConfig) -> TextTask:
 
 
 def _texts(
-    coder: Coder, documents: Documents | list[Document], where: str, skipped: Skipped
+    coder: Coder,
+    documents: Documents | list[Document],
+    where: str,
+    skipped: Skipped,
+    kept: KeptTokens | None = None,
 ) -> Texts:
     """Those of the documents that are long enough."""
     if isinstance(documents, Documents):
         sizes = documents.sizes
     else:
-        sizes = np.array(coder.sizes([document.text for document in documents]), np.int64)
+        measure = (kept or coder).sizes
+        sizes = np.array(measure([document.text for document in documents]), np.int64)
         for n in np.flatnonzero(sizes < MIN_TOKENS):
             skipped.add(documents[n].id)
         documents = [own for own, size in zip(documents, sizes) if size >= MIN_TOKENS]
         sizes = sizes[sizes >= MIN_TOKENS]
     if not len(documents):
         raise UsageError(f"{where}: no documents of at least {MIN_TOKENS} tokens")
-    return Texts(documents, sizes, coder)
+    return Texts(documents, sizes, coder, kept)
 
 
 def _byte_tokens(texts: list[bytes]) -> list[np.ndarray]:

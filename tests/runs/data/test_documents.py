@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import grain
@@ -12,6 +13,7 @@ import pytest
 from ghostjax.runs.config import TrainConfig
 from ghostjax.runs.data import text
 from ghostjax.runs.data.documents import Document, read_documents
+from ghostjax.runs.data.kept import KeptTokens
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.shards import Fields
 from ghostjax.runs.data.task import Skipped
@@ -217,6 +219,39 @@ def test_documents_of_too_few_tokens_are_skipped(write_data):
     assert skipped == Skipped(2, [f"{paths['a_txt']}, line 1", "a:0"])
     with pytest.raises(UsageError, match="--train: no documents of at least 2 tokens"):
         text._texts(coder, documents[:1], "--train", skipped)
+
+
+def test_a_tokenizer_is_asked_once_for_every_text(write_data, tmp_path, monkeypatch):
+    """The digests are those of ids and tokens, the same where they are asked for again."""
+    contents = ["one two three", "one", "x", "a b " * 300, "six seven"]
+    paths = write_data(a_txt="\n\n".join(contents[:4]), b_txt=contents[4])
+    config = TrainConfig(
+        tmp_path, train=(paths["a_txt"],), val=(f"b={paths['b_txt']}",), tokenizer=tmp_path,
+        batch_size=1, val_batch_size=1,
+    )  # fmt: skip
+    calls = []
+
+    def encode(texts):
+        calls.extend(own.decode().strip() for own in texts)
+        return [np.array([len(word) for word in own.split()], np.int32) for own in texts]
+
+    monkeypatch.setattr(text, "_load_tokenizer", lambda path: text.Coder(encode, None, 9))
+    task = load_task(config)
+    found = fingerprints(task.contents())
+    assert calls == list(map(str.strip, contents))
+    train, (held_out,) = task.examples, task.val_examples.values()
+    tokens = [encode([own.text for own in texts.documents]) for texts in (train, held_out)]
+    expected = {
+        "training examples": ["a:0", "a:3", *tokens[0]],
+        "validation set b": [1, *tokens[1]],
+    }
+    assert found == fingerprints(expected) == fingerprints(task.contents())
+
+
+def test_tokens_that_cannot_be_kept_name_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"none: No such .* set TMPDIR to a folder .* 4 bytes a"):
+        KeptTokens(lambda texts: [])
 
 
 def test_a_carriage_return_ends_a_line_too(write_data):
