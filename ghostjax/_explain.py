@@ -199,7 +199,8 @@ def _uses(loss: Loss, meeting: Meeting, factors, vectors, directions) -> list[Us
             return meeting.sums(kept, vectors, cotangents, stacked, route)
 
         stacked = directions is not None
-        each = jax.vmap(sums, in_axes=(0, 0, None)) if loss.per_example else sums
+        own = functools.partial(meeting.where_traced, sums)
+        each = jax.vmap(own, in_axes=(0, 0, None)) if loss.per_example else own
         kept, cotangents = jax.tree.map(lambda leaf: inside(leaf, rows), factors)
         if meeting.keeps_row_gradients:
             cotangents = [meeting.outputs[k] for k in meeting.differentiable]

@@ -1,6 +1,7 @@
 """Gradients of single examples, and their squared norms, from what a pass over all rows leaves."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -23,7 +24,6 @@ from ghostjax.core import (
     Squares,
     map_parts,
     mapped,
-    on_this_mesh,
     pair_squares,
     route_of_waiting,
     splits_rows,
@@ -83,14 +83,11 @@ class Pass:
             meeting = self.found.meetings[key]
             by_weights = labels is not None or isinstance(meeting, Regrouped)
             number = is_own if by_weights else example
-            with meeting.context():
-                number = on_this_mesh(number)
 
-                def one(kept, cotangents, meeting=meeting, number=number):
-                    return meeting.gradient(number, kept, cotangents)
+            def every(number, factors, meeting=meeting):
+                return mapped(functools.partial(meeting.gradient, number), meeting, *factors)
 
-                own = mapped(one, meeting, *on_this_mesh(factors[key]))
-            found[key] = on_this_mesh(own)
+            found[key] = meeting.where_traced(every, number, factors[key])
         return found
 
     def dots(self, gradients: list[Any], count: int) -> list[Any]:
@@ -170,11 +167,8 @@ class Pass:
         return meeting.places(kept, cotangents[0].ndim - len(inside))
 
     def _factors(self, key: str):
-        meeting = self.found.meetings[key]
-        with meeting.context():
-            (arrays, _), cotangents = on_this_mesh(self.factors[key])
-            found = meeting.use.factors(arrays, *cotangents)
-        return on_this_mesh(found)
+        meeting, ((arrays, _), cotangents) = self.found.meetings[key], self.factors[key]
+        return meeting.where_traced(meeting.use.factors, arrays, *cotangents)
 
 
 def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tuple[Loss, Arrays]:

@@ -1,5 +1,6 @@
 """explain: what it says beside what is run."""
 
+import functools
 import inspect
 import pathlib
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import explain, value_grad_and_dots
 from ghostjax._late import value_and_dots_fn
@@ -15,6 +17,7 @@ from models.flax import MODELS
 from models.layers import LAYERS
 from models.modules import CASES
 from tests.dots.checks import DENSE, X, dense
+from tests.dots.test_sharded import mesh_of
 
 
 def mean_of(row_losses):
@@ -154,6 +157,23 @@ def test_several_parameters_at_once():
     # dA @ B and A @ dB; their sums with zeros are none of the push.
     products = 2 * 2 * FEATURES * 2 * 4
     assert products <= explanation.push_flops <= products + 3 * FEATURES * 4
+
+
+def test_a_look_up_with_out_sharding():
+    """Its body has automatic axes, where those around it are explicit."""
+    mesh, rows = mesh_of(AxisType.Explicit), PartitionSpec("data")
+
+    def loss_fn(table, ids, **options):
+        return jnp.mean(jnp.square(table.at[ids].get(**options)))
+
+    table, ids = draw(6, 4), jnp.zeros((8, 3), jnp.int32)
+    alone = explain(loss_fn)(table, ids)
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(ids, NamedSharding(mesh, rows))
+        found = explain(functools.partial(loss_fn, out_sharding=rows))(table, ids)
+    fields = "row_axis", "route", "late_route", "flops", "late_flops"
+    assert table_of(found, *fields) == table_of(alone, *fields)
+    assert [norm.route for norm in found.norms.parameters] == ["together"]
 
 
 def test_rules_of_custom_vjp_functions():
