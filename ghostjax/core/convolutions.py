@@ -1,9 +1,11 @@
-"""Squared norms of kernels' gradients: a convolution is a product with the windows it moves over.
+"""Kernels' gradients by rows: a convolution is a product with the windows it moves over.
 
-|dW_b|^2 = sum_io (sum_t x_bti c_bto)^2       x_bt: the window of b's inputs at t, unfolded
+dW_b     = sum_t x_bt c_bt^T                  x_bt: the window of b's inputs at t, unfolded
+|dW_b|^2 = sum_io (sum_t x_bti c_bto)^2
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +33,44 @@ def is_unfolded(meeting: Meeting) -> bool:
         and eqn.params["batch_group_count"] == 1
         and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
     )
+
+
+def as_product(meeting: Meeting, function: Callable[..., list]) -> tuple[Callable[..., list], bool]:
+    """``function``, the operation of a meeting of one row; and whether it is a convolution with a
+    kernel of parameters, which is given as the product that it is.
+
+    Of one row, XLA's CPU backend takes ten times as long and more for the gradient of a
+    convolution. For several rows, each of which has a gradient of its own, it is one of grouped
+    features; where these are split over devices, XLA makes wrong numbers (jax 0.10).
+    """
+    eqn = meeting.eqn
+    if (
+        eqn is None
+        or eqn.primitive.name != "conv_general_dilated"
+        or set(meeting.moving.values()) != {(1,)}
+        or eqn.params["batch_group_count"] != 1
+    ):
+        return function, False
+    return (lambda operands: [_product(eqn.params, function, *operands)]), True
+
+
+def _product(params: dict[str, Any], function: Callable[..., list], inputs, kernel) -> jax.Array:
+    dims, groups = params["dimension_numbers"], params["feature_group_count"]
+    (output,) = jax.eval_shape(function, [inputs, kernel])
+    places = [output.shape[axis] for axis in dims.out_spec[2:]]
+    window = [kernel.shape[axis] for axis in dims.rhs_spec[2:]]
+    inputs = jnp.transpose(inputs, (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1]))
+    kernel = jnp.transpose(kernel, (*dims.rhs_spec[2:], dims.rhs_spec[1], dims.rhs_spec[0]))
+    windows = jax.vmap(lambda x: _windows(x, params, window, places))(inputs)
+    found = jnp.einsum(
+        "...kgi,kigo->...go",
+        windows.reshape(*windows.shape[:-1], groups, -1),
+        kernel.reshape(math.prod(window), kernel.shape[-2], groups, -1),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    order = np.argsort([dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1]])
+    return jnp.transpose(found.reshape(*found.shape[:-2], -1), order)
 
 
 def conv_squares(meeting: Meeting, inputs: jax.Array, cotangent: jax.Array) -> jax.Array:

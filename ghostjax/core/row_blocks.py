@@ -60,8 +60,8 @@ def map_parts(
 
 def _blocks(jaxpr: core.Jaxpr, num_rows: int, arrays: Sequence[Any]) -> int:
     """As many as the mesh has devices that the types of arrays tell, or as divide the rows."""
-    # A convolution of several rows with a kernel each has groups of features. Where these are
-    # split, XLA's partitioner makes wrong numbers (jax 0.10).
+    # Convolutions are products here (``convolutions.as_product``), but where parameters are made by
+    # some of others.
     if any(holds(eqn, "conv_general_dilated") for eqn in jaxpr.eqns):
         return 1
     return math.gcd(num_rows, max(jax.typeof(array).sharding.mesh.size for array in arrays) or 1)

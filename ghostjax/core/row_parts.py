@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ghostjax._jaxprs import live_equations
+from ghostjax.core.convolutions import as_product
 from ghostjax.core.meeting import Cells, Meeting, is_inexact, weighted, weights_at
 from ghostjax.core.places import Rows
 from ghostjax.core.routes import make_meeting
@@ -66,6 +67,8 @@ class Part:
       whole: the meeting of all rows.
       meeting: that of these rows; the whole one where it cannot be cut.
       kept: positions of the operands whose values are needed.
+      is_cut: whether it is of these rows alone.
+      is_for_one: whether it is made for one row at a time.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Part:
         self.inexact_data = {
             k for k, value in enumerate(operands) if value.is_data and is_inexact(value.primal)
         }
-        self.is_cut = count != whole.num_rows and _can_be_cut(whole, operands)
+        self.is_cut = self.is_for_one = count != whole.num_rows and _can_be_cut(whole, operands)
         self.meeting = whole
         if self.is_cut:
             operands = [
@@ -105,6 +108,9 @@ class Part:
         if not hasattr(whole, "gradient_of_rows"):
             moving = sorted({k for own in whole.moving.values() for k in own})
             primals = [value.primal for value in operands]
+            if self.is_cut or (whole.num_rows is None and count == 1):
+                function, is_product = as_product(whole, function)
+                self.is_for_one = self.is_cut or is_product
             self.pullback = Pullback(function, primals, moving, self.meeting)
         pulled = self.pullback.kept if self.pullback else ()
         self.kept = sorted({*self.meeting.kept, *pulled})

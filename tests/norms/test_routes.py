@@ -129,10 +129,12 @@ def test_convolutions(name, monkeypatch):
 
     conv_squares = squares.conv_squares
     monkeypatch.setattr(squares, "conv_squares", noted)
-    params, x = {"w": draw(*kernel)}, draw(*shape, seed=1)
+    params = {"w": draw(*kernel), "twice": draw(*kernel, seed=2)}
+    x = draw(*shape, seed=1)
 
     def losses(params, x):
-        return mean_squares(jnp.sin(convolution(x, params["w"], **options)))
+        once, first = (jnp.sin(convolution(x, params[name], **options)) for name in params)
+        return mean_squares(once + first * convolution(jnp.cos(x), params["twice"], **options))
 
     norms = jax.jit(squared_norms(losses))(params, x)
     testing.assert_dots_close(norms, Rows.of(losses, params, x).squares())
