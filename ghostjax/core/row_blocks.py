@@ -9,7 +9,8 @@ has devices, and a round of the loop takes one row of each:
     round    0 1 2 | 0 1 2 | 0 1 2 | ...
 
 Blocks stay where their rows are, however these are split, and features where they are: nothing is
-gathered, and numbers come out sharded like the rows.
+gathered, and numbers come out sharded like the rows. Where types tell no mesh, XLA is asked where
+rows are (``row_map``), which costs nothing on one device, and gathers only what else is split.
 """
 
 import math
@@ -22,6 +23,7 @@ from jax.extend import core
 
 from ghostjax._jaxprs import holds
 from ghostjax.core.place_rules import Rows
+from ghostjax.core.row_map import on_their_devices
 
 
 def map_parts(
@@ -34,18 +36,30 @@ def map_parts(
       places: of every array, where its rows are, with ``outer`` 1; None where all rows need all.
     """
     pairs = list(zip(arrays, places, strict=True))
-    parts = [_part(array, place, 0) for array, place in pairs]
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(parts)
-    of_row, treedef = core.jaxpr_as_fun(closed), jax.tree.structure(shapes)
-    num_rows = next(_rounds(array, place) for array, place in pairs if place is not None)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(
+        [_part(*pair, 0) for pair in pairs]
+    )
+    consts, treedef = list(closed.consts), jax.tree.structure(shapes)
+
+    def of_row(*parts):
+        own = core.ClosedJaxpr(closed.jaxpr, list(parts[: len(consts)]))
+        return core.jaxpr_as_fun(own)(*parts[len(consts) :])
+
+    def one_by_one(*arrays):
+        pairs = list(zip(arrays, places))
+        rows = jnp.arange(_num_rows(pairs))
+        return jax.lax.map(lambda row: of_row(*(_part(*pair, row) for pair in pairs)), rows)
+
+    num_rows = _num_rows(pairs)
+    arrays, places = [*consts, *arrays], [*[None] * len(consts), *places]
     blocks = _blocks(closed.jaxpr, num_rows, arrays)
     if blocks == 1:
-        numbers = jax.lax.map(
-            lambda row: of_row(*(_part(*pair, row) for pair in pairs)), jnp.arange(num_rows)
-        )
-        return treedef.unflatten(numbers)
+        return treedef.unflatten(on_their_devices(one_by_one, arrays, places))
     axes = [None if place is None else place.axis for place in places]
-    split = [array if place is None else _split(array, place, blocks) for array, place in pairs]
+    split = [
+        array if place is None else _split(array, place, blocks)
+        for array, place in zip(arrays, places)
+    ]
 
     def of_round(number):
         rows = [
@@ -60,15 +74,16 @@ def map_parts(
 
 def _blocks(jaxpr: core.Jaxpr, num_rows: int, arrays: Sequence[Any]) -> int:
     """As many as the mesh has devices that the types of arrays tell, or as divide the rows."""
-    # Convolutions are products here (``convolutions.as_product``), but where parameters are made by
-    # some of others.
+    # A convolution of several rows with a kernel each has groups of features. Where these are
+    # split, XLA's partitioner makes wrong numbers (jax 0.10). Those of data are products here
+    # (``convolutions.as_product``).
     if any(holds(eqn, "conv_general_dilated") for eqn in jaxpr.eqns):
         return 1
     return math.gcd(num_rows, max(jax.typeof(array).sharding.mesh.size for array in arrays) or 1)
 
 
-def _rounds(array: jax.Array, place: Rows) -> int:
-    return array.shape[place.axis] // place.inner
+def _num_rows(pairs: Sequence[tuple[Any, Rows | None]]) -> int:
+    return next(a.shape[place.axis] // place.inner for a, place in pairs if place is not None)
 
 
 def _part(array: jax.Array, place: Rows | None, row: Any) -> jax.Array:

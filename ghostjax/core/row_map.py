@@ -7,12 +7,17 @@ device goes through its own rows; only what else of them is split is gathered.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ghostjax.core.place_rules import Rows
+
+WHOLE = PartitionSpec()
 
 
 def map_rows(function: Callable[[Any], jax.Array], arrays: Any, block: int = 1) -> jax.Array:
@@ -22,28 +27,65 @@ def map_rows(function: Callable[[Any], jax.Array], arrays: Any, block: int = 1) 
     """
     leaves, treedef = jax.tree.flatten(arrays)
 
-    def plain(*leaves):
+    def loop(*leaves):
         size = min(block, leaves[0].shape[0])
-        return jax.lax.map(function, treedef.unflatten(leaves), batch_size=size)
+        return [jax.lax.map(function, treedef.unflatten(leaves), batch_size=size)]
 
-    if not splits_rows(*leaves):
-        return plain(*leaves)
+    return on_their_devices(loop, leaves, [Rows(0)] * len(leaves))[0]
+
+
+def on_their_devices(
+    loop: Callable[..., list[jax.Array]], arrays: Sequence[Any], places: Sequence[Rows | None]
+) -> list[jax.Array]:
+    """``loop(*arrays)``, a list of numbers [B], on every device of the rows that it has.
+
+    Args:
+      loop: a loop over as many rows as its arrays have; must not close over traced values.
+      places: of every array, where its rows are, with ``outer`` 1; None where all rows need all.
+    """
+    if not splits_rows(*arrays):
+        return loop(*arrays)
+    is_key = [jnp.issubdtype(array.dtype, jax.dtypes.prng_key) for array in arrays]
+    impls = [jax.random.key_impl(a) if key else None for a, key in zip(arrays, is_key)]
+    # Sharding rules count the axes of what XLA sees of keys, which are numbers.
+    arrays = [jax.random.key_data(a) if key else a for a, key in zip(arrays, is_key)]
+
+    def plain(*arrays):
+        wrap = jax.random.wrap_key_data
+        return loop(*(wrap(a, impl=impl) if impl else a for a, impl in zip(arrays, impls)))
+
     partitioned = custom_partitioning(plain)
 
     def partition(mesh, operands, results):
-        del results
-        rows = (*operands[0].sharding.spec, None)[0]
-        placed = NamedSharding(mesh, PartitionSpec(rows))
-        return mesh, plain, placed, (placed,) * len(operands)
+        (rows, *_) = (
+            (*operand.sharding.spec, *[None] * len(operand.shape))[place.axis]
+            for operand, place in zip(operands, places)
+            if place is not None
+        )
+        own = [PartitionSpec(*[None] * place.axis, rows) if place else WHOLE for place in places]
+        placed = tuple(NamedSharding(mesh, spec) for spec in own)
+        return mesh, plain, [NamedSharding(mesh, PartitionSpec(rows)) for _ in results], placed
 
     letters = (f"a{number}" for number in itertools.count())
-    others = [list(itertools.islice(letters, leaf.ndim - 1)) for leaf in leaves]
+    factors, inner, others = [], {}, []
+    for array, place in zip(arrays, places):
+        own = list(itertools.islice(letters, array.ndim))
+        others += own
+        if place is not None:
+            letter, own[place.axis] = own[place.axis], "b"
+            if place.inner > 1:
+                own[place.axis], inner[letter] = f"(b {letter})", place.inner
+            else:
+                others.remove(letter)
+        factors.append(" ".join(own))
+    numbers = ["b"] * len(jax.eval_shape(plain, *arrays))
     partitioned.def_partition(
         partition=partition,
-        sharding_rule=", ".join(" ".join(["b", *own]) for own in others) + " -> b",
-        need_replication_factors=tuple(itertools.chain(*others)),
+        sharding_rule=", ".join(factors) + " -> " + ", ".join(numbers),
+        need_replication_factors=tuple(others),
+        **inner,
     )
-    return differentiable(partitioned, plain)(*leaves)
+    return differentiable(partitioned, plain)(*arrays)
 
 
 def differentiable(

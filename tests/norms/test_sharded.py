@@ -165,6 +165,28 @@ def test_loops_over_rows_stay_on_their_devices(name, per_example):
     testing.assert_dots_close(compiled(params, x), squares)
 
 
+def test_rows_that_only_jit_places():
+    """Of these no type tells the mesh: XLA says where they are, merged with positions or not."""
+
+    key = jax.random.key(0)
+
+    def row_losses(params, x, key):
+        w = params["w"] * jax.random.uniform(key, (4, 4))
+        h = jnp.tanh(jnp.tanh(x @ w) @ w)
+        return mean_squares(jnp.tanh(h.reshape(-1, 4) @ w).reshape(x.shape))
+
+    params, x = {"w": draw(4, 4) / 2}, draw(16, 24, 4, seed=3)
+    mesh = mesh_of(AxisType.Auto)
+    places = [NamedSharding(mesh, spec) for spec in (WHOLE, ROWS, WHOLE)]
+    norms = jax.jit(squared_norms(row_losses), in_shardings=places)
+    compiled = norms.lower(params, x, key).compile()
+    assert testing.collectives(compiled) == []
+    found = compiled(*jax.device_put([params, x, key], places))
+    assert found["w"].sharding.is_equivalent_to(places[1], 1)
+    expected = jax.jit(squared_norms(row_losses))(params, x, key)
+    testing.assert_dots_close(jax.device_get(found), expected)
+
+
 @pytest.mark.parametrize("name", ["norms", "clipped"])
 def test_a_row_put_together_stays_where_it_is(name):
     """Its features, too, where parameters are split over a second axis of the mesh."""
