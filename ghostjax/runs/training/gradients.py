@@ -13,6 +13,7 @@ from ghostjax import directions, fidelity
 from ghostjax._aggregate import aggregate
 from ghostjax._norms import squared_norms
 from ghostjax._through import through_and_undefined
+from ghostjax.runs.training.joined import through_joined
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 GROUPS = 2  # of a part's rows
@@ -121,12 +122,15 @@ def make_directed(
     row_losses: Callable[[Any, Any], jax.Array],
     optimizer: optax.GradientTransformation,
     order: int,
+    is_joined: bool = False,
 ):
     """``(params, opt_state, grads, val_rows) -> Directed``, to be jitted.
 
     Args:
       order: 1 for validation gradients at the parameters, 2 for the midpoint of the update.
+      is_joined: whether to go through the optimizer by ``through_joined``.
     """
+    through_fn = through_joined if is_joined else through_and_undefined
     loss_fn = mean_and_losses(row_losses)
 
     def directed(params, opt_state, grads, val_rows):
@@ -151,7 +155,7 @@ def make_directed(
         of_set, group = jnp.arange(sets), jnp.argmax(jnp.abs(predicted), axis=1)
         val_grads = jax.tree.map(of_parts, by_group)
         with silent_micro_steps():
-            through, undefined = through_and_undefined(optimizer, opt_state, params, grads)
+            through, undefined = through_fn(optimizer, opt_state, params, grads)
         return Directed(
             updates,
             new_opt_state,

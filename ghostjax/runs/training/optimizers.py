@@ -13,6 +13,10 @@ from ghostjax import directions
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.training.gradients import silent_micro_steps
 
+# What they do to a coordinate depends on its own gradients, value and state.
+_ADAMS = frozenset(["adabelief", "adam", "adamax", "adamaxw", "adamw", "amsgrad", "radam", "yogi"])
+ALIKE = _ADAMS | {"adadelta", "adagrad", "rmsprop", "sgd"}
+
 
 def make_schedule(peak: float, steps: int) -> optax.Schedule:
     """Warm-up over a fifth of the steps, then cosine decay to a tenth of the peak.
@@ -72,6 +76,14 @@ def check_optimizer(optimizer: optax.GradientTransformation, params: Any, where:
             jax.eval_shape(direction, params)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def treats_alike(text: str) -> bool:
+    """Whether an optimizer by name does the same with all coordinates; clipping by the norm of all
+    of them may come before it."""
+    name, arguments = parse_optimizer(text)
+    trees = (dict, list, tuple)  # say what is done with which array
+    return name in ALIKE and not any(isinstance(own, trees) for own in arguments.values())
 
 
 def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:

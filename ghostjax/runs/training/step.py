@@ -64,6 +64,7 @@ def make_step(
     order: int,
     microbatches: int = 1,
     remat: bool = False,
+    is_joined: bool = False,
 ):
     """The step ``(state, train_rows, val_rows, audited=None) -> (state, StepRecord)``.
 
@@ -75,6 +76,7 @@ def make_step(
       order: 1 for validation gradients at the parameters, 2 for the midpoint of the update.
       microbatches: how many parts of the batch are differentiated one after another.
       remat: whether to save memory rather than time.
+      is_joined: as ``make_directed`` has it.
 
     One forward and one backward pass over the training rows give the gradient, and the factors that
     the scores are made of when it is known. With ``remat`` or several parts a second pass is made
@@ -89,7 +91,7 @@ def make_step(
     to be redone by plain autodiff, [n], for all validation sets.
     """
     differentiate = jax.jit(_differentiate(row_losses, microbatches, remat))
-    directed = jax.jit(make_directed(row_losses, optimizer, order), donate_argnums=1)
+    directed = jax.jit(make_directed(row_losses, optimizer, order, is_joined), donate_argnums=1)
     score = jax.jit(_make_score(row_losses, kinds, microbatches))
     audit = jax.jit(_make_audit(row_losses))
     correlation = jax.jit(fidelity.correlation)

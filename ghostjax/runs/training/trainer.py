@@ -19,7 +19,12 @@ from ghostjax.runs.data.batches import VisitOrder, generator
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.training.gradients import PARTS, make_norms
-from ghostjax.runs.training.optimizers import check_optimizer, make_optimizer, make_schedule
+from ghostjax.runs.training.optimizers import (
+    check_optimizer,
+    make_optimizer,
+    make_schedule,
+    treats_alike,
+)
 from ghostjax.runs.training.placement import ONE_DEVICE, Placement
 from ghostjax.runs.training.preflight import GATHERING, micro_step
 from ghostjax.runs.training.step import StepRecord, TrainState, make_plain_step, make_step
@@ -160,6 +165,9 @@ class Trainer:
             optimizer = task.optimizer
             check_optimizer(optimizer, shapes, "task.optimizer")
         self.optimizer = placement.optimizer(optimizer)
+        # Arrays that are split over devices would be gathered.
+        is_alike = task.optimizer is None and treats_alike(config.optimizer)
+        is_joined = is_alike and placement.mesh is None
         row_losses = placement.losses(task.row_losses)
         found = [
             kind_of(jax.tree_util.keystr(path))
@@ -176,6 +184,7 @@ class Trainer:
             order=config.order,
             microbatches=config.microbatches,
             remat=config.remat,
+            is_joined=is_joined,
         )
 
         self._norms = jax.jit(make_norms(row_losses, config.microbatches))
