@@ -79,6 +79,7 @@ def words(name, dtype):
     return loss, params, batch, 5 * by_row / by_row.sum(), direction, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), crossed(WORDS, [jnp.float32, jnp.bfloat16]))
 def test_audits_of_masks_and_weight_decay(name, dtype):
     loss, params, batch, weights, direction, result = words(name, dtype)
@@ -116,6 +117,7 @@ def audited(loss, params, batch, **told):
     )
 
 
+@pytest.mark.slow
 def test_dots_that_hold_the_weight_decay_are_wrong_where_it_is_told():
     loss, params, batch, _, direction, result = words("decay", jnp.float32)
     share = sum(jax.tree.leaves(result.shared))
@@ -124,6 +126,7 @@ def test_dots_that_hold_the_weight_decay_are_wrong_where_it_is_told():
     assert audited(loss, params, batch, dots=result.total() + share, **told) > 0.1
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("count", [1, 2])
 def test_audits_of_few_rows(count):
     direction = direction_like(DENSE)

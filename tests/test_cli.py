@@ -127,6 +127,7 @@ def test_missing_extras_are_named_with_the_remedy(module, monkeypatch, tmp_path,
     assert message == f'ghostjax: error: needs {module}: pip install "ghostjax[train]"\n'
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_equal_and_plain_output_is_plain(
     micro_config, micro_run, tmp_path, capsys, monkeypatch
 ):
@@ -145,12 +146,14 @@ def test_two_runs_of_one_seed_are_equal_and_plain_output_is_plain(
         assert getattr(again, name).equals(getattr(micro_run, name), check_metadata=True)
 
 
+@pytest.mark.slow
 def test_one_quiet_step_is_a_run_that_prints_nothing(micro_config, tmp_path, capsys):
     assert main(command(micro_config, out=tmp_path / "run", steps=1)) == 0
     assert capsys.readouterr() == ("", "")
     assert sum_visits(read_run(tmp_path / "run"))[0].tolist().count(1) == 4
 
 
+@pytest.mark.quick("error2-1-error: out of memory: lower --batch-")
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -181,6 +184,7 @@ def test_interrupted_before_there_is_a_run(micro_config, tmp_path, capsys, monke
     assert capsys.readouterr().err == "ghostjax: error: interrupted\n"
 
 
+@pytest.mark.quick("pyarrow", "jax")
 @pytest.mark.parametrize("module", ["pyarrow", "jax", "ghostjax.runs.commands.train"])
 def test_interrupted_while_modules_are_imported(module):
     """Wherever Ctrl-C comes, also where what it raises is lost, as in a callback of JAX."""
@@ -251,6 +255,7 @@ def test_importing_the_package_does_not_import_the_extras():
     assert "tyro" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "ghostjax", "train", "--help"],

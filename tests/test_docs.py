@@ -21,6 +21,7 @@ PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
 REFERENCE = (ROOT / "docs" / "pages" / "reference.md").read_text()
 
 
+@pytest.mark.quick("many_devices")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if snippets(page.read_text())], ids=lambda page: page.stem
 )

@@ -24,6 +24,7 @@ QUICK = ("nnx_model", "grain_loader")
 
 
 # wordllama's own dependencies warn; ours are errors still.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in NAMES]

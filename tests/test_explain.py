@@ -61,6 +61,7 @@ def test_dense():
     assert explanation.cost == explanation.flops / explanation.plain_flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2_scan", "gpt2_scan_remat"])
 def test_a_loop_of_layers_is_multiplied_out(name, standard_promotion):
     scanned, unrolled = explained(name), explained("gpt2")
@@ -75,6 +76,7 @@ def test_a_loop_of_layers_is_multiplied_out(name, standard_promotion):
     assert scanned.plain_flops - unrolled.plain_flops == pytest.approx(recomputed, abs=forward / 4)
 
 
+@pytest.mark.slow
 def test_loops_in_loops(standard_promotion):
     rounds = POSITIONS, 2 * POSITIONS  # of a recurrent cell, in layers of two
     case = CASES["scan_with_shared_weights_inside_scan_over_layers"]
@@ -84,11 +86,13 @@ def test_loops_in_loops(standard_promotion):
     assert max(use.times for use in explanation.uses) == 2 * POSITIONS
 
 
+@pytest.mark.slow
 def test_a_tied_table_is_used_twice(standard_promotion):
     uses = [use for use in explained("gpt2").uses if "embedding" in use.parameter]
     assert [use.operation.split()[0] for use in uses] == ["gather", "dot_general"]
 
 
+@pytest.mark.slow
 def test_convolutions(standard_promotion):
     explanation = explained("cnn")
     products = [u for u in explanation.uses if "conv_general_dilated" in u.operation]
@@ -176,6 +180,7 @@ def test_a_look_up_with_out_sharding():
     assert [norm.route for norm in found.norms.parameters] == ["together"]
 
 
+@pytest.mark.slow
 def test_rules_of_custom_vjp_functions():
     explanation = explained("custom_vjp_norm", LAYERS)
     by_rule = [use for use in explanation.uses if use.route == "rule"]
@@ -213,6 +218,7 @@ def test_per_example():
     assert one.plain_flops == pytest.approx(all_rows.plain_flops, rel=0.15)
 
 
+@pytest.mark.quick("cnn-True")
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("name", ["gpt2_scan_remat", "cnn", "gru_of_padded_sequences"])
 def test_bytes_are_those_that_are_kept(name, per_example, standard_promotion):
@@ -231,6 +237,7 @@ def test_bytes_are_those_that_are_kept(name, per_example, standard_promotion):
     assert explanation.late_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_shapes_in_the_place_of_arrays(standard_promotion):
     row_losses, params, batch = MODELS["gpt2_scan_remat"]()
     fn = explain(mean_of(row_losses), directions=2)

@@ -159,6 +159,16 @@ def ran(monkeypatch):
     return found
 
 
+@pytest.mark.quick(
+    "dense",
+    "many_positions",
+    "convolution",
+    "looked_up",
+    "looked_up_often",
+    "tied",
+    "sums_of_parameters",
+    "sorted_rows",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_routes_are_those_that_run(name, ran):
     loss_fn, params, batch, expected = CASES[name]
@@ -185,6 +195,15 @@ def count(function, *args):
     return flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+@pytest.mark.quick(
+    "looked_up-False",
+    "looked_up_often-False",
+    "dense-False",
+    "many_positions-False",
+    "convolution-False",
+    "sums_of_parameters-False",
+    "sorted_rows-False",
+)
 @pytest.mark.parametrize(
     ("name", "per_example"), [*((name, False) for name in CASES), ("tied", True)]
 )
@@ -273,6 +292,7 @@ def gpt():
     return (lambda params, batch: jnp.mean(row_losses(params, batch))), params, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [perceptron, scanned, images, pytest.param(gpt, marks=pytest.mark.slow)]
 )

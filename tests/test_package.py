@@ -34,6 +34,7 @@ def test_the_package_itself_loads_nothing(statement):
     assert imported_by(statement) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement", ["from ghostjax import value_grad_and_dots", "from ghostjax import *"]
 )
@@ -41,6 +42,7 @@ def test_public_names_load_their_libraries_and_no_more(statement):
     assert imported_by(statement) == imported_by("import jax, flax.linen, optax")
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_seen():
     assert {"jax", "pyarrow"} <= imported_by("import jax, pyarrow")
 

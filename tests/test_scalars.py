@@ -25,6 +25,7 @@ def count_undefined(tx, opt_state, params, grads, val_grads):
     return directions.count_undefined(tx, opt_state, params, grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [directions.through_optimizer, count_undefined])
 def test_the_code_grows_with_the_number_of_parameters_not_its_square(function):
     # 4 would be in proportion, 16 the square.

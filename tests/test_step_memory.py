@@ -56,6 +56,7 @@ def assert_near(estimate, found, factor=1.5):
     assert found / factor <= estimate <= found * factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", blocks.LAYOUTS)
 def test_on_meshes(layout):
     args, outputs = on_mesh(layout)
@@ -103,6 +104,7 @@ MAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPPED)
 def test_shard_map(name):
     """Its body has what one device has, and says what is sent."""
@@ -158,6 +160,7 @@ def test_explicit_axes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_scan", "gpt2_scan_remat", "cnn"])
 def test_on_one_device(name, standard_promotion):
     row_losses, params, batch = MODELS[name]()

@@ -90,6 +90,7 @@ def test_one_set_takes_scores_with_or_without_its_axis():
     chex.assert_trees_all_equal(values.add(ids, scores), values.add(ids, scores[:, 0]))
 
 
+@pytest.mark.quick("1e+30")
 @pytest.mark.parametrize("score", [np.nan, np.inf, 1e30])
 def test_padding_is_passed_over_whatever_its_score(score):
     values = InRunValues.zeros(3)
@@ -151,12 +152,14 @@ for values in (given.values, known.values, many.values[0], many.values[1] / 2):
 """
 
 
+@pytest.mark.slow
 def test_optimized_code_keeps_the_compensation():
     """The flags of these tests leave most optimizations out."""
     environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run([sys.executable, "-c", OPTIMIZED], check=True, env=environment)
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 1000])
 def test_rows_of_one_call_are_rounded_once(rows):
     generator = np.random.default_rng(rows)
@@ -207,6 +210,7 @@ def test_scores_of_fewer_bits_are_summed_in_float32(dtype):
     assert values.values.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
 def test_ids_of_fewer_bits_than_the_number_of_examples(dtype):
     found = InRunValues.zeros(100_000).add(jnp.array([-1, 5], dtype), jnp.ones(2))

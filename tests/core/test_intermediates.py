@@ -123,6 +123,7 @@ def intermediates(jaxpr, infos, values, notes):
     return inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "inputs", "labels", "loss"), MODELS)
 def test_every_intermediate(model, inputs, labels, loss):
     noise = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

@@ -43,6 +43,7 @@ def midpoint_scores(params, x, learning_rate, curvature):
     return result.total() / len(x), updates
 
 
+@pytest.mark.slow
 def test_midpoint_scores_add_up_to_the_actual_decrease(params, curvature):
     x, _, learning_rate = shares_of_rows(params)
     scores, updates = midpoint_scores(params, x, learning_rate, curvature)
@@ -102,6 +103,7 @@ def test_what_the_midpoint_misses_is_of_third_order(params):
 ALONG = {"midpoint": (directions.midpoint, 0.5), "look_ahead": (directions.look_ahead, 1.0)}
 
 
+@pytest.mark.quick("float32-look_ahead", "bfloat16-look_ahead")
 @pytest.mark.parametrize("name", ALONG)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gradient_is_that_at_a_point_of_the_update(name, dtype, standard_promotion):

@@ -11,6 +11,7 @@ from ghostjax import directions, testing, value_grad_and_dots
 from tests.directions.checks import OPTIMIZERS, draw_like, losses_of, warmed_up
 
 
+@pytest.mark.quick("sgd", "momentum", "multi_transform")
 @pytest.mark.parametrize(
     "name", ["sgd", "momentum", "clipped_adamw", "adafactor", "multi_transform"]
 )
@@ -49,6 +50,7 @@ def test_scores_predict_what_leaving_a_row_out_changes(name, params):
     testing.assert_dots_close(scores(grads, updates), np.array(changes), rtol=1e-6)
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("per_example", [False, True])
 def test_stacked_directions_give_value_and_gradient_once(per_example, params):
     x = jnp.asarray(np.random.default_rng(20).normal(size=(5, 4)))

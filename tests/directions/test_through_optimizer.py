@@ -12,6 +12,18 @@ from tests.directions.checks import OPTIMIZERS, by_kind, draw_like, warmed_up
 from tests.variants import crossed
 
 
+@pytest.mark.quick(
+    "momentum",
+    "adamw",
+    "multi_transform",
+    "adabelief",
+    "nesterov",
+    "adam_clipped_afterwards",
+    "frozen",
+    "nadam",
+    "rmsprop",
+    "injected",
+)
 @pytest.mark.filterwarnings("ignore:optax.MultiSteps")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_through_optimizer_against_finite_differences(name, params):
@@ -43,6 +55,7 @@ def test_sgd_is_the_learning_rate_times_the_validation_gradient(params):
     chex.assert_trees_all_close(found, jax.tree.map(lambda leaf: 0.25 * leaf, val_grads))
 
 
+@pytest.mark.quick("float16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_small_gradients_are_not_taken_for_zero(dtype, standard_promotion):
     """In float16, too, clipping that does nothing at these gradients does nothing."""
@@ -56,6 +69,7 @@ def test_small_gradients_are_not_taken_for_zero(dtype, standard_promotion):
     np.testing.assert_array_equal(found, val_grads / 2)
 
 
+@pytest.mark.slow
 def test_steps_that_only_gather_have_no_direction(params):
     tx = OPTIMIZERS["accumulated"]()
     with pytest.warns(UserWarning, match=r"optax.MultiSteps: .* all of their rows score 0"):
@@ -83,6 +97,7 @@ CLIPPED = {
 }
 
 
+@pytest.mark.quick("adamw_bfloat16_moments-bfloat16")
 @pytest.mark.parametrize(("name", "dtype"), crossed(CLIPPED, [jnp.float32, jnp.bfloat16]))
 def test_undefined_coordinates_are_constants_and_counted(name, dtype, standard_promotion):
     """Where gradient and second moment are zero, Adam's derivative is 0 * inf."""
@@ -176,6 +191,7 @@ def test_a_part_that_is_sign_based_is_named(params):
         directions.through_optimizer(tx, tx.init(params), params, params, params)
 
 
+@pytest.mark.quick("multi_transform", "sgd")
 @pytest.mark.parametrize("name", ["sgd", "clipped_adamw", "adafactor", "multi_transform"])
 def test_stacked_validation_gradients(name, params):
     tx = OPTIMIZERS[name]()

@@ -84,6 +84,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "loss"), crossed(CUTS, LOSSES))
 def test_a_scan_over_parts(cut, loss, standard_promotion):
     """The first scan accumulates the gradient, the second multiplies with the direction."""
@@ -118,6 +119,7 @@ def test_a_scan_over_parts(cut, loss, standard_promotion):
     testing.assert_dots_close(values.of("val"), of_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:optax.MultiSteps")
 @pytest.mark.parametrize(("cut", "loss"), crossed(CUTS, LOSSES))
 def test_multi_steps(cut, loss, standard_promotion):

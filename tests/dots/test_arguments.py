@@ -64,6 +64,7 @@ class WithTable(eqx.Module):
         return self.dropout(self.mlp(x[self.table]))
 
 
+@pytest.mark.slow
 def test_an_equinox_module():
     """As ``eqx.filter_grad`` has it."""
     net = eqx.nn.MLP(FEATURES, 3, 4, 1, key=jax.random.key(0))

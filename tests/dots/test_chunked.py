@@ -255,6 +255,7 @@ def test_bfloat16():
     testing.assert_dots_close(result.dots, expected, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_no_more_than_a_chunk_is_held():
     size, vocabulary, tiles = 16, 4096, 32
     params = {**P, "head": draw(F, vocabulary)}
@@ -304,6 +305,7 @@ def test_rules_that_mix_rows_are_refused(name, tiles):
         jax.eval_shape(value_grad_and_dots(loss_with(tiled(tiles, one))), P, BATCH, direction=P)
 
 
+@pytest.mark.slow
 def test_rows_paired_with_other_rows():
     def one(own, h, y, mask):
         of_own, of_h = edited(lambda d: d[::-1])(own, h, y, mask)

@@ -134,6 +134,7 @@ def test_explicit_axes_send_the_same(expected):
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", some_quick(LAYOUTS, ["replicated", "fsdp_and_tensor"]))
 def test_directions_lie_like_parameters(layout, expected, standard_promotion):
     """A whole step, that says nowhere how its results are to be split; several directions."""

@@ -75,6 +75,7 @@ def test_in_a_scan_over_microbatches():
     testing.assert_dots_close(joined, fn(DENSE, X, direction=direction).dots)
 
 
+@pytest.mark.slow
 def test_arguments_in_any_place_and_aux():
     def loss_fn(scale, x, key, params, *, shift, name="unused"):
         noise = jax.random.normal(key, x.shape)

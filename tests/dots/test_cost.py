@@ -38,6 +38,7 @@ def figures(function, *args):
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_cost_over_the_floor(setup, forward_flops):
     loss_fn, args = setup
     fn = value_grad_and_dots(loss_fn)
@@ -56,6 +57,7 @@ def test_cost_over_the_floor(setup, forward_flops):
     assert flops > floor_flops + 0.5 * forward_flops  # or XLA counts something else
 
 
+@pytest.mark.slow
 def test_cost_of_a_direction_made_of_the_gradient(setup, forward_flops):
     """The training rows see one forward and one backward pass, though the direction comes late."""
     loss_fn, args = setup
@@ -79,6 +81,7 @@ def test_cost_of_a_direction_made_of_the_gradient(setup, forward_flops):
     assert scratch_bytes <= 1.10 * floor_bytes
 
 
+@pytest.mark.slow
 def test_cost_of_further_directions(setup, forward_flops):
     """K directions repeat the products with directions, at most, and nothing else."""
     loss_fn, (params, train, _) = setup
@@ -100,6 +103,7 @@ def test_cost_of_further_directions(setup, forward_flops):
         assert four_flops - one_flops <= 1.01 * 3 * forward_flops
 
 
+@pytest.mark.slow
 def test_explained_cost(setup):
     """``explain`` says beforehand what XLA counts."""
     loss_fn, (params, train, _) = setup

@@ -261,6 +261,9 @@ SLOW = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(
+    "batch_norm-mean", "attention_over_rows-mean", "statistics_in_a_row-mean", "mixed_up-mean"
+)
 @pytest.mark.parametrize(
     ("name", "reduction"),
     some_quick(

@@ -214,6 +214,7 @@ def test_the_engine_does_not_mind_what_is_printed():
     testing.assert_dots_close(found.dots, testing.per_example_dots(rows, PARAMS, X, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [value_grad_and_dots, value_and_dots_fn])
 def test_a_single_row(make):
     """Nothing can be mixed."""
@@ -294,6 +295,7 @@ def test_a_norm_over_a_named_axis():
         check(row_losses, params, x)
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks():
     def loss_fn(p, x):
         block = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))

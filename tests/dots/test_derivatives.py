@@ -126,6 +126,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form", "route", "count"), some_quick(CASES, QUICK))
 def test_derivatives_of_the_dots(name, form, route, count, monkeypatch):
     """By the direction, the weighted sum of rows' gradients; by parameters, sum_i w_i H_i v."""

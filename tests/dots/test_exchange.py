@@ -115,6 +115,7 @@ def loss_of(local, *, reduced, check_vma, remat=False):
     return lambda p, x: jnp.mean(run(p, x))
 
 
+@pytest.mark.quick("gathered-False", "ring-True")
 @pytest.mark.parametrize(("name", "check_vma"), crossed(CASES, [False, True]))
 def test_rows_that_go_to_other_devices_and_come_back(name, check_vma):
     local, apart = CASES[name]

@@ -180,6 +180,7 @@ CASES = {
 SLOW = {"capacity", "capacity_by_einsum", "unsorted_top_two"}  # like others, in fewer steps
 
 
+@pytest.mark.quick("experts_choose", "combined_by_einsum")
 @pytest.mark.parametrize("name", some_quick(CASES, lambda name: name not in SLOW))
 def test_experts(name):
     direction = direction_like(PARAMS)

@@ -158,6 +158,7 @@ QUICK = ("fsdp_tensor", "scan"), ("fsdp", "remat")
 PAIRS = some_quick(itertools.product(CASES, LOOPS), QUICK)
 
 
+@pytest.mark.quick("fsdp_tensor-scan")
 @pytest.mark.usefixtures("on_mesh")
 @pytest.mark.parametrize(("case", "loop"), PAIRS)
 def test_dots(case, loop, expected):

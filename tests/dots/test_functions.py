@@ -21,11 +21,13 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.mark.quick("own_module_with_custom_vjp", "positions_in_a_module_of_their_own")
 @pytest.mark.parametrize("name", some_quick(KINDS, QUICK))
 def test_flax_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["remat", "scan_of_remat"])
 def test_rematerialised_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient=False)
@@ -36,6 +38,7 @@ def test_functions(name, reduction):
     check(*FUNCTIONS[name](), reduction, exact_gradient="checkpoint" not in name)
 
 
+@pytest.mark.quick("positions_without_rows", "einsum_of_three", "low_rank_adapter")
 @pytest.mark.parametrize("name", some_quick(FUNCTIONS, [*FUNCTIONS][::3]))
 def test_per_example(name):
     """The loss of one row, vectorized: the same results without any tracking."""

@@ -105,6 +105,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick("frozen features-share")
 @pytest.mark.parametrize(("name", "coupled"), crossed(CASES, ["error", "share"]))
 def test_dots_are_those_of_rows(name, coupled):
     loss_fn, losses = CASES[name]
@@ -178,6 +179,7 @@ def place_losses(p, batch):
     return losses_of(hidden(p, batch), p["head"], batch["y"])
 
 
+@pytest.mark.slow
 def test_packed_documents_and_groups_of_rows():
     direction = direction_like(P)
     groups = jnp.array([1, 0, 1, -1])
@@ -205,6 +207,7 @@ def test_packed_documents_and_groups_of_rows():
     assert int(of_documents.conflicts) == 0
 
 
+@pytest.mark.slow
 def test_norms_clipping_and_pairs():
     @jax.jit
     def run(p, batch):
@@ -291,6 +294,7 @@ def of_activations(backward):
     return lambda p, batch: function(hidden(p, batch)) / B
 
 
+@pytest.mark.slow
 def test_rules_of_activations_alone_that_mix_rows():
     """Their dots were rows' shares, without a word."""
     fn = value_grad_and_dots(of_activations(lambda d: d - d.mean(0, keepdims=True)))

@@ -71,6 +71,7 @@ CASES |= {
 }
 
 
+@pytest.mark.quick("concatenated", "updated", "scattered", "stacked")
 @pytest.mark.parametrize("name", CASES)
 def test_examples_put_together_from_hidden_values_and_data(name):
     check_loss(*CASES[name], PARAMS, BATCH, exact_gradient=False)

@@ -36,6 +36,7 @@ def of_documents_apart():
     return [grad(PARAMS, own) for own in packed.documents_apart(BATCH)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"scan": False, "remat": False, "flat": True}],
@@ -172,6 +173,9 @@ def ordered_by_one_position(use, x, places):
     return jnp.sum(jnp.square(h), axis=-1)[jnp.argsort(order)]
 
 
+@pytest.mark.quick(
+    "convolved", "shifted", "summed_so_far", "sorted_by_data", "attending", "backwards"
+)
 @pytest.mark.parametrize(
     "losses",
     [
@@ -215,6 +219,7 @@ def row_losses(p, x):
     return jnp.mean(jnp.square(jnp.tanh(x @ p["w"]) @ p["u"] @ p["b"]), axis=(-2, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_example", [False, True])
 def test_groups_of_rows_and_padding(per_example):
     """One label per row; what has a negative one belongs to nobody, as ``shared`` says."""

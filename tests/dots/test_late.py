@@ -54,6 +54,7 @@ QUICK = (*[*FUNCTIONS][::3], "gpt2_scan_remat")
 NAMES = some_quick([*FUNCTIONS, "gpt2", "gpt2_scan_remat"], QUICK)
 
 
+@pytest.mark.quick("einsum_of_three")
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_directions(name, standard_promotion):
     losses, params, batch = (FUNCTIONS | MODELS)[name]()

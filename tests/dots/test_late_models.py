@@ -38,6 +38,7 @@ def test_models(name):
     check_late(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(LAYERS, QUICK))
 def test_layers(name):
     exact_gradient = "checkpoint" not in name and name not in FUSED_OTHERWISE
@@ -50,6 +51,7 @@ def test_libraries(name):
         check_late(*LIBRARIES[name](), exact_gradient="remat" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", some_quick([name for name in CASES if name not in CANCELLED], QUICK)
 )
@@ -57,6 +59,7 @@ def test_flax_models(name):
     check_late(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient="remat" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(EQUINOX, QUICK))
 def test_equinox_models_of_one_row(name):
     with jax.numpy_rank_promotion("allow"):

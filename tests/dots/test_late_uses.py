@@ -55,6 +55,7 @@ def deep_loss(layers, params, x):
     return jnp.mean(mean_squares(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["unrolled", "scan", "scan_remat"])
 def test_one_forward_and_one_backward_pass(layers):
     """Beside a plain step, one product for each direction, though they depend on the gradient."""

@@ -23,23 +23,33 @@ QUICK_LIBRARIES = ("nnx_transformer", "nnx_scan_of_remat", "equinox_transformer"
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(MODELS, QUICK))
 def test_models(name):
     reduction = "sum" if name in SUMMED else "mean"
     check(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
 
 
+@pytest.mark.quick(
+    "custom_vjp_with_integers",
+    "routed_experts",
+    "custom_jvp_activations",
+    "quantised_products",
+    "weights_from_a_root",
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
     check(*LAYERS[name](), exact_gradient="checkpoint" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(LIBRARIES, QUICK_LIBRARIES))
 def test_libraries(name):
     with jax.numpy_rank_promotion("allow"):
         check(*LIBRARIES[name](), exact_gradient="remat" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(EQUINOX, ["equinox_cnn", "equinox_gru"]))
 def test_equinox_models_of_one_row(name):
     with jax.numpy_rank_promotion("allow"):
@@ -87,6 +97,7 @@ def bias_dots(losses, params, batch, direction):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(["gpt2", "cnn"], ["gpt2"]))
 def test_bfloat16(name):
     """Within 1e-2 of per-row autodiff in bfloat16, without exception.
@@ -111,6 +122,7 @@ def test_bfloat16(name):
     assert len(biases) == every
 
 
+@pytest.mark.slow
 def test_the_key_of_dropout_is_an_argument_like_any_other():
     losses, params, tokens = gpt2_with_key()
     direction = direction_like(params)

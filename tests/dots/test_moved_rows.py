@@ -29,6 +29,14 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(
+    "padded",
+    "summed_so_far",
+    "with_a_token_of_parameters",
+    "written",
+    "rolled_in_a_carry",
+    "time_first_cut_across",
+)
 @pytest.mark.parametrize("name", some_quick(CASES, QUICK))
 def test_moved_rows(name):
     loss_fn, row_losses = CASES[name]
@@ -89,6 +97,7 @@ def test_rows_that_data_mix_have_no_dots(loss_fn):
         assert (leaf == own).all()
 
 
+@pytest.mark.quick("inputs", "outputs", "parameters_among_rows")
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [

@@ -29,6 +29,7 @@ NORMS = {
 SLOW = {"part of a row a block", "all rows in one block", "vmap of positions"}  # like others
 
 
+@pytest.mark.quick("two rows a block")
 @pytest.mark.parametrize("name", some_quick(NORMS, lambda name: name not in SLOW))
 def test_norms_with_a_scale(name):
     losses, params, x = NORMS[name]()
@@ -95,6 +96,7 @@ def rms_of_gpus(x, scale):
     return of_gpus("rms_norm").rms_norm(x, scale, jnp.zeros(F), interpret=True)
 
 
+@pytest.mark.slow
 def test_a_norm_of_gpus_with_a_constant_scale(standard_promotion):
     def losses(params, x):
         return jnp.sum(jnp.tanh(rms_of_gpus(x @ params["w"], PARAMS["scale"])), (1, 2))
@@ -102,6 +104,7 @@ def test_a_norm_of_gpus_with_a_constant_scale(standard_promotion):
     check(losses, {"w": PARAMS["w"]}, draw(B, T, F, seed=1), exact_gradient=False)
 
 
+@pytest.mark.slow
 def test_a_norm_of_gpus_with_a_parameter(standard_promotion):
     def losses(params, x):
         return jnp.sum(jnp.tanh(rms_of_gpus(x @ params["w"], params["scale"])), (1, 2))
@@ -130,6 +133,7 @@ ATTENTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_between_projections(name):
     attend, merged = ATTENTION[name]

@@ -129,6 +129,7 @@ def test_stacked_dots_by_the_loop_over_rows(form, monkeypatch):
     testing.assert_dots_close(of_real(found), jax.tree.map(lambda leaf: leaf / REAL, expected))
 
 
+@pytest.mark.slow
 def test_norms_and_pairs():
     grads = testing.per_example_grads(row_losses, PARAMS, ALONE)
     gram = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).reshape(REAL, -1) / REAL, grads)
@@ -148,6 +149,7 @@ def test_norms_and_pairs():
     testing.assert_dots_close(own, gram)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3])
 def test_clipping(max_norm):
     """The gradient is that of the real rows: padded ones have none to clip, and none to divide."""
@@ -189,6 +191,7 @@ def test_rubbish_in_norms_pairs_and_clipping(quantity):
     jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [early, late])
 def test_rubbish_behind_one_where_stays_in_its_rows(form):
     """There the plain gradient itself is NaN. Dots are NaN in the rows whose data are, which

@@ -68,6 +68,7 @@ def pipeline(run, data=1, *, check_vma=True, is_masked=True, inside=False):
     return lambda p, x: jnp.mean(mapped(p, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "options"),
     [

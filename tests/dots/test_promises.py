@@ -258,6 +258,7 @@ def scaled_by_lengths(x, lengths):
     return call(lengths, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promised", [False, True])
 def test_a_promise_about_a_kernel(promised):
     """Of a kernel that reads scalars of other rows, through which no gradient flows."""

@@ -161,6 +161,7 @@ def network_losses(params, x):
     return mean_squares(network(params, x))
 
 
+@pytest.mark.slow
 def test_loops_checkpoints_and_products_of_parameters(taken):
     directions = directions_like(NETWORK)
     for result in jax.jit(both_forms(mean_of(network_losses)))(NETWORK, X, directions):

@@ -73,6 +73,7 @@ def expected(direction):
     }
 
 
+@pytest.mark.quick("sorted_by_data")
 @pytest.mark.parametrize("arrangement", ["in_place", "positions_first", "sorted_by_data"])
 def test_rules_by_position(arrangement):
     def arranged(params, x):
@@ -181,6 +182,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.quick("added", "added by position")
 @pytest.mark.parametrize("name", WRITTEN)
 def test_rows_of_cotangents_at_the_places_of_labels(name):
     loss_fn, losses = with_rule(*WRITTEN[name])

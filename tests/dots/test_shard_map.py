@@ -331,6 +331,14 @@ def compare(loss_fn, expected):
     assert max(np.max(leaf) for leaf in jax.tree.leaves(errors)) <= 1e-5
 
 
+@pytest.mark.quick(
+    "one_row_each_with_more_uses-True",
+    "rows_on_the_second_axis-False",
+    "every_device_has_a_position-False",
+    "copies-False",
+    "scattered-True",
+    "without_parameters-True",
+)
 @pytest.mark.parametrize(
     ("case", "check_vma"),
     some_quick(

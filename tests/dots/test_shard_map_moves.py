@@ -11,6 +11,7 @@ from models.arrays import direction_like, draw
 from tests.dots.checks import expected_dots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["sorted", "row_by_row", "recurrent"])
 def test_rows_that_move_on_a_device(order):
     """Tokens sorted by expert on every device, and a loop over a device's rows."""
@@ -102,6 +103,7 @@ def test_positions_on_a_device():
     testing.assert_dots_close(result.dots, expected)
 
 
+@pytest.mark.slow
 def test_rows_that_move_on_a_device_and_cross_to_others():
     mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
 

@@ -65,6 +65,7 @@ def expected():
     return expected_dots(rows_of, PARAMS, BATCH, DIRECTION)
 
 
+@pytest.mark.slow
 @forms_and_checks
 def test_weight_decay_inside(check_vma, form, expected):
     """Every device adds it to its loss; it belongs to no row, and is there once."""
@@ -214,6 +215,7 @@ def test_sums_of_the_rows_of_several_devices():
     assert bool(jnp.isnan(found.total()).all())
 
 
+@pytest.mark.slow
 def test_statistics_of_all_devices():
     def centred(h):
         return h - jax.lax.pmean(jnp.mean(h, axis=0, keepdims=True), "data")
@@ -253,6 +255,7 @@ def _scaled_backward(residuals, cotangent):
 scaled_by_the_norm.defvjp(lambda w, x: (x @ w, (w, x)), _scaled_backward)
 
 
+@pytest.mark.quick("one_row")
 @pytest.mark.parametrize("rows", [ROWS, EIGHT], ids=["rows", "one_row"])
 def test_a_rule_that_mixes_the_rows_of_devices(rows):
     def inside(params, batch):
@@ -304,6 +307,7 @@ def test_the_engine_refuses_parameters_inside():
         engine(PARAMS, BATCH)
 
 
+@pytest.mark.slow
 def test_the_engine_takes_data_inside():
     run = jax.shard_map(jnp.tanh, mesh=MESH, in_specs=ROWS, out_specs=ROWS)
 

@@ -43,11 +43,20 @@ NAMES = some_quick(CASES, lambda name: name not in (*SLOW, *ALIKE))
 LATE = ["solve_by_row", "multivariate_normal", "rows_solved_together", "loop_that_rows_end"]
 
 
+@pytest.mark.quick(
+    "triangular_solve_from_the_right",
+    "custom_vmap",
+    "tridiagonal_solve_by_row",
+    "reduce_by_own",
+    "rows_solved_together",
+    "loop_that_moved_rows_end",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_solvers(name):
     check(*CASES[name])
 
 
+@pytest.mark.quick("loop_that_rows_end")
 @pytest.mark.parametrize("name", some_quick([*LATE, *SLOW], LATE))
 def test_late_directions(name):
     check_late(*CASES[name])

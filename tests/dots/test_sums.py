@@ -161,6 +161,14 @@ SLOW = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(
+    "a_layer_behind_the_mean",
+    "jitted_and_rematerialised",
+    "nested_with_a_constant_between",
+    "masked_mean",
+    "weights_in_a_product",
+    "a_loop_over_rows",
+)
 @pytest.mark.parametrize("name", some_quick(CASES, lambda name: name not in SLOW))
 def test_a_parameter_times_a_mean(name):
     loss_fn, row_losses, rest = CASES[name]

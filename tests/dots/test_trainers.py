@@ -70,6 +70,7 @@ def test_parameters_apart(build):
     compare(result.dots, loss_fn, params, direction)
 
 
+@pytest.mark.slow
 def test_an_nnx_module_in_the_place_of_value_and_grad():
     model = nnx_net(nnx.gelu)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -87,6 +88,7 @@ def test_an_nnx_module_in_the_place_of_value_and_grad():
     compare(dots(direction), of_params, params, direction)
 
 
+@pytest.mark.slow
 def test_an_equinox_module_in_the_place_of_value_and_grad():
     def loss_fn(model, x):
         return mean_squares(jax.vmap(model)(x))
@@ -104,6 +106,7 @@ def test_every_test_that_the_table_names_is_there():
     assert all((README.parent / name).exists() for name in named)
 
 
+@pytest.mark.slow
 def test_labels_under_filter_jit():
     """Which binds arguments by the signature."""
 

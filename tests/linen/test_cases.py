@@ -64,6 +64,9 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(
+    "remat_scan", "dense_general_batch_dims", "embed_out_of_range", "unused_parameter"
+)
 @cases(CASES, QUICK)
 def test_float32(name, standard_promotion):
     loss_fn, params, batch, result = run(name, 7, 3, 7, jnp.float32)
@@ -85,6 +88,7 @@ def test_float32_one_position_sum_of_losses(name, standard_promotion):
 NORMS = [name for name in CASES if "norm" in name and not name.startswith("batchnorm")]
 
 
+@pytest.mark.slow
 @cases(CASES, {"layernorm_rank_3", "rmsnorm", "groupnorm"})
 def test_bfloat16(name, standard_promotion):
     """Within 1e-2 of per-row autodiff of the same model, or closer than that to float32 autodiff.

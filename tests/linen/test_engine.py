@@ -100,6 +100,7 @@ def test_training_is_not_changed(standard_promotion):
     assert min(jax.tree.leaves(moved)) > 1e-2
 
 
+@pytest.mark.slow
 def test_one_trace_for_equal_shapes():
     loss_fn, params, batch, _ = tied()
     calls = []
@@ -132,6 +133,7 @@ def test_inside_a_larger_jitted_step_with_donation(tied_result):
     step(params, batch)
 
 
+@pytest.mark.slow
 def test_further_arguments_reach_the_loss():
     """Dropout: the same key gives the same masks in the engine and in the oracle."""
 
@@ -189,6 +191,7 @@ class Noisy(nn.Module):
         return jnp.sin((x + noise) @ kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_a_layer_that_draws_random_numbers(calls):
     class Net(nn.Module):
@@ -249,6 +252,7 @@ def test_float64_stays_float64(standard_promotion):
         assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.float64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layernorm_rank_3", "convolutions", "lstm", "shared_three_times"])
 def test_a_nan_reaches_its_own_row_only(name):
     loss_fn, params, batch = CASES[name](7, 3, jnp.float32)
@@ -262,6 +266,7 @@ def test_a_nan_reaches_its_own_row_only(name):
     np.testing.assert_allclose(dots[rest], clean[rest], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [
@@ -343,6 +348,7 @@ def test_coverage_names_the_line_of_a_cell_that_a_library_loops_over():
     assert re.fullmatch(r"dot_general in scan at .*recurrent\.py:\d+", place)
 
 
+@pytest.mark.slow
 def test_scanned_layers_carry_no_records():
     """Memory of a scanned stack grows with its length as that of a plain step does."""
 

@@ -28,6 +28,7 @@ def test_functions_of_value_grad_and_dots(name):
 QUICK = ("haiku_mlp", "equinox_mlp", "nnx_mlp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_quick(LIBRARIES, QUICK))
 def test_libraries(name, standard_promotion):
     with jax.numpy_rank_promotion("allow"):
@@ -60,6 +61,7 @@ def test_sum_of_losses():
     check(lambda p, x: means(dense(p, x)), P, X, reduction="sum")
 
 
+@pytest.mark.slow
 def test_low_precision_of_parameters():
     """Dots are float32 and no worse than bfloat16 autodiff, against that of float32."""
     params = {"w": W, "b": P["b"], "s": draw(3, seed=4)}
@@ -82,6 +84,7 @@ def test_low_precision_of_parameters():
         assert max(errors.values()) <= max(rounding.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uses", [1, 2])
 def test_dots_are_as_wide_as_their_parameters(uses):
     """Whatever width they are used in."""

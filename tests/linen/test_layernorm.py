@@ -210,11 +210,13 @@ def assert_doubled(loss_fn, params, batch, calls):
     testing.assert_dots_close(result.dots, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_engine_takes_the_dots_of_norms_from_here(norm, doubled):
     assert_doubled(*problem(PLAIN(NORMS[norm])), doubled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["remat", "nn_jit", "scan"])
 def test_the_engine_takes_them_from_here_inside_transforms(name, doubled):
     assert_doubled(*problem(WRAPPED[name](nn.LayerNorm)), doubled)
@@ -224,6 +226,7 @@ def vmapped(apply):
     return jax.vmap(apply, in_axes=(None, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, vmapped])
 def test_the_engine_takes_them_from_here_inside_transforms_of_jax(wrap, doubled):
     assert_doubled(*problem(PLAIN(nn.LayerNorm), wrap), doubled)
@@ -284,6 +287,7 @@ GENERAL = {
 }
 
 
+@pytest.mark.quick("nn_vmap")
 @pytest.mark.parametrize("name", GENERAL)
 def test_norms_that_the_function_does_not_fit_are_exact_all_the_same(name, doubled):
     check(*GENERAL[name]())
@@ -327,6 +331,7 @@ def test_vectorization_that_puts_another_axis_last():
     check(loss_fn, {"scale": jnp.linspace(0.5, 2, 4)}, activations(7, 4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interceptor", INTERCEPTORS)
 def test_interceptors_around_the_engine(interceptor, doubled):
     problem_ = problem(PLAIN(nn.RMSNorm))
@@ -338,6 +343,7 @@ def test_interceptors_around_the_engine(interceptor, doubled):
             assert doubled == []
 
 
+@pytest.mark.quick("moved", "watched")
 @pytest.mark.parametrize("interceptor", INTERCEPTORS)
 def test_interceptors_inside_the_loss(interceptor, doubled):
     loss_fn, params, x = problem(PLAIN(nn.RMSNorm))

@@ -23,6 +23,7 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.LayerNorm()(nn.tanh(nn.Dense(5)(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_jitted_teacher_of_the_same_architecture(warm):
     """Its trace is cached, so that its calls are not met every time."""
@@ -94,6 +95,7 @@ class Noisy(nn.Module):
         return jnp.sin((x + jax.random.normal(self.make_rng("noise"), x.shape)) @ kernel)
 
 
+@pytest.mark.slow
 def test_random_numbers_differ_between_calls_and_layers():
     class Twice(nn.Module):
         @nn.compact
@@ -230,6 +232,7 @@ def test_an_array_attribute_inside_a_transform(wrap):
     check(loss_fn, {"kernel": jnp.asarray(activations(FEATURES, 3))}, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_scan_of_the_users_over_stacked_parameters(length):
     layer = nn.Dense(FEATURES)

@@ -50,21 +50,25 @@ def check_sum(row_losses, params, batch):
     check_all(sum_of(row_losses), rows, params, batch, loss_reduction="sum")
 
 
+@pytest.mark.quick("layers_in_a_loop")
 @pytest.mark.parametrize("name", variants(FUNCTIONS))
 def test_functions(name):
     check_mean(*FUNCTIONS[name]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", variants(MODELS))
 def test_models(name):
     (check_sum if name in SUMMED else check_mean)(*MODELS[name]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", variants(RULES))
 def test_backward_rules(name):
     check_sum(*RULES[name]())
 
 
+@pytest.mark.quick("sorted_tokens")
 @pytest.mark.parametrize("name", variants(MOVED))
 def test_moved_rows(name):
     loss_fn, row_losses = MOVED[name]

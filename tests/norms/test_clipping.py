@@ -23,6 +23,7 @@ def rows():
     return Rows.of(losses, DENSE, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_example", [False, True], ids=["batch", "one_row"])
 def test_weights(rows, per_example):
     max_norm = float(np.median(rows.norms()))
@@ -47,6 +48,7 @@ def test_a_norm_that_is_traced(rows):
         testing.assert_dots_close(run(max_norm), rows.clipped_sum(max_norm))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_example", [False, True], ids=["batch", "one_row"])
 def test_padding_whatever_it_is(rows, per_example):
     """Rows of weight 0 that are not finite leave no trace."""
@@ -62,6 +64,7 @@ def test_padding_whatever_it_is(rows, per_example):
     testing.assert_dots_close(jax.jit(fn)(DENSE, padded)[1], rows.clipped_sum(0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [jnp.nan, 1e25], ids=["nan", "overflow"])
 def test_a_row_that_is_not_finite_and_counts(size):
     """Also one whose gradient is finite but its square is not: it is not left out in silence."""
@@ -79,6 +82,7 @@ def test_rows_without_gradient_stay_so():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_what_optax_does_to_gradients_of_rows(rows):
     gradients = jax.tree.map(jnp.float32, rows.gradients)
     expected, _ = optax.per_example_global_norm_clip(jax.tree.leaves(gradients), 0.2)

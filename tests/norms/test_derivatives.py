@@ -57,6 +57,7 @@ QUANTITIES = {
 }
 
 
+@pytest.mark.quick("norms-pairs-1")
 @pytest.mark.parametrize(("quantity", "name", "argument"), crossed(QUANTITIES, LOOPS, [0, 1]))
 def test_derivatives(quantity, name, argument):
     """As a penalty takes them; of several batches at once."""
@@ -98,6 +99,7 @@ def derivative(function, argument):
     return jax.jit(jax.grad(penalty, argument))(*GIVEN)
 
 
+@pytest.mark.quick("max_norm")
 @pytest.mark.parametrize("argument", [1, 2, 3], ids=["data", "max_norm", "weights"])
 def test_derivatives_of_clipped_gradients(argument):
     testing.assert_dots_close(derivative(clipped, argument), derivative(plainly_clipped, argument))

@@ -25,6 +25,7 @@ def on_rows(array):
     return jax.device_put(array, NamedSharding(blocks.MESH, blocks.ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "loop"),
     some_quick(

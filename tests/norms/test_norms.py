@@ -48,6 +48,7 @@ def rows_of_tied():
     return Rows.of(tied, TIED, TOKENS)
 
 
+@pytest.mark.slow
 def test_losses_of_all_rows(rows_of_tied):
     """[N] say nothing else than their sum, whatever the reduction."""
     for reduction in ("mean", "sum"):
@@ -55,6 +56,7 @@ def test_losses_of_all_rows(rows_of_tied):
         testing.assert_dots_close(fn(TIED, TOKENS), rows_of_tied.squares())
 
 
+@pytest.mark.slow
 def test_one_row_at_a_time(rows_of_tied):
     def loss_of_row(params, row):
         return tied(params, jax.tree.map(lambda leaf: leaf[None], row))[0]
@@ -106,6 +108,7 @@ def test_auxiliary_outputs_and_several_arguments():
     assert aux.shape == (ROWS, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, pytest.param(jnp.float64, marks=pytest.mark.slow)], ids=["bf16", "f64"]
 )
@@ -131,6 +134,7 @@ def test_dtypes(dtype):
         testing.assert_dots_close(grads, rows.clipped_sum(1.0), rtol=rounded)
 
 
+@pytest.mark.slow
 def test_decay_in_the_loss_is_in_no_norm():
     def loss_fn(params, x):
         decay = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
@@ -177,6 +181,7 @@ def test_no_parameters():
     np.testing.assert_allclose(value, jnp.mean(X), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cosines_of_several_directions():
     directions = directions_like(DENSE)
     directions = jax.tree.map(lambda leaf: leaf.at[1].set(0), directions)
@@ -204,6 +209,7 @@ def test_cosine_needs_norms():
         result.cosine(DENSE)
 
 
+@pytest.mark.slow
 def test_rows_that_data_mix_are_not_a_number():
     p, x = MOVED_PARAMS, MOVED_X
     result = value_grad_and_dots(mixed_by_data, norms=True)(p, x, direction=p)

@@ -19,6 +19,7 @@ def rows():
     return Rows.of(tied, TIED, TOKENS)
 
 
+@pytest.mark.slow
 def test_validation_rows_and_their_sums(rows):
     fn = pairwise_dots(tied, val_batch_size=V)
     pairs = jax.jit(fn)(TIED, TOKENS)

@@ -58,6 +58,7 @@ USES = {
 }
 
 
+@pytest.mark.quick("zeros_out_of_range", "positions_first", "one_hot", "clamped", "dropped")
 @pytest.mark.parametrize("name", USES)
 def test_uses_of_a_matrix(name, monkeypatch):
     losses, counts = USES[name]

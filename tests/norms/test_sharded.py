@@ -35,6 +35,7 @@ def expected():
     return {name: jax.jit(fn(losses))(PARAMS, X) for name, fn in FUNCTIONS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axis_type"), crossed(FUNCTIONS, [AxisType.Auto, AxisType.Explicit])
 )
@@ -64,6 +65,7 @@ def added_up(params, x):
     return jax.lax.psum(value_and_clipped_grad(losses, 0.1)(params, x), "data")
 
 
+@pytest.mark.slow
 def test_inside_of_shard_map(expected):
     """What the error says."""
     found = inside(squared_norms(losses), ROWS, False)
@@ -77,6 +79,7 @@ def test_inside_of_a_shard_map_that_checks(function):
         inside(function, ROWS, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "name"), crossed(blocks.LAYOUTS, ["norms", "clipped"]))
 def test_no_row_is_sent(name, layout):
     """What is gathered is no larger than a parameter; but one number a row."""
@@ -187,6 +190,7 @@ def test_rows_that_only_jit_places():
     testing.assert_dots_close(jax.device_get(found), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norms", "clipped"])
 def test_a_row_put_together_stays_where_it_is(name):
     """Its features, too, where parameters are split over a second axis of the mesh."""

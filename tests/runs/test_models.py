@@ -47,6 +47,7 @@ def test_equal_tokens_at_other_positions_differ(params):
     assert not np.allclose(found[:, 0], found[:, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [SIZES["micro"], dataclasses.replace(SIZES["micro"], layers=3)])
 @pytest.mark.parametrize("remat", [False, True])
 def test_blocks_are_applied_one_after_another(size, remat):

@@ -311,6 +311,7 @@ def test_steps_from_a_checkpoint_on_are_made_again(tmp_path):
     assert (run.is_finished, run.metadata["options"]) == (True, {"steps": 9})
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_the_log_is_that_of_one_that_was_not(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", loop_of_ones_own.__name__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -375,6 +376,7 @@ def test_kinds_are_asked_for_again_after_the_log_is_opened_again(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_without_pyarrow_the_engine_works_and_the_log_names_the_extra():
     program = """
 import sys

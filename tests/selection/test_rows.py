@@ -63,6 +63,7 @@ def test_greedy_minimizes_the_quadratic_of_orthogonal_or_equal_gradients():
     np.testing.assert_allclose(decrease(np.flatnonzero(found)), decrease(best), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_greedy_without_interaction_is_top_k():
     scores = jnp.array([0.0, 3.0, NAN, 3.0, -1.0, INF, 1e-45])
     gram = jnp.full((7, 7), INF)
@@ -99,6 +100,7 @@ def test_k_must_fit(choose, k):
         choose(jnp.ones(3), k)
 
 
+@pytest.mark.slow
 def test_sample_draws_with_the_probabilities_of_softmax():
     scores = jnp.array([1.0, 0.0, 2.0, NAN, -1.0, INF])
     keys = jax.random.split(jax.random.key(0), 20_000)
@@ -112,6 +114,7 @@ def test_sample_draws_with_the_probabilities_of_softmax():
     np.testing.assert_allclose((two > 0).mean(0), both, atol=4 * 0.004)
 
 
+@pytest.mark.slow
 def test_sample_never_draws_what_is_not_finite():
     scores = jnp.array([NAN, 1.0, INF, -INF])
     np.testing.assert_array_equal(sample(scores, 3, jax.random.key(0)), [0, 4, 0, 0])

@@ -103,6 +103,7 @@ def plain_step(optimizer, params, state, batch):
     return value, optax.apply_updates(params, updates), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OPTIMIZERS],
@@ -168,6 +169,7 @@ def test_what_policies_see_is_that_of_per_row_autodiff(exclude, standard_promoti
     assert_close(seen["norms"], jnp.sum(flat**2, axis=1))
 
 
+@pytest.mark.quick("some")
 @pytest.mark.parametrize("exclude", [(), EXCLUDE], ids=["all", "some"])
 def test_plain_scores(exclude, standard_promotion):
     seen, (params, _, batch, val), _ = scored(exclude, False)
@@ -189,6 +191,7 @@ def rows_of(policy, seeds=(0,)):
     return [step(*args, key=jax.random.key(seed))[2].rows.tolist() for seed in seeds]
 
 
+@pytest.mark.slow
 def test_policies_choose_by_what_they_are_named_for(standard_promotion):
     seen, *_ = scored((), False)
     for policy, measure in ((by_loss, -seen["losses"]), (by_norm, seen["norms"])):
@@ -202,6 +205,7 @@ def test_policies_choose_by_what_they_are_named_for(standard_promotion):
     assert drawn[0] == drawn[-1]
 
 
+@pytest.mark.slow
 def test_weights_of_a_policy_weigh_rows():
     given = jnp.array([0.0, 3.0, 0.0, 1.0, 0.0, 0.5])
     optimizer, params, batch = optax.sgd(1.0), init(), draw(3, N)
@@ -230,6 +234,7 @@ def test_a_row_of_score_nan_is_never_trained_on(standard_promotion):
     assert selected.value == 9
 
 
+@pytest.mark.slow
 def test_without_any_row_nothing_changes(standard_promotion):
     optimizer, params = optax.adamw(1e-2), init()
     state = optimizer.init(params)

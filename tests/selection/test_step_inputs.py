@@ -30,6 +30,7 @@ def constantly(weights):
     return lambda rows, k: weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_bad_row_takes_no_score_from_others(bad, clip, standard_promotion):
@@ -46,6 +47,7 @@ def test_a_bad_row_takes_no_score_from_others(bad, clip, standard_promotion):
     assert stepped(k=4, batch=batch, optimizer=optimizer)[2].rows.tolist() == plain.rows.tolist()
 
 
+@pytest.mark.slow
 def test_a_bad_row_leaves_the_choice_among_the_others(standard_promotion):
     """That is what it would be without the row, where every coordinate of the mean is lost."""
     optimizer = optax.adam(1e-2, eps=0.1)
@@ -81,6 +83,7 @@ def test_a_bad_validation_row_leaves_everything_as_it_was(standard_promotion):
     np.testing.assert_array_equal(params["w"], W / 4)
 
 
+@pytest.mark.quick("1e-40")
 @pytest.mark.parametrize("scale", [1.0, 3e38, 1e-40])
 def test_weights_of_any_size_weigh_alike(scale, standard_promotion):
     weights = np.float32(scale) * np.float32([1, 0.5, 0, 1] * 4)
@@ -131,6 +134,7 @@ def test_narrow_parameters_stay_narrow(standard_promotion):
     assert len(set(selected.rows.tolist())) == 3
 
 
+@pytest.mark.slow
 def test_wide_parameters_are_stepped_as_widely(standard_promotion):
     with jax.enable_x64(True):
         arrays = {"w": W / 4}, BATCH, VAL
@@ -143,6 +147,7 @@ def test_wide_parameters_are_stepped_as_widely(standard_promotion):
         np.testing.assert_allclose(after["w"], params["w"] - 0.1 * grads["w"], rtol=1e-13)
 
 
+@pytest.mark.quick("explicit-4")
 @pytest.mark.parametrize("k", [8, 4])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_rows_split_over_devices(axis_type, k, standard_promotion):

@@ -152,6 +152,7 @@ def test_softmax_knows_no_scale(size):
     np.testing.assert_allclose(softmax(size * scores), softmax(scores), rtol=1e-5)
 
 
+@pytest.mark.quick("top_k-float32", "threshold-float32")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_weights_are_float32_with_mean_one_in_jit_as_outside(rule, dtype):
@@ -227,6 +228,7 @@ def trained(drop, params, train, val, test, places):
     return jnp.mean(jnp.argmax(logits_of(params, test["x"]), 1) == test["y"]), kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_without_negative_rows_beats_training_on_all(seed):
     problem = noisy_problem(seed)

@@ -88,6 +88,7 @@ def test_a_chain_is_one_group_and_many_copies_are_compared_once(monkeypatch):
     assert len(compared) == 299
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts():
     numbers = np.arange(200_000, dtype=np.uint64)
     tracemalloc.start()

@@ -22,6 +22,7 @@ def made_up(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("mixture") / "run")
 
 
+@pytest.mark.quick("('prose',)")
 @pytest.mark.parametrize("chosen", [SETS, *((name,) for name in SETS)], ids=str)
 def test_weights_are_what_the_values_say(made_up, chosen):
     values = {name: read_values(read_run(made_up))[name] for name in chosen}
@@ -74,6 +75,7 @@ def test_grain_mixes_by_the_file(made_up, tmp_path):
         assert abs(drawn.count(name) - 400 * weight) <= 2
 
 
+@pytest.mark.slow
 def test_grain_as_the_page_says(made_up, tmp_path, monkeypatch):
     pytest.importorskip("grain", reason="grain is not installed")
     monkeypatch.chdir(tmp_path)

@@ -164,6 +164,7 @@ def test_tasks_of_ones_own_are_split_too(tmp_path):
     assert_same_log(read_run(tmp_path / "four"), read_run(tmp_path / "one"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_ignored")
 def test_the_same_devices_give_the_same_bits(tmp_path, monkeypatch):
     options = {"steps": 6, "batch_size": 8, "val_batch_size": 8, "quiet": True}

@@ -168,6 +168,7 @@ BAD = {
 }
 
 
+@pytest.mark.quick("similarity", "above", "set", "count", "formats")
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
 def test_options_that_cannot_be_used(tmp_path, capsys, options, message):
     assert message in fails(["duplicates", write_run(tmp_path / "run"), *options], capsys)

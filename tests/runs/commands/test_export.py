@@ -43,6 +43,7 @@ def test_rows_are_those_of_the_run_in_its_order(made_up, tmp_path, capsys, suffi
     assert files(made_up) == before
 
 
+@pytest.mark.slow
 def test_top_keeps_the_best_of_what_is_left(made_up, tmp_path):
     ranked = read_values(read_run(made_up))["code"].ranked()
     wiki = [name for name in ranked.ids if name.startswith("wiki")]
@@ -75,6 +76,7 @@ def test_what_was_not_visited_has_no_value_and_no_rank(tmp_path):
         assert len(rows) == 24
 
 
+@pytest.mark.slow
 def test_documents_can_be_trained_on_again(micro_run, tmp_path):
     out = tmp_path / "again.jsonl"
     exported(micro_run.path, out, "--set", "held", "--top", "6", "--documents")

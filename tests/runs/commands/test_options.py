@@ -24,6 +24,7 @@ def where(tmp_path, wanted, **environment):
     return subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xdg", [False, True])
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path, xdg):
     home = {"XDG_CACHE_HOME": str(tmp_path / "xdg") if xdg else "", "JAX_COMPILATION_CACHE_DIR": ""}
@@ -32,11 +33,13 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path, xdg):
     assert expected.is_dir()
 
 
+@pytest.mark.slow
 def test_none_is_kept_if_it_is_switched_off(tmp_path):
     assert where(tmp_path, False, JAX_COMPILATION_CACHE_DIR="") == "None\n"
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_chosen_stays(tmp_path):
     chosen = str(tmp_path / "own")
     assert where(tmp_path, True, JAX_COMPILATION_CACHE_DIR=chosen) == f"{chosen}\n"

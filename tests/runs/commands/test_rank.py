@@ -156,6 +156,7 @@ def test_a_log_from_before_there_were_norms_is_read_and_has_none(tmp_path, capsy
     assert f"--by norm: the log of {path} has no norms of gradients: train with --norms" in message
 
 
+@pytest.mark.slow
 def test_a_log_that_is_read_in_parts_says_the_same(made_up, capsys, monkeypatch):
     def told():
         argv = ["show", str(made_up), "wiki:0", "--json", "--quiet"]
@@ -279,6 +280,7 @@ def test_markup_in_excerpts_is_text(tmp_path, capsys):
     assert "[bold]x[/bold]" in ranked(path, capsys)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_not_unicode_gets_what_it_can_hold(tmp_path, made_up):
     path = write_run(tmp_path / "run", excerpts=dict.fromkeys(range(EXAMPLES), "schön" * 99))
     done = subprocess.run(
@@ -292,6 +294,7 @@ def test_a_stream_that_is_not_unicode_gets_what_it_can_hold(tmp_path, made_up):
     assert done.stdout.isascii()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(made_up):
     process = subprocess.Popen(
         [sys.executable, "-m", "ghostjax", "rank", str(made_up), "--json"],

@@ -13,6 +13,7 @@ from tests.runs.checks import fails, files
 from tests.runs.made_up import SETS, write_run
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
     path = write_run(tmp_path / "run")
     before = files(path)

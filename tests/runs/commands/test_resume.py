@@ -57,6 +57,7 @@ def fake(micro_config, tmp_path, monkeypatch):
     return dataclasses.replace(micro_config, out=tmp_path / "run", checkpoint_every=2)
 
 
+@pytest.mark.quick("Ctrl-C")
 @pytest.mark.parametrize(
     ("number", "error"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)],
@@ -184,6 +185,7 @@ def test_what_was_given_is_not_what_differs_from_a_default(fake):
     assert plain.resumed(options, {"steps"}).steps == plain.steps == 512
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_directory(fake, tmp_path, monkeypatch):
     data = fake.train[0].parent
     monkeypatch.chdir(data)

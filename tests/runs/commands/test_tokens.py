@@ -61,6 +61,7 @@ def table(path):
     return list(csv.DictReader(io.StringIO(printed(path, "--csv", "--step", STEP))))
 
 
+@pytest.mark.slow
 def test_tokens_add_up_to_the_scores_of_the_log(micro_run):
     visits = [visit for visit in micro_run.scores.to_pylist() if visit["step"] == STEP]
     assert len(visits) == BATCH_SIZE

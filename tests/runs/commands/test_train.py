@@ -166,6 +166,7 @@ def test_one_process_at_a_time(micro_config, micro_run, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_keeps_what_it_has(micro_config, tmp_path, monkeypatch):
     config = dataclasses.replace(micro_config, out=tmp_path / "run")
     check = Trainer._check

@@ -76,6 +76,7 @@ def test_scores_compare_sums_of_values_with_retraining_and_are_kept(path, capsys
     assert f"{kept} is of another run: delete it" in message
 
 
+@pytest.mark.slow
 def test_a_run_from_given_weights_is_retrained_from_them(micro_config, micro_run, tmp_path, capsys):
     weights = micro_run.path / "checkpoints" / str(STEPS)
     train.run(dataclasses.replace(micro_config, out=tmp_path / "run", init_from=weights))
@@ -112,6 +113,7 @@ def own_pair(own):
     return own["predicted"], own["actual"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_retraining_is_the_run_without_the_shares_of_what_is_left_out(micro_run, microbatches):
     config, task = read_task(micro_run)

@@ -23,6 +23,7 @@ def topics(documents):
     return {document.id.rsplit(":", 1)[0] for document in documents}
 
 
+@pytest.mark.slow
 def test_no_topic_or_module_is_in_both_sets(defaults):
     train, held_out = defaults
     assert list(held_out) == ["prose", "code"]
@@ -67,6 +68,7 @@ def test_documents_are_about_one_row(defaults):
     assert all(SIZE // 2 < len(document.text) <= SIZE for document in documents)
 
 
+@pytest.mark.slow
 def test_the_choice_does_not_depend_on_the_process(defaults):
     code = f"from tests.runs.data.test_builtin import *; print(digest(default_documents({SIZE})))"
     done = subprocess.run(

@@ -57,6 +57,7 @@ def made(**changes):
     return dataclasses.replace(task, **changes)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_autodiff_row_by_row(tmp_path):
     task = made()
     summary = ghostjax.run(task, tmp_path / "run", **OPTIONS)
@@ -106,6 +107,7 @@ def test_learning_rates_that_the_optimizer_tells_are_in_the_log(tmp_path):
     np.testing.assert_allclose(found, [0.2, 0.15, 0.1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_init_is_copied(tmp_path):
     """The run gives up the buffers of its parameters, not those of the user's."""
     kept = init(0)

@@ -204,6 +204,7 @@ def test_stopped_at_any_renaming_or_removal_it_leaves_whole_checkpoints(tmp_path
     assert not stopped
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_saves_leaves_whole_checkpoints(tmp_path):
     # JAX warns of every fork.
     command = [sys.executable, "-W", "ignore", "-m", killed_checkpoints.__name__, tmp_path]
@@ -213,6 +214,7 @@ def test_a_process_killed_while_it_saves_leaves_whole_checkpoints(tmp_path):
     killed_checkpoints.check(tmp_path, newest)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed(tmp_path):
     code = f"""
 import logging, pathlib

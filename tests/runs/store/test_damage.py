@@ -46,6 +46,7 @@ def what_is_wrong(out):
     return "nothing"
 
 
+@pytest.mark.quick("run.json", "summary", "values")
 @pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
 def test_a_changed_byte_anywhere_is_noticed(out, name):
     path = out / name

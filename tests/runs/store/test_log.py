@@ -35,6 +35,7 @@ def killed(tmp_path_factory):
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_has_the_log_of_one_that_was_not(killed):
     folder, counts = killed
     assert counts["kills"] >= 6
@@ -45,6 +46,7 @@ def test_a_run_killed_at_random_moments_has_the_log_of_one_that_was_not(killed):
         assert names(out / "log") == names(folder / "whole" / "log")
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_system_call_has_the_log_of_one_that_was_not(killed):
     folder, counts = killed
     # Two flushes of three parts and two checkpoints, each at least synced and renamed.

@@ -94,6 +94,7 @@ def groups_of(held_out):
     ]
 
 
+@pytest.mark.slow
 def test_a_row_loss_is_the_mean_over_its_own_tokens():
     params = TASK.init_params(0)
     padded = ROW_LOSSES(params, rows_of(0))
@@ -115,6 +116,7 @@ def check_measured(record, params, updates, point):
         np.testing.assert_allclose(record.steps["actual"][k], actual, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_step_is_that_without_scores(optimizer, step):
     @jax.jit
     def plain_step(params, opt_state, rows):
@@ -208,6 +210,7 @@ def test_scores_are_those_of_per_row_autodiff(optimizer, step, warm):
     assert record.steps["audit_error"].max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "passes"), [(False, 1), (True, 2)])
 def test_forward_passes_over_the_training_rows(optimizer, kinds, remat, passes):
     """Told by the activations of the perceptrons."""
@@ -256,6 +259,7 @@ def test_a_rematerialized_loop_over_layers_changes_nothing(optimizer, monkeypatc
     assert loop.steps["audit_error"].max() < 1e-4
 
 
+@pytest.mark.slow
 def test_order_2_goes_half_way_along_the_update(optimizer, warm, kinds):
     step = make_step(TASK.row_losses, optimizer, kinds, order=2)
     state = warm()
@@ -303,6 +307,7 @@ def test_kinds_are_sums_over_their_parameters():
     np.testing.assert_allclose(two, np.stack([expected[0] + expected[2], expected[1]], 1), 1e-5)
 
 
+@pytest.mark.quick("1", "2", "3")
 @pytest.mark.parametrize("part", range(SETS * PARTS))
 def test_certificate_and_audit_are_of_every_set_and_part(part):
     """A wrong dot for any part of any set shows in the errors of this set, and only there."""
@@ -332,6 +337,7 @@ def test_certificate_and_audit_are_of_every_set_and_part(part):
             assert (np.asarray(found)[~own] < 1e-5).all()
 
 
+@pytest.mark.slow
 def test_the_plain_step_is_the_same_training(optimizer, step, warm):
     plain = make_plain_step(TASK.row_losses, optimizer)
     state, record = step(warm(), BATCHES[2], VAL)

@@ -40,6 +40,7 @@ def test_batches_depend_on_the_seed_alone(micro_config, task):
     assert (first[0].val_rows["inputs"][0] != first[0].val_rows["inputs"][1]).any()
 
 
+@pytest.mark.slow
 def test_initial_parameters_depend_on_the_seed_alone(task):
     params = task.init_params(0)
     chex.assert_trees_all_equal(task.init_params(0), params)
@@ -47,6 +48,7 @@ def test_initial_parameters_depend_on_the_seed_alone(task):
     assert not np.allclose(other, params["blocks"]["qkv"]["kernel"])
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_every_step_has_a_learning_rate(steps):
     rates = np.asarray(make_schedule(1e-2, steps)(jnp.arange(steps)))
@@ -132,6 +134,7 @@ def made(scores, steps):
     return lambda *args, **options: lambda state, *rows: (state, record(scores, steps))
 
 
+@pytest.mark.quick("loss", "row", "score", "norm")
 @pytest.mark.parametrize(("scores", "steps", "message"), STOPS.values(), ids=STOPS)
 def test_what_stops_a_run(micro_config, task, monkeypatch, scores, steps, message):
     monkeypatch.setattr(
@@ -152,6 +155,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.quick("audit of the first set")
 @pytest.mark.parametrize(("steps", "message"), FAULTS.values(), ids=FAULTS)
 def test_what_stops_a_run_after_the_step_is_logged(micro_config, task, monkeypatch, steps, message):
     monkeypatch.setattr("ghostjax.runs.training.trainer.make_step", made({}, steps))
@@ -163,6 +167,7 @@ def test_what_stops_a_run_after_the_step_is_logged(micro_config, task, monkeypat
         assert step.fault.endswith("more than the tolerance 1.0e-03; the log has the step")
 
 
+@pytest.mark.slow
 def test_audits_are_at_their_steps_and_of_different_rows(micro_config, task):
     config = dataclasses.replace(micro_config, audit_every=3, batch_size=4)
     trainer = Trainer(config, task)
@@ -177,6 +182,7 @@ def test_audits_are_at_their_steps_and_of_different_rows(micro_config, task):
     assert [n for n in range(14) if some._audited(n) is not None] == [1, 7, 13]
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_norms_are_those_of_the_gradients_of_rows_alone(micro_config, task, microbatches):
     config = dataclasses.replace(
