@@ -1,5 +1,7 @@
 """Audits, of right dots and of errors made on purpose."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,6 @@ import pytest
 from ghostjax import fidelity, value_grad_and_dots
 from models.arrays import direction_like, mean_squares
 from tests.dots.checks import DENSE, X, dense
-from tests.variants import crossed
 
 
 def loss_fn(params, x):
@@ -80,7 +81,9 @@ def words(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), crossed(WORDS, [jnp.float32, jnp.bfloat16]))
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*itertools.product(WORDS, [jnp.float32, jnp.bfloat16])]
+)
 def test_audits_of_masks_and_weight_decay(name, dtype):
     loss, params, batch, weights, direction, result = words(name, dtype)
     dots, rows, tolerance = result.total(), jnp.array([0, 1, 4]), 1e-5

@@ -1,5 +1,7 @@
 """A batch in parts, accumulated outside the loss: scores are those of the big batch."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ import pytest
 from ghostjax import InRunValues, directions, testing, value_grad_and_dots
 from models.arrays import direction_like, draw
 from tests.dots.checks import expected_dots
-from tests.variants import crossed
 
 PARTS, SIZE, T, WIDTH = 3, 4, 5, 6
 B = PARTS * SIZE
@@ -85,7 +86,7 @@ LOSSES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cut", "loss"), crossed(CUTS, LOSSES))
+@pytest.mark.parametrize(("cut", "loss"), [*itertools.product(CUTS, LOSSES)])
 def test_a_scan_over_parts(cut, loss, standard_promotion):
     """The first scan accumulates the gradient, the second multiplies with the direction."""
     loss_fn, reduction, of_gradients, of_dots, rows = LOSSES[loss]
@@ -121,7 +122,7 @@ def test_a_scan_over_parts(cut, loss, standard_promotion):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:optax.MultiSteps")
-@pytest.mark.parametrize(("cut", "loss"), crossed(CUTS, LOSSES))
+@pytest.mark.parametrize(("cut", "loss"), [*itertools.product(CUTS, LOSSES)])
 def test_multi_steps(cut, loss, standard_promotion):
     """Parts wait for the step that updates; the direction through it is that of all of them."""
     loss_fn, reduction, of_gradients, of_dots, rows = LOSSES[loss]

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ghostjax import directions, testing, value_and_dots_fn, value_grad_and_dots
 from models.arrays import draw, mean_squares
 from tests.dots.checks import expected_dots
-from tests.variants import crossed, some_quick
+from tests.variants import crossed
 
 WIDTH, HIDDEN, B, T = 16, 32, 24, 64
 PARAMS = {
@@ -135,7 +135,7 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", some_quick(LAYOUTS, ["replicated", "fsdp_and_tensor"]))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_directions_lie_like_parameters(layout, expected, standard_promotion):
     """A whole step, that says nowhere how its results are to be split; several directions."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

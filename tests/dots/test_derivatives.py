@@ -11,7 +11,6 @@ from ghostjax._late import value_and_dots_fn
 from ghostjax.core import routes
 from models.arrays import FEATURES, ROWS, activations, direction_like, draw, mean_squares
 from models.layers import fused_norm
-from tests.variants import some_quick
 
 PARAMS = {
     "layers": draw(2, FEATURES, FEATURES) / 2,
@@ -127,7 +126,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "form", "route", "count"), some_quick(CASES, QUICK))
+@pytest.mark.parametrize(("name", "form", "route", "count"), CASES)
 def test_derivatives_of_the_dots(name, form, route, count, monkeypatch):
     """By the direction, the weighted sum of rows' gradients; by parameters, sum_i w_i H_i v."""
     take(route, monkeypatch)

@@ -1,5 +1,7 @@
 """Rows that go to other devices inside of ``jax.shard_map``, as to experts that lie there."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
 from models.arrays import direction_like, draw
 from tests.dots.checks import expected_dots
-from tests.variants import crossed
 
 B, T, D, F, EXPERTS = 8, 3, 5, 6, 8
 MESH = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
@@ -116,7 +117,7 @@ def loss_of(local, *, reduced, check_vma, remat=False):
 
 
 @pytest.mark.quick("gathered-False", "ring-True")
-@pytest.mark.parametrize(("name", "check_vma"), crossed(CASES, [False, True]))
+@pytest.mark.parametrize(("name", "check_vma"), [*itertools.product(CASES, [False, True])])
 def test_rows_that_go_to_other_devices_and_come_back(name, check_vma):
     local, apart = CASES[name]
     loss_fn = loss_of(local, reduced=check_vma, check_vma=check_vma, remat=not check_vma)

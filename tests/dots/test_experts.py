@@ -8,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 
 from ghostjax import conservation_error, testing, value_and_dots_fn, value_grad_and_dots
 from models.arrays import direction_like, draw
-from tests.variants import some_quick
 
 B, T, F, H, EXPERTS, CAPACITY, TILE = 3, 4, 5, 6, 3, 5, 32
 PARAMS = {
@@ -177,11 +176,8 @@ CASES = {
 }
 
 
-SLOW = {"capacity", "capacity_by_einsum", "unsorted_top_two"}  # like others, in fewer steps
-
-
 @pytest.mark.quick("experts_choose", "combined_by_einsum")
-@pytest.mark.parametrize("name", some_quick(CASES, lambda name: name not in SLOW))
+@pytest.mark.parametrize("name", CASES)
 def test_experts(name):
     direction = direction_like(PARAMS)
 

@@ -153,14 +153,9 @@ def on_mesh():
         yield
 
 
-# Where time matters, the mesh with everything, and a loop that is rematerialized.
-QUICK = ("fsdp_tensor", "scan"), ("fsdp", "remat")
-PAIRS = some_quick(itertools.product(CASES, LOOPS), QUICK)
-
-
 @pytest.mark.quick("fsdp_tensor-scan")
 @pytest.mark.usefixtures("on_mesh")
-@pytest.mark.parametrize(("case", "loop"), PAIRS)
+@pytest.mark.parametrize(("case", "loop"), [*itertools.product(CASES, LOOPS)])
 def test_dots(case, loop, expected):
     specs, mesh = CASES[case]
 

@@ -11,18 +11,11 @@ from models.arrays import POSITIONS, ROWS, direction_like, mean_squares
 from models.functions import FUNCTIONS
 from models.modules import CASES, KINDS
 from tests.dots.checks import DENSE, X, check, dense, expected_dots, plain_and_errors
-from tests.variants import crossed, some_quick
-
-# The others are like these, or like those that the engine is tested with where time matters.
-QUICK = {
-    "groupnorm", "convolutions", "attention", "lstm", "bidirectional", "scan_over_layers",
-    "vmap_ensemble", "time_major_layers", "own_module_with_custom_vjp", "branches",
-    "positions_in_a_module_of_their_own", "stopped_gradient",
-}  # fmt: skip
+from tests.variants import crossed
 
 
 @pytest.mark.quick("own_module_with_custom_vjp", "positions_in_a_module_of_their_own")
-@pytest.mark.parametrize("name", some_quick(KINDS, QUICK))
+@pytest.mark.parametrize("name", KINDS)
 def test_flax_models(name, standard_promotion):
     check(*CASES[name](ROWS, POSITIONS, jnp.float32))
 
@@ -39,7 +32,7 @@ def test_functions(name, reduction):
 
 
 @pytest.mark.quick("positions_without_rows", "einsum_of_three", "low_rank_adapter")
-@pytest.mark.parametrize("name", some_quick(FUNCTIONS, [*FUNCTIONS][::3]))
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_per_example(name):
     """The loss of one row, vectorized: the same results without any tracking."""
     losses, params, batch = FUNCTIONS[name]()

@@ -1,6 +1,7 @@
 """Losses whose ``custom_vjp`` sums over rows itself, with the head's weights inside."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from ghostjax import (
 from ghostjax._errors import RowAxisError
 from models.arrays import direction_like, draw
 from tests.dots.checks import expected_dots, one_by_one
-from tests.variants import crossed
 
 B, T, D, F, V = 4, 3, 5, 6, 7
 P = {"w": draw(D, F, seed=1), "head": draw(F, V, seed=2), "table": draw(V, D, seed=3)}
@@ -106,7 +106,7 @@ CASES = {
 
 
 @pytest.mark.quick("frozen features-share")
-@pytest.mark.parametrize(("name", "coupled"), crossed(CASES, ["error", "share"]))
+@pytest.mark.parametrize(("name", "coupled"), [*itertools.product(CASES, ["error", "share"])])
 def test_dots_are_those_of_rows(name, coupled):
     loss_fn, losses = CASES[name]
     direction = direction_like(P)

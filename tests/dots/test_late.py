@@ -16,7 +16,7 @@ from models.flax import MODELS, ROUNDED
 from models.functions import FUNCTIONS
 from tests.dots.checks import DENSE, X, dense, expected_stacked
 from tests.dots.test_per_example import LOSSES, PARAMS
-from tests.variants import crossed, some_quick
+from tests.variants import crossed
 
 
 def late(loss_fn, **settings):
@@ -49,13 +49,8 @@ def check(results, expected, directions):
             assert leaf.max() <= 1e-5
 
 
-# Every third of the functions, where time matters, and the model with all that is repeated.
-QUICK = (*[*FUNCTIONS][::3], "gpt2_scan_remat")
-NAMES = some_quick([*FUNCTIONS, "gpt2", "gpt2_scan_remat"], QUICK)
-
-
 @pytest.mark.quick("einsum_of_three")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*FUNCTIONS, "gpt2", "gpt2_scan_remat"])
 def test_stacked_directions(name, standard_promotion):
     losses, params, batch = (FUNCTIONS | MODELS)[name]()
 

@@ -39,7 +39,7 @@ def test_models(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(LAYERS, QUICK))
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
     exact_gradient = "checkpoint" not in name and name not in FUSED_OTHERWISE
     check_late(*LAYERS[name](), exact_gradient=exact_gradient)
@@ -52,15 +52,13 @@ def test_libraries(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", some_quick([name for name in CASES if name not in CANCELLED], QUICK)
-)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in CANCELLED])
 def test_flax_models(name):
     check_late(*CASES[name](ROWS, POSITIONS, jnp.float32), exact_gradient="remat" not in name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(EQUINOX, QUICK))
+@pytest.mark.parametrize("name", EQUINOX)
 def test_equinox_models_of_one_row(name):
     with jax.numpy_rank_promotion("allow"):
         loss, params, batch = EQUINOX[name]()

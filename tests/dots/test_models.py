@@ -14,17 +14,12 @@ from models.flax import MODELS, ROUNDED, SUMMED, gpt2_with_key
 from models.layers import LAYERS
 from models.libraries import EQUINOX, LIBRARIES, nnx_dropout_with_state, over_rows
 from tests.dots.checks import check, expected_dots
-from tests.variants import some_quick
-
-# Where time matters, one of each kind, here or in test_late and test_late_models.
-QUICK = ("gpt2", "cnn", "encoder_decoder", "gru_of_padded_sequences", "spectral_norm")
-QUICK_LIBRARIES = ("nnx_transformer", "nnx_scan_of_remat", "equinox_transformer", "haiku_lstm")
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(MODELS, QUICK))
+@pytest.mark.quick("gpt2")
+@pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     reduction = "sum" if name in SUMMED else "mean"
     check(*MODELS[name](), reduction, exact_gradient=name not in ROUNDED)
@@ -43,14 +38,14 @@ def test_layers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(LIBRARIES, QUICK_LIBRARIES))
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_libraries(name):
     with jax.numpy_rank_promotion("allow"):
         check(*LIBRARIES[name](), exact_gradient="remat" not in name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(EQUINOX, ["equinox_cnn", "equinox_gru"]))
+@pytest.mark.parametrize("name", EQUINOX)
 def test_equinox_models_of_one_row(name):
     with jax.numpy_rank_promotion("allow"):
         loss, params, batch = EQUINOX[name]()
@@ -98,7 +93,7 @@ def bias_dots(losses, params, batch, direction):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(["gpt2", "cnn"], ["gpt2"]))
+@pytest.mark.parametrize("name", ["gpt2", "cnn"])
 def test_bfloat16(name):
     """Within 1e-2 of per-row autodiff in bfloat16, without exception.
 

@@ -12,7 +12,6 @@ from models.arrays import direction_like, draw
 from tests.dots import kernels
 from tests.dots.checks import check, check_late, expected_dots, one_by_one
 from tests.dots.kernels import ACCUMULATING, PARAMS, B, F, T
-from tests.variants import some_quick
 
 NORMS = {
     "a row of positions a block": lambda: kernels.norm_of_positions(T),
@@ -26,11 +25,8 @@ NORMS = {
 }
 
 
-SLOW = {"part of a row a block", "all rows in one block", "vmap of positions"}  # like others
-
-
 @pytest.mark.quick("two rows a block")
-@pytest.mark.parametrize("name", some_quick(NORMS, lambda name: name not in SLOW))
+@pytest.mark.parametrize("name", NORMS)
 def test_norms_with_a_scale(name):
     losses, params, x = NORMS[name]()
     result = check(losses, params, x)

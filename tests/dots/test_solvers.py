@@ -57,7 +57,7 @@ def test_solvers(name):
 
 
 @pytest.mark.quick("loop_that_rows_end")
-@pytest.mark.parametrize("name", some_quick([*LATE, *SLOW], LATE))
+@pytest.mark.parametrize("name", [*LATE, *SLOW])
 def test_late_directions(name):
     check_late(*CASES[name])
 

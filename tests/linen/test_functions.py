@@ -25,11 +25,8 @@ def test_functions_of_value_grad_and_dots(name):
     check(*functions.FUNCTIONS[name]())
 
 
-QUICK = ("haiku_mlp", "equinox_mlp", "nnx_mlp")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_quick(LIBRARIES, QUICK))
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_libraries(name, standard_promotion):
     with jax.numpy_rank_promotion("allow"):
         check(*LIBRARIES[name]())

@@ -1,5 +1,7 @@
 """Norms, pairs and clipped gradients, differentiated."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,7 +15,6 @@ from ghostjax import (
 )
 from models.arrays import direction_like, draw, mean_squares
 from tests.norms.test_sharded import LOOPS
-from tests.variants import crossed
 
 X = draw(2, 3, 12, 8, seed=3)
 
@@ -58,7 +59,9 @@ QUANTITIES = {
 
 
 @pytest.mark.quick("norms-pairs-1")
-@pytest.mark.parametrize(("quantity", "name", "argument"), crossed(QUANTITIES, LOOPS, [0, 1]))
+@pytest.mark.parametrize(
+    ("quantity", "name", "argument"), [*itertools.product(QUANTITIES, LOOPS, [0, 1])]
+)
 def test_derivatives(quantity, name, argument):
     """As a penalty takes them; of several batches at once."""
     row_losses, params = LOOPS[name]

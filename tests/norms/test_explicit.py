@@ -9,7 +9,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ghostjax import squared_norms, testing, value_and_clipped_grad
 from tests.dots import test_explicit as blocks
 from tests.norms.checks import Rows
-from tests.variants import some_quick
 
 WEIGHTS = jnp.array([1, 0, 2, 1, 0.5, 1, 1, 3], jnp.float32)
 USERS = jnp.array([0, 1, 0, 2, 2, 1, 0, -1])
@@ -28,10 +27,7 @@ def on_rows(array):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "loop"),
-    some_quick(
-        [("data", "layers"), ("tensor", "scan"), ("fsdp", "remat"), ("fsdp_tensor", "layers")],
-        [("fsdp_tensor", "layers")],
-    ),
+    [("data", "layers"), ("tensor", "scan"), ("fsdp", "remat"), ("fsdp_tensor", "layers")],
 )
 def test_clipped(case, loop, rows):
     assert set(blocks.MESH.axis_types) == {AxisType.Explicit}

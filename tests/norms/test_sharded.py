@@ -1,5 +1,6 @@
 """Norms, pairs and clipped gradients of rows on several devices."""
 
+import itertools
 import math
 
 import jax
@@ -11,7 +12,6 @@ from ghostjax import pairwise_dots, squared_norms, testing, value_and_clipped_gr
 from models.arrays import draw, mean_squares
 from tests.dots import test_collectives as blocks
 from tests.dots.test_sharded import mesh_of
-from tests.variants import crossed
 
 PARAMS = {"w": draw(8, 8) / 3, "v": draw(8, 3), "b": draw(1, 1, 3)}
 X = draw(16, 4, 8, seed=1)
@@ -37,7 +37,7 @@ def expected():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "axis_type"), crossed(FUNCTIONS, [AxisType.Auto, AxisType.Explicit])
+    ("name", "axis_type"), [*itertools.product(FUNCTIONS, [AxisType.Auto, AxisType.Explicit])]
 )
 def test_rows_on_several_devices(name, axis_type, expected):
     mesh = mesh_of(axis_type)
@@ -80,7 +80,9 @@ def test_inside_of_a_shard_map_that_checks(function):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "name"), crossed(blocks.LAYOUTS, ["norms", "clipped"]))
+@pytest.mark.parametrize(
+    ("layout", "name"), [*itertools.product(blocks.LAYOUTS, ["norms", "clipped"])]
+)
 def test_no_row_is_sent(name, layout):
     """What is gathered is no larger than a parameter; but one number a row."""
     mesh = mesh_of(AxisType.Auto)
