@@ -7,9 +7,17 @@ from tests.fuzz.compare import outcome
 from tests.fuzz.norms import norms_outcome
 from tests.fuzz.programs import program
 from tests.fuzz.refused import AMBIGUOUS, MOST, REFUSED
-from tests.variants import some_quick
 
 COUNT, AT_ONCE = 500, 10
+
+
+def firsts(quick, slow, count):
+    """Of every ten programs the first: those below ``quick`` are quick, others slow or weekly."""
+    marks = {0: [], 1: [pytest.mark.slow], 2: [pytest.mark.slow, pytest.mark.weekly]}
+    return [
+        pytest.param(first, marks=marks[(first >= quick) + (first >= slow)])
+        for first in range(0, count, AT_ONCE)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +26,7 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("first", some_quick(range(0, COUNT, AT_ONCE), [0]))
+@pytest.mark.parametrize("first", firsts(AT_ONCE, 200, COUNT))
 def test_programs(first):
     """Dots are exact, or refused where they were before; of rows that are mixed they may be NaN."""
     wrong, known = [], {seed for own in REFUSED.values() for seed in own}
@@ -39,8 +47,7 @@ def test_programs(first):
 SATURATED = {31}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, 100, AT_ONCE))
+@pytest.mark.parametrize("first", firsts(0, 30, 100))
 def test_norms_and_clipped_gradients(first):
     """Exact, or refused as dots are."""
     wrong, known = [], {seed for own in REFUSED.values() for seed in own}

@@ -300,7 +300,7 @@ def test_kill_9_at_any_moment(micro_config, tmp_path):
     def command(out, *more):
         argv = ["train", "--out", str(out), "--model", "micro", "--quiet", "--length", str(LENGTH)]
         argv += ["--train", *map(str, micro_config.train), "--val", *micro_config.val]
-        argv += ["--steps", "36", "--batch-size", "4", "--val-batch-size", "2"]
+        argv += ["--steps", "24", "--batch-size", "4", "--val-batch-size", "2"]
         argv += ["--checkpoint-every", "3", "--audit-every", "4", "--order", "1"]
         argv += ["--mesh", "data=1", *more]
         return [sys.executable, "-m", "ghostjax", *argv]
