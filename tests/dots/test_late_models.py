@@ -45,7 +45,9 @@ def test_layers(name):
     check_late(*LAYERS[name](), exact_gradient=exact_gradient)
 
 
-@pytest.mark.parametrize("name", some_quick(LIBRARIES, []))
+@pytest.mark.slow
+@pytest.mark.weekly
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_libraries(name):
     with jax.numpy_rank_promotion("allow"):
         check_late(*LIBRARIES[name](), exact_gradient="remat" not in name)

@@ -76,6 +76,7 @@ def test_float32(name, standard_promotion):
     np.testing.assert_allclose(result.val_value, losses[4:].mean(), rtol=1e-5)
 
 
+@pytest.mark.weekly
 @cases(KINDS)
 def test_float32_one_position_sum_of_losses(name, standard_promotion):
     loss_fn, params, batch, result = run(name, 5, 2, 1, jnp.float32, "sum")
@@ -88,7 +89,7 @@ def test_float32_one_position_sum_of_losses(name, standard_promotion):
 NORMS = [name for name in CASES if "norm" in name and not name.startswith("batchnorm")]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @cases(CASES, {"layernorm_rank_3", "rmsnorm", "groupnorm"})
 def test_bfloat16(name, standard_promotion):
     """Within 1e-2 of per-row autodiff of the same model, or closer than that to float32 autodiff.

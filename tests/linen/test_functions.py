@@ -33,12 +33,14 @@ def test_libraries(name, standard_promotion):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_of_value_grad_and_dots(name, standard_promotion):
     check(*LAYERS[name]())
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_value_grad_and_dots(name, standard_promotion):
     check(*MODELS[name]())

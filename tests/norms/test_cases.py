@@ -87,6 +87,7 @@ def test_libraries(name):
     check_mean(*LIBRARIES[name]())
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", variants(LINEN))
 def test_linen_modules(name):
     check_mean(*LINEN[name](6, 6, jnp.float32))
