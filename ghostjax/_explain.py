@@ -18,7 +18,7 @@ from ghostjax._jaxprs import describe_operation
 from ghostjax._late import harvesting
 from ghostjax._loss import Arrays, Loss, check_coupled, check_reduction, trace_loss
 from ghostjax._step_memory import StepMemory
-from ghostjax.core import Meeting, Regrouped, Rows
+from ghostjax.core import Meeting, Regrouped, Rows, in_context
 
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
 
@@ -199,7 +199,10 @@ def _uses(loss: Loss, meeting: Meeting, factors, vectors, directions) -> list[Us
             return meeting.sums(kept, vectors, cotangents, stacked, route)
 
         stacked = directions is not None
-        own = functools.partial(meeting.where_traced, sums)
+
+        def own(*trees):
+            return in_context(meeting.context(), sums, *trees)
+
         each = jax.vmap(own, in_axes=(0, 0, None)) if loss.per_example else own
         kept, cotangents = jax.tree.map(lambda leaf: inside(leaf, rows), factors)
         if meeting.keeps_row_gradients:

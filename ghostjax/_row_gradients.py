@@ -22,6 +22,7 @@ from ghostjax.core import (
     RowMeeting,
     Rows,
     Squares,
+    in_context,
     map_parts,
     mapped,
     pair_squares,
@@ -87,7 +88,7 @@ class Pass:
             def every(number, factors, meeting=meeting):
                 return mapped(functools.partial(meeting.gradient, number), meeting, *factors)
 
-            found[key] = meeting.where_traced(every, number, factors[key])
+            found[key] = in_context(meeting.context(), every, number, factors[key])
         return found
 
     def dots(self, gradients: list[Any], count: int) -> list[Any]:
@@ -168,7 +169,7 @@ class Pass:
 
     def _factors(self, key: str):
         meeting, ((arrays, _), cotangents) = self.found.meetings[key], self.factors[key]
-        return meeting.where_traced(meeting.use.factors, arrays, *cotangents)
+        return in_context(meeting.context(), meeting.use.factors, arrays, *cotangents)
 
 
 def trace_rows(loss_fn: Callable[..., Any], args, kwargs, **options: Any) -> tuple[Loss, Arrays]:

@@ -255,7 +255,6 @@ def test_importing_the_package_does_not_import_the_extras():
     assert "tyro" not in done.stdout
 
 
-@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "ghostjax", "train", "--help"],

@@ -42,7 +42,7 @@ from ghostjax.core.tracks import Track as Track
 from ghostjax.core.tracks import Where as Where
 from ghostjax.core.types import added_up as added_up
 from ghostjax.core.types import cotangent_as as cotangent_as
-from ghostjax.core.types import on_this_mesh as on_this_mesh
+from ghostjax.core.types import in_context as in_context
 from ghostjax.core.types import typed_as as typed_as
 from ghostjax.core.types import varying as varying
 from ghostjax.core.types import varying_as as varying_as

@@ -5,7 +5,7 @@ import jax
 from ghostjax.core.channel import channel
 from ghostjax.core.directed import to_slots
 from ghostjax.core.squares import Squares, squares_to
-from ghostjax.core.types import cotangent_as, on_this_mesh
+from ghostjax.core.types import cotangent_as, in_context
 
 
 class Clipped(Squares):
@@ -31,8 +31,7 @@ class Clipped(Squares):
 
         def backward(kept, cotangents):
             *cotangents, weights = cotangents
-            with meeting.context():
-                found = meeting.weighted(*on_this_mesh((weights, kept, cotangents)))
+            found = in_context(meeting.context(), meeting.weighted, weights, kept, cotangents)
             found = {k: cotangent_as(found[k], kind) for k, kind in kinds.items()}
             return own(kept, cotangents), found
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ghostjax.core.channel import set_aside
 from ghostjax.core.directed import through_channel
 from ghostjax.core.meeting import Meeting, one_per_row, where_taken
-from ghostjax.core.types import typed_as, varying_as, zeros_of
+from ghostjax.core.types import in_context, typed_as, varying_as, zeros_of
 from ghostjax.core.walk import Walk
 
 
@@ -93,7 +93,8 @@ def contract(
         return {}
     route, stacked = meeting.route(directions, late=True), directions is not None
     one = functools.partial(sums_of_left, meeting, route, stacked)
-    return meeting.where_traced(functools.partial(summed, one, meeting), kept, cotangents, vectors)
+    every = functools.partial(summed, one, meeting)
+    return in_context(meeting.context(), every, kept, cotangents, vectors)
 
 
 def sums_of_left(meeting: Meeting, route, stacked: bool, kept, cotangents, vectors):

@@ -23,7 +23,6 @@ from ghostjax._jaxprs import bind, is_inexact, is_var, live_equations
 from ghostjax.core.channel import passed_on, primals
 from ghostjax.core.lookups import as_gradients_see
 from ghostjax.core.places import Rows, split_rows
-from ghostjax.core.types import on_this_mesh
 from ghostjax.core.values import Value, paths_of
 
 
@@ -149,12 +148,6 @@ class Meeting:
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """In which its operation was traced: axes of the mesh may be explicit there or not."""
         return contextlib.nullcontext() if self.eqn is None else self.eqn.ctx.manager
-
-    def where_traced(self, function: Callable[..., Any], *trees: Any) -> Any:
-        """``function`` of trees of arrays, in that context; its result as one outside of it."""
-        with self.context():
-            found = function(*on_this_mesh(trees))
-        return on_this_mesh(found)
 
     def keep(self, operands: Sequence[Value]) -> Any:
         """The arrays that ``sums`` needs. Called once, where the meeting was made."""

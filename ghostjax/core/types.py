@@ -5,6 +5,7 @@ axes over which they vary; what does not is the same on all of these devices.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,6 +67,13 @@ def on_this_mesh(tree: Any) -> Any:
         return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(moved, tree)
+
+
+def in_context(context: Any, function: Callable[..., Any], *trees: Any) -> Any:
+    """``function`` of trees of arrays, where axes of the mesh may differ; its result as here."""
+    with context:
+        found = function(*on_this_mesh(trees))
+    return on_this_mesh(found)
 
 
 def zeros_of(like: Any) -> jax.Array:

@@ -376,7 +376,6 @@ def test_kinds_are_asked_for_again_after_the_log_is_opened_again(tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_without_pyarrow_the_engine_works_and_the_log_names_the_extra():
     program = """
 import sys

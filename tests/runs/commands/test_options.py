@@ -24,7 +24,7 @@ def where(tmp_path, wanted, **environment):
     return subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("xdg", [False, True])
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path, xdg):
     home = {"XDG_CACHE_HOME": str(tmp_path / "xdg") if xdg else "", "JAX_COMPILATION_CACHE_DIR": ""}

@@ -203,7 +203,6 @@ def test_options_of_processes(tmp_path, options, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.slow
 def test_without_a_cluster_there_is_nobody_to_join(tmp_path):
     argv = [sys.executable, "-m", "ghostjax", "train", "--out", str(tmp_path / "run")]
     argv += ["--distributed"]
