@@ -21,6 +21,9 @@ class Joined:
     """How a tree like the parameters is joined: a list of vectors and of arrays left as they are.
 
     Small arrays of one type are one vector.
+
+    Attributes:
+      is_idle: whether there are no two arrays to join.
     """
 
     def __init__(self, params: Any):
@@ -30,6 +33,7 @@ class Joined:
         for n, leaf in enumerate(leaves):
             groups.setdefault(leaf.dtype if leaf.size <= SMALL else n, []).append(n)
         self._groups = list(groups.values())
+        self.is_idle = len(groups) == len(leaves)
 
     def join(self, tree: Any) -> list[jax.Array]:
         leaves = jax.tree.leaves(tree)
@@ -70,6 +74,8 @@ def through_joined(
 ) -> tuple[Any, jax.Array]:
     """As ``through_and_undefined``, of an optimizer to which the bounds of arrays mean nothing."""
     joined = Joined(params)
+    if joined.is_idle:  # a scalar alone looks like a count of steps
+        return through_and_undefined(optimizer, opt_state, params, grads)
     own = joined.join_state(opt_state), joined.join(params), joined.join(grads)
     through, undefined = through_and_undefined(optimizer, *own)
     return lambda val_grads: joined.split(through(joined.join(val_grads))), undefined

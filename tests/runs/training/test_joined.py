@@ -48,6 +48,13 @@ def test_joined_arrays_have_the_same_direction(monkeypatch):
     assert vector.dtype == jnp.float32
 
 
+def test_a_scalar_alone_is_not_taken_for_the_count_of_steps():
+    optimizer, params = optax.sgd(lambda count: 0.5 / (count + 1)), jnp.float32(1)
+    args = optimizer, optimizer.init(params), params, params
+    through, _ = joined.through_joined(*args)
+    assert through(jnp.float32(3)) == 1.5
+
+
 def primitives(jaxpr):
     for eqn in jaxpr.eqns:
         for inner, _ in inner_jaxprs(eqn):
