@@ -130,11 +130,11 @@ def _check_derivative(forward: core.Jaxpr, direction: core.Jaxpr, grads: Any) ->
     used = _dependence(forward, each)
     # Its arguments: gradients, which of them are undefined, and what is pulled back.
     derivatives = _dependence(direction, [0] * 2 * count + [1] * count)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
     faults = [
         f"  {jax.tree_util.keystr(path) or 'params'}"
-        for path, own, uses, derivative in zip(paths, each, used, derivatives)
-        if own & uses and not derivative
+        for (path, leaf), own, uses, derivative in zip(leaves, each, used, derivatives)
+        if own & uses and not derivative and leaf.size  # of no elements, JAX makes it a constant
     ]
     if faults:
         raise ValueError(

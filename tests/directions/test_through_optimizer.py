@@ -186,6 +186,12 @@ def test_sign_based_updates_are_refused(name, standard_promotion):
         directions.through_optimizer(tx, tx.init(params), params, grads, val_grads)
 
 
+def test_an_array_without_elements_is_no_part_that_is_sign_based():
+    params, tx = {"empty": jnp.zeros((0, 2)), "w": jnp.ones(2)}, optax.sgd(0.5)
+    found = directions.through_optimizer(tx, tx.init(params), params, params, params)
+    chex.assert_trees_all_equal(found, jax.tree.map(lambda leaf: 0.5 * leaf, params))
+
+
 def test_a_part_that_is_sign_based_is_named(params):
     tx = by_kind(optax.adam(1e-2), optax.lion(1e-2))
     with pytest.raises(
