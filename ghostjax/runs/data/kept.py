@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class KeptTokens:
         self._encode = encode
         with _disk_errors():
             self._file = tempfile.TemporaryFile(buffering=2**20)  # noqa: SIM115
-        weakref.finalize(self, self._file.close)  # where nobody reads it
+        self._close = weakref.finalize(self, _close, self._file)  # at the latest
 
     def sizes(self, texts: Sequence[bytes]) -> list[int]:
         """How many tokens each text has."""
@@ -47,10 +48,19 @@ class KeptTokens:
 
     def read(self, sizes: Iterable[int]) -> Iterator[np.ndarray]:
         """The tokens of all texts in order, of which these are the sizes; the file is gone then."""
-        with self._file as file, _disk_errors():
-            file.seek(0)
-            for size in sizes:
-                yield np.frombuffer(file.read(int(size) * _TOKEN.itemsize), _TOKEN)
+        try:
+            with _disk_errors():
+                self._file.seek(0)
+                for size in sizes:
+                    yield np.frombuffer(self._file.read(int(size) * _TOKEN.itemsize), _TOKEN)
+        finally:
+            self._close()
+
+
+def _close(file: IO[bytes]) -> None:
+    """What a full disk did not take is written once more, and nobody needs it."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 @contextlib.contextmanager
@@ -58,7 +68,8 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = tempfile.tempdir or "none of the usual folders"
         raise UsageError(
-            f"the temporary file of all tokens, in {tempfile.tempdir}: {error.strerror or error}; "
+            f"the temporary file of all tokens, in {where}: {error.strerror or error}; "
             f"set TMPDIR to a folder on a disk with room for it, {_TOKEN.itemsize} bytes a token"
         ) from error

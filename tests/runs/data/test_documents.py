@@ -22,6 +22,8 @@ from ghostjax.runs.store.fingerprint import fingerprints
 from ghostjax.runs.training.placement import Placement
 from ghostjax.runs.training.trainer import batches, val_choice
 
+FULL = Path("/dev/full")
+
 
 def read(paths, fields=None, **more):
     found = read_documents(paths, fields, **more)
@@ -252,6 +254,17 @@ def test_tokens_that_cannot_be_kept_name_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(UsageError, match=r"none: No such .* set TMPDIR to a folder .* 4 bytes a"):
         KeptTokens(lambda texts: [])
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="a disk that is always full")
+@pytest.mark.parametrize("size", [2, 2**20])
+def test_a_full_disk_says_so_at_the_latest_when_tokens_are_read(size, monkeypatch):
+    """And no second time when the file is closed, although it is written once more then."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: FULL.open("w+b", buffering))
+    kept = KeptTokens(lambda texts: [np.zeros(size, np.int32)])
+    with pytest.raises(UsageError, match="No space left on device; set TMPDIR"):
+        list(kept.read(kept.sizes([b"text"])))
+    kept._close()  # as when nobody has it any more
 
 
 def test_a_carriage_return_ends_a_line_too(write_data):
