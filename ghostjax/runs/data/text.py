@@ -286,6 +286,12 @@ def _load_tokenizer(path: Path) -> Coder:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise UsageError(f"{path}: no tokenizer.json ({' '.join(str(error).split())})") from error
+    dropout = getattr(tokenizer.model, "dropout", None)  # of BPE alone
+    if dropout:
+        raise UsageError(
+            f"{path}: its model leaves out merges at random (dropout {dropout}), so that a text "
+            "has other tokens whenever it is read: set its dropout to null"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
 

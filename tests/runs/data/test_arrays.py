@@ -1,6 +1,7 @@
 """Classification of arrays, and texts with a tokenizer of their own."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -150,6 +151,11 @@ def test_a_vocabulary_with_gaps(micro_config, tmp_path):
 
 
 def test_tokenizers_that_cannot_be_used(micro_config, tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = {"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}
+    (tmp_path / "random.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match=r"random\.json: .* \(dropout 0\.5\), .* to null"):
+        load_task(dataclasses.replace(micro_config, tokenizer=tmp_path / "random.json"))
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(UsageError, match=r"bad\.json: no tokenizer\.json"):
         load_task(dataclasses.replace(micro_config, tokenizer=tmp_path / "bad.json"))
