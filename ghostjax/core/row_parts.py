@@ -108,7 +108,7 @@ class Part:
         if not hasattr(whole, "gradient_of_rows"):
             moving = sorted({k for own in whole.moving.values() for k in own})
             primals = [value.primal for value in operands]
-            if self.is_cut or (whole.num_rows is None and count == 1):
+            if count == 1 and (self.is_cut or whole.num_rows is None):
                 function, is_product = as_product(whole, function)
                 self.is_for_one = self.is_cut or is_product
             self.pullback = Pullback(function, primals, moving, self.meeting)

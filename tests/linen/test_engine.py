@@ -1,5 +1,6 @@
 """What the engine promises beyond the numbers of one batch."""
 
+import math
 import re
 
 import chex
@@ -381,6 +382,22 @@ def test_scanned_layers_carry_no_records():
     plain = growth(lambda loss_fn: jax.grad(lambda p, b: loss_fn(p, b).mean()))
     engine = growth(lambda loss_fn: GradDotProdEngine(loss_fn, val_batch_size=8))
     assert engine <= 1.25 * plain + 2**16
+
+
+def test_convolutions_of_many_rows_are_not_unfolded():
+    """The windows of all rows would take the memory of their inputs times a window's places."""
+    params, x = {"w": jnp.ones((5, 5, 2, 2))}, jnp.ones((B + V, 6, 6, 2))
+
+    def losses(params, x):
+        names = ("NHWC", "HWIO", "NHWC")
+        found = jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=names
+        )
+        return jnp.mean(jnp.square(found), axis=(1, 2, 3))
+
+    text = jax.jit(GradDotProdEngine(losses, val_batch_size=V)).lower(params, x).as_text()
+    shapes = [shape.split("x") for shape in re.findall(r"tensor<([\dx]+)xf32>", text)]
+    assert max(math.prod(map(int, shape)) for shape in shapes) == x.size
 
 
 def test_aggregate_checks_every_leaf():
