@@ -49,8 +49,12 @@ def on_their_devices(
     impls = [jax.random.key_impl(a) if key else None for a, key in zip(arrays, is_key)]
     # Sharding rules count the axes of what XLA sees of keys, which are numbers.
     arrays = [jax.random.key_data(a) if key else a for a, key in zip(arrays, is_key)]
+    # An axis that rows share may be split across a row. Of one of rows alone, XLA sends what is
+    # missing of them.
+    arrays = [_apart(array, place) for array, place in zip(arrays, places)]
 
     def plain(*arrays):
+        arrays = [_merged(array, place) for array, place in zip(arrays, places)]
         wrap = jax.random.wrap_key_data
         return loop(*(wrap(a, impl=impl) if impl else a for a, impl in zip(arrays, impls)))
 
@@ -67,25 +71,35 @@ def on_their_devices(
         return mesh, plain, [NamedSharding(mesh, PartitionSpec(rows)) for _ in results], placed
 
     letters = (f"a{number}" for number in itertools.count())
-    factors, inner, others = [], {}, []
+    factors, others = [], []
     for array, place in zip(arrays, places):
         own = list(itertools.islice(letters, array.ndim))
-        others += own
+        others += [letter for axis, letter in enumerate(own) if not place or axis != place.axis]
         if place is not None:
-            letter, own[place.axis] = own[place.axis], "b"
-            if place.inner > 1:
-                own[place.axis], inner[letter] = f"(b {letter})", place.inner
-            else:
-                others.remove(letter)
+            own[place.axis] = "b"
         factors.append(" ".join(own))
     numbers = ["b"] * len(jax.eval_shape(plain, *arrays))
     partitioned.def_partition(
         partition=partition,
         sharding_rule=", ".join(factors) + " -> " + ", ".join(numbers),
         need_replication_factors=tuple(others),
-        **inner,
     )
     return differentiable(partitioned, plain)(*arrays)
+
+
+def _apart(array: jax.Array, place: Rows | None) -> jax.Array:
+    """With an axis of rows alone, before that of what they share theirs with."""
+    if place is None or place.inner == 1:
+        return array
+    axis, shape = place.axis, array.shape
+    return array.reshape(*shape[:axis], shape[axis] // place.inner, place.inner, *shape[axis + 1 :])
+
+
+def _merged(array: jax.Array, place: Rows | None) -> jax.Array:
+    """As it was before."""
+    if place is None or place.inner == 1:
+        return array
+    return jax.lax.collapse(array, place.axis, place.axis + 2)
 
 
 def differentiable(

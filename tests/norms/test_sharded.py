@@ -193,6 +193,20 @@ def test_rows_that_only_jit_places():
 
 
 @pytest.mark.slow
+def test_rows_that_devices_share():
+    """Where rows are merged with positions, devices may have parts of them."""
+    mesh = mesh_of(AxisType.Auto)
+
+    def row_losses(params, x):
+        h = jax.lax.with_sharding_constraint(x.reshape(-1, 4), NamedSharding(mesh, ROWS))
+        return mean_squares(jnp.tanh(jnp.tanh(h @ params["w"]) @ params["w"]).reshape(x.shape))
+
+    params, x = {"w": draw(4, 4) / 2}, draw(3, 24, 4, seed=3)
+    found = jax.jit(squared_norms(row_losses))(params, x)
+    grads = testing.per_example_grads(row_losses, params, x)
+    testing.assert_dots_close(found["w"], jnp.square(grads["w"]).reshape(3, -1).sum(1))
+
+
 @pytest.mark.parametrize("name", ["norms", "clipped"])
 def test_a_row_put_together_stays_where_it_is(name):
     """Its features, too, where parameters are split over a second axis of the mesh."""
