@@ -140,3 +140,29 @@ def test_convolutions(name, monkeypatch):
     norms = jax.jit(squared_norms(losses))(params, x)
     testing.assert_dots_close(norms, Rows.of(losses, params, x).squares())
     assert len(found) == 1
+
+
+def test_large_windows():
+    """A slice for every place in a window would take long to compile."""
+    params, x = {"w": draw(16, 16, 1, 2), "twice": draw(16, 16, 1, 2)}, draw(2, 32, 32, 1)
+
+    def losses(params, x):
+        inputs = {"w": [x], "twice": [x, jnp.cos(x)]}
+        options = {"strides": (16, 16), "padding": "VALID"}
+        found = [convolution(x, params[name], **options) for name in inputs for x in inputs[name]]
+        return mean_squares(jnp.sin(sum(found)))
+
+    text = jax.jit(squared_norms(losses)).lower(params, x).as_text()
+    assert text.count("stablehlo.slice") < 16 * 16
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 1, 4, 2), (ROWS, 3, 4, 0)])
+def test_windows_of_nothing(shape):
+    params = {"w": jnp.ones((2, 2, shape[-1], 3)), "twice": jnp.ones((2, 2, shape[-1], 3))}
+
+    def losses(params, x):
+        once, twice = (convolution(x, params[name], padding="VALID") for name in params)
+        return mean_squares(once + twice * convolution(x, params["twice"], padding="VALID"))
+
+    found = jax.jit(squared_norms(losses))(params, jnp.ones(shape))
+    testing.assert_dots_close(found, {name: jnp.zeros(ROWS) for name in params})
