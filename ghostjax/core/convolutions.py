@@ -36,13 +36,13 @@ def is_unfolded(meeting: Meeting) -> bool:
     )
 
 
-def as_product(meeting: Meeting, function: Callable[..., list]) -> tuple[Callable[..., list], bool]:
-    """``function``, the operation of a meeting of one row; and whether it is a convolution with a
-    kernel of parameters, which is given as the product that it is.
+def as_product(meeting: Meeting, function: Callable[..., list]) -> Callable[..., list]:
+    """``function``, the operation of a meeting of one row: where it is a convolution with a kernel
+    of parameters, as the product that it is.
 
     Of one row, XLA's CPU backend takes ten times as long and more for the gradient of a
     convolution. For several rows, each of which has a gradient of its own, it is one of grouped
-    features; where these are split over devices, XLA makes wrong numbers (jax 0.10).
+    features; where these are split over devices, XLA makes wrong numbers (jax 0.10 and 0.12).
     """
     eqn = meeting.eqn
     if (
@@ -52,8 +52,8 @@ def as_product(meeting: Meeting, function: Callable[..., list]) -> tuple[Callabl
         or eqn.params["batch_group_count"] != 1
         or _is_empty(eqn)
     ):
-        return function, False
-    return (lambda operands: [_product(eqn.params, function, *operands)]), True
+        return function
+    return lambda operands: [_product(eqn.params, function, *operands)]
 
 
 def _is_empty(eqn: Any) -> bool:

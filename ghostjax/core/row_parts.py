@@ -68,7 +68,6 @@ class Part:
       meeting: that of these rows; the whole one where it cannot be cut.
       kept: positions of the operands whose values are needed.
       is_cut: whether it is of these rows alone.
-      is_for_one: whether it is made for one row at a time.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Part:
         self.inexact_data = {
             k for k, value in enumerate(operands) if value.is_data and is_inexact(value.primal)
         }
-        self.is_cut = self.is_for_one = count != whole.num_rows and _can_be_cut(whole, operands)
+        self.is_cut = count != whole.num_rows and _can_be_cut(whole, operands)
         self.meeting = whole
         if self.is_cut:
             operands = [
@@ -109,8 +108,7 @@ class Part:
             moving = sorted({k for own in whole.moving.values() for k in own})
             primals = [value.primal for value in operands]
             if count == 1 and (self.is_cut or whole.num_rows is None):
-                function, is_product = as_product(whole, function)
-                self.is_for_one = self.is_cut or is_product
+                function = as_product(whole, function)
             self.pullback = Pullback(function, primals, moving, self.meeting)
         pulled = self.pullback.kept if self.pullback else ()
         self.kept = sorted({*self.meeting.kept, *pulled})

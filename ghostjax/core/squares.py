@@ -56,7 +56,7 @@ class RowMeeting:
     def keep(self, operands: Sequence[Value]) -> Any:
         """The arrays that all else needs. Called once, where the meeting was made."""
         self.part = self._part(self.num_rows if self.by_weights else 1)
-        self.all = self._part(self.num_rows) if self.part.is_for_one else self.part
+        self.all = self._part(self.num_rows) if self.part.is_cut else self.part
         del self._part
         moving = [value for value in operands if value.tangents]
         self.row_by_row = has_split_rows(operands)
@@ -65,7 +65,7 @@ class RowMeeting:
         kept = sorted({*self.whole.kept, *self.part.kept, *self.all.kept})
         arrays = {position: operands[position].primal for position in kept}
         consts = self.whole.take_consts(), self.part.take_consts()
-        return arrays, (*consts, self.all.take_consts() if self.part.is_for_one else consts[1])
+        return arrays, (*consts, self.all.take_consts() if self.part.is_cut else consts[1])
 
     def weighted(self, weights: Any, kept: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
         """By position, the cotangents of the operands that are made of parameters: those of all
@@ -78,7 +78,7 @@ class RowMeeting:
     def gradient(self, example: Any, kept: Any, cotangents: Sequence[Any]) -> dict[int, list[Any]]:
         """Of one example, by parameter, in the order of what ``Push`` emits: of the row
         ``example``; or ``by_weights``, of all rows times these [B]."""
-        if self.by_weights or not self.part.is_for_one:
+        if self.by_weights or not self.part.is_cut:
             weights = example if self.by_weights else self.part.weights(example)
             return self.by_parameter(self.weighted(weights, kept, cotangents))
         arrays, (of_whole, of_part, _) = kept

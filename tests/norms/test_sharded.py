@@ -170,6 +170,25 @@ def test_loops_over_rows_stay_on_their_devices(name, per_example):
     testing.assert_dots_close(compiled(params, x), squares)
 
 
+def test_clipped_gradients_of_kernels_by_vectorized_rows():
+    """Each row has a gradient of its own in the second pass, too: as that of a convolution it would
+    be wrong on eight devices."""
+
+    def row_loss(params, x):
+        return of_images_in_a_loop(params, x[None])[0]
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, x = {"w": draw(3, 3, 8, 8) / 8}, draw(16, 12, 8, seed=3)
+    grads = testing.per_example_grads(of_images_in_a_loop, params, x)["w"]
+    norms = jnp.linalg.norm(grads.reshape(16, -1), axis=1)
+    most = float(jnp.median(norms))
+    expected = jnp.einsum("b,b...->...", jnp.minimum(1, most / norms), grads) / 16
+    clipped = jax.jit(value_and_clipped_grad(row_loss, most, per_example=True))
+    x = jax.device_put(x, NamedSharding(mesh, ROWS))
+    _, found = clipped(jax.device_put(params, NamedSharding(mesh, WHOLE)), x)
+    testing.assert_dots_close(jax.device_get(found["w"]), expected)
+
+
 def test_rows_that_only_jit_places():
     """Of these no type tells the mesh: XLA says where they are, merged with positions or not."""
 
