@@ -183,7 +183,9 @@ class RuleMeeting(Meeting):
 
 def push_through_rule(eqn: Any, primals, moving, name: str):
     """The tangents of a ``custom_vjp`` function of parameters alone, whose rule must be linear."""
-    every = [is_inexact(atom) for atom in eqn.invars]
+    # By what its function closes over, JAX does not differentiate.
+    closed_over = eqn.params.get("num_consts", 0)
+    every = [k >= closed_over and is_inexact(atom) for k, atom in enumerate(eqn.invars)]
     program = pullback(eqn, every, [k in moving for k in range(len(primals))])
     numbers = program.inputs[len(primals) :]
     _check_linear(eqn, program, numbers, name)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ghostjax import conservation_error, testing, value_grad_and_dots
@@ -234,7 +235,10 @@ def test_rules_of_parameters_alone(name, per_example):
 
 
 def test_linear_rules_of_parameters_alone():
-    """Scaled, masked, mixed and stopped gradients."""
+    """Scaled, masked, mixed and stopped gradients, also of a function that closes over an array."""
+    scales = np.linspace(1, 2, PARAMS["w"].size, dtype=np.float32).reshape(PARAMS["w"].shape)
+    scaled = jax.custom_vjp(lambda w: w * scales)
+    scaled.defvjp(lambda w: (w * scales, None), lambda _, g: (g * scales / 2,))
 
     def backward(w, g):
         g = jnp.where(w > 0, g, 0) * 3 + jax.lax.stop_gradient(jnp.roll(g, 1, axis=0))
@@ -244,7 +248,7 @@ def test_linear_rules_of_parameters_alone():
 
     def losses(params, x):
         params = passed(params)
-        return mean_squares(jnp.tanh(x @ params["w"]) @ params["head"])
+        return mean_squares(jnp.tanh(x @ scaled(params["w"])) @ params["head"])
 
     direction = direction_like(PARAMS)
     fn = value_grad_and_dots(lambda p, x: jnp.mean(losses(p, x)))
