@@ -20,7 +20,8 @@ SMALL = 2**16  # elements: a copy of a larger array would cost more memory than 
 class Joined:
     """How a tree like the parameters is joined: a list of vectors and of arrays left as they are.
 
-    Small arrays of one type are one vector.
+    Small arrays of one type are one vector. Those of two bytes a number are left as they are: a norm
+    over them, as for clipping, is rounded to them array by array.
 
     Attributes:
       is_idle: whether there are no two arrays to join.
@@ -31,7 +32,8 @@ class Joined:
         self._shapes = [leaf.shape for leaf in leaves]
         groups: dict[Any, list[int]] = {}
         for n, leaf in enumerate(leaves):
-            groups.setdefault(leaf.dtype if leaf.size <= SMALL else n, []).append(n)
+            is_joined = leaf.size <= SMALL and leaf.dtype.itemsize >= 4
+            groups.setdefault(leaf.dtype if is_joined else n, []).append(n)
         self._groups = list(groups.values())
         self.is_idle = len(groups) == len(leaves)
 

@@ -24,7 +24,8 @@ def test_joined_arrays_have_the_same_direction(monkeypatch):
     def draw(*stacked):
         shapes = {"bias": (3,), "one": (), "matrix": (2, 4), "large": (3, 3)}
         tree = {n: jnp.float32(rng.normal(size=(*stacked, *own))) for n, own in shapes.items()}
-        return tree | {"half": jnp.ones((*stacked, 2), jnp.float16)}
+        halves = {n: jnp.ones((*stacked, 2), jnp.float16) for n in ("half", "other")}
+        return tree | halves
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
     params, grads, val_grads = draw(), draw(), draw(2)
@@ -44,8 +45,8 @@ def test_joined_arrays_have_the_same_direction(monkeypatch):
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         assert np.abs(leaf).max() > 1e-3, path
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
-    (vector,) = (own for own in joined.Joined(params).join(params) if own.shape == (12,))
-    assert vector.dtype == jnp.float32
+    kinds = sorted((own.shape, own.dtype.name) for own in joined.Joined(params).join(params))
+    assert kinds == [((2,), "float16")] * 2 + [((3, 3), "float32"), ((12,), "float32")]
 
 
 def test_a_scalar_alone_is_not_taken_for_the_count_of_steps():
