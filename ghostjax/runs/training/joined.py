@@ -20,8 +20,8 @@ SMALL = 2**16  # elements: a copy of a larger array would cost more memory than 
 class Joined:
     """How a tree like the parameters is joined: a list of vectors and of arrays left as they are.
 
-    Small arrays of one type are one vector. Those of two bytes a number are left as they are: a norm
-    over them, as for clipping, is rounded to them array by array.
+    Small arrays of one type are one vector, but for those of two bytes a number: a norm over them,
+    as for clipping, is rounded array by array.
 
     Attributes:
       is_idle: whether there are no two arrays to join.
