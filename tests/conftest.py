@@ -41,12 +41,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Of a test that is marked ``quick`` with names, all other variants are slow."""
+    left = {}
     for item in items:
         quick = item.get_closest_marker("quick")
-        if quick is not None and item.callspec.id not in quick.args:
+        if quick is None:
+            continue
+        name = item.nodeid.partition("[")[0]
+        left.setdefault(name, {*quick.args}).discard(item.callspec.id)
+        if item.callspec.id not in quick.args:
             item.add_marker(pytest.mark.slow)
+    is_all = not any("::" in argument for argument in config.args)
+    unknown = {name: sorted(own) for name, own in left.items() if own}
+    if is_all and unknown:
+        raise pytest.UsageError(f"no variants have these names that are to be quick: {unknown}")
 
 
 def pytest_unconfigure():

@@ -40,9 +40,9 @@ def as_product(meeting: Meeting, function: Callable[..., list]) -> Callable[...,
     """``function``, the operation of a meeting of one row: where it is a convolution with a kernel
     of parameters, as the product that it is.
 
-    Of one row, XLA's CPU backend takes ten times as long and more for the gradient of a
-    convolution. For several rows, each of which has a gradient of its own, it is one of grouped
-    features; where these are split over devices, XLA makes wrong numbers (jax 0.10 and 0.12).
+    Of one row, XLA's CPU backend takes much longer for the gradient of a convolution. For several
+    rows, each of which has a gradient of its own, it is one of grouped features; where these are
+    split over devices, XLA makes wrong numbers (jax 0.10 and 0.12).
     """
     eqn = meeting.eqn
     if (

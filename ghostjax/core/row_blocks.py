@@ -75,7 +75,7 @@ def map_parts(
 def _blocks(jaxpr: core.Jaxpr, num_rows: int, arrays: Sequence[Any]) -> int:
     """As many as the mesh has devices that the types of arrays tell, or as divide the rows."""
     # A convolution of several rows with a kernel each has groups of features. Where these are
-    # split, XLA's partitioner makes wrong numbers (jax 0.10). Those of data are products here
+    # split, XLA's partitioner makes wrong numbers. Those of data are products here
     # (``convolutions.as_product``).
     if any(holds(eqn, "conv_general_dilated") for eqn in jaxpr.eqns):
         return 1

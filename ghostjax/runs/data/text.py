@@ -20,6 +20,7 @@ from ghostjax.runs.data.documents import (
     MIN_TOKENS,
     Document,
     Documents,
+    is_long_enough,
     read_documents,
 )
 from ghostjax.runs.data.elements import text_elements
@@ -260,10 +261,13 @@ def _texts(
     else:
         measure = (kept or coder).sizes
         sizes = np.array(measure([document.text for document in documents]), np.int64)
-        for n in np.flatnonzero(sizes < MIN_TOKENS):
+        is_used = np.array(
+            [is_long_enough(own.text, size) for own, size in zip(documents, sizes)], bool
+        )
+        for n in np.flatnonzero(~is_used):
             skipped.add(documents[n].id)
-        documents = [own for own, size in zip(documents, sizes) if size >= MIN_TOKENS]
-        sizes = sizes[sizes >= MIN_TOKENS]
+        documents = [own for own, used in zip(documents, is_used) if used]
+        sizes = sizes[is_used]
     if not len(documents):
         raise UsageError(f"{where}: no documents of at least {MIN_TOKENS} tokens")
     return Texts(documents, sizes, coder, kept)
