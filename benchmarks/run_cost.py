@@ -40,8 +40,8 @@ def main() -> None:
 
     @jax.jit
     def val_gradients(params, rows):
-        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
-        return jax.lax.map(lambda part: jax.grad(mean_of(task.row_losses))(params, part), parts)
+        rows = jax.tree.map(lambda leaf: leaf.reshape(sets, -1, *leaf.shape[3:]), rows)
+        return jax.lax.map(lambda own: jax.grad(mean_of(task.row_losses))(params, own), rows)
 
     def fresh():
         # A step uses its state up.

@@ -1,5 +1,7 @@
 """The routes that explain tells are those that run."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from ghostjax import explain, value_grad_and_dots
 from ghostjax._jaxprs import inner_jaxprs
 from ghostjax._late import value_and_dots_fn
 from ghostjax.core import Route
+from ghostjax.core.row_loop import row_loop
 from models.arrays import draw
 
 
@@ -42,8 +45,9 @@ def test_routes_by_shape():
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("positions", [2, 128])
-def test_routes_are_those_that_run(positions, late):
+def test_routes_are_those_that_run(positions, late, monkeypatch):
     """Loops over rows stand for the rows route; nothing else here makes any."""
+    monkeypatch.setattr(sys.modules[row_loop.__module__], "AT_ONCE", 0)
     loss_fn, params, x, explanation = wide_layer(positions, 6)
     direction = jax.tree.map(lambda leaf: jnp.stack([leaf] * 6), params)
 

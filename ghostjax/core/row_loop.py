@@ -1,4 +1,4 @@
-"""The weight gradient of one row after another, each dotted with all directions.
+"""The weight gradient by every row, one after another or few at once, dotted with all directions.
 
     total    = sum_b  a[b]^T c[b]                  [i, o]
     dots     = < a[b]^T c[b] , directions[k] >     [K, B]
@@ -20,6 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ghostjax.core.meeting import wide_dtype
 from ghostjax.core.row_map import differentiable, splits_rows
+
+# Elements of all rows' parts: so small they are all made before any is used, without a loop.
+AT_ONCE = 2**20
 
 
 def _products(a, c, precision):
@@ -46,6 +49,11 @@ def _loop(a, c, directions, precision):
     wide = wide_dtype(a, c)
     # All directions at once: a reduction for each takes as long as the product, or longer.
     matrix = directions.reshape(directions.shape[0], -1).astype(wide)
+
+    if a.shape[0] * a.shape[-1] * c.shape[-1] <= AT_ONCE:
+        parts = jax.vmap(functools.partial(_products, precision=precision))(a, c)
+        flat = parts.reshape(parts.shape[0], -1)
+        return jnp.sum(parts, axis=0), jnp.matmul(matrix, flat.T, precision="highest")
 
     def step(total, row):
         part = _products(*row, precision)

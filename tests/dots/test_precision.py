@@ -173,7 +173,7 @@ def test_sums_for_dots_are_float32(policy, form, count, rows, monkeypatch, stand
     # What is summed over rows is float32: a row's part of a weight's gradient, dots [K, B].
     assert all(shape.startswith(f"{B}x{T}x") for shape in narrow)
     assert bool(narrow) != rows
-    assert not rows or {f"{WIDTH}x{HIDDEN}x", f"{HIDDEN}x{WIDTH}x"} <= {
+    assert not rows or {f"{B}x{WIDTH}x{HIDDEN}x", f"{B}x{HIDDEN}x{WIDTH}x"} <= {
         shape for shape, dtype in products if dtype == "f32"
     }
 

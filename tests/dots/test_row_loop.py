@@ -1,5 +1,8 @@
 """The rows route, taken everywhere: layouts of a product, dtypes, inside transformations."""
 
+import functools
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +18,9 @@ from tests.variants import some_quick
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch):
-    """Every product goes row by row; the list has their sizes."""
+    """Every product goes row by row, in a loop; the list has their sizes."""
     found = []
+    monkeypatch.setattr(sys.modules[row_loop.__module__], "AT_ONCE", 0)
 
     def always(sizes, directions, *, gradient):
         found.append((sizes, directions, gradient))
@@ -191,14 +195,18 @@ def rows_alone(a, c, directions):
     return parts.sum(axis=0), np.einsum("bio,kio->kb", parts, directions)
 
 
+@pytest.mark.parametrize("at_once", [0, 4 * 5 * 3], ids=["loop", "at_once"])
 @pytest.mark.parametrize(
     ("first", "second"),
     [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")],
 )
-def test_sums_of_narrow_products_are_float32(first, second):
+def test_sums_of_narrow_products_are_float32(first, second, at_once, monkeypatch):
+    monkeypatch.setattr(sys.modules[row_loop.__module__], "AT_ONCE", at_once)
     operands = draw(4, 6, 5).astype(first), draw(4, 6, 3, seed=1).astype(second)
     directions = draw(2, 5, 3, seed=2).astype(first)
-    found = jax.jit(row_loop, static_argnums=0)(None, *operands, directions)
+    run = jax.jit(functools.partial(row_loop, None))
+    assert ("while" in run.lower(*operands, directions).as_text()) == (not at_once)
+    found = run(*operands, directions)
     assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.float32)}
     testing.assert_dots_close(found, rows_alone(*operands, directions), rtol=1e-6)
 

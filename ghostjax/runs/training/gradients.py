@@ -13,7 +13,7 @@ from ghostjax import directions, fidelity
 from ghostjax._aggregate import aggregate
 from ghostjax._norms import squared_norms
 from ghostjax._through import through_and_undefined
-from ghostjax.runs.training.joined import through_joined
+from ghostjax.runs.training.joined import Apart, Joined
 
 PARTS = 2  # of a step's validation rows, for the sampling error of the scores
 GROUPS = 2  # of a part's rows
@@ -118,30 +118,52 @@ class Directed(NamedTuple):
     undefined: jax.Array
 
 
+def make_update(optimizer: optax.GradientTransformation, is_joined: bool = False):
+    """``(params, opt_state, grads) -> joined updates``, to be jitted by itself.
+
+    In one program with what it is used for, XLA would compute the learning rate again in every
+    kernel that reads an update.
+    """
+
+    def update(params, opt_state, grads):
+        arrays = Joined(params) if is_joined else Apart()
+        return optimizer.update(*_joined(arrays, params, opt_state, grads))[0]
+
+    return update
+
+
+def _joined(arrays: Joined | Apart, params: Any, opt_state: Any, grads: Any) -> tuple[Any, ...]:
+    """The arguments of ``optimizer.update``."""
+    return arrays.join(grads), arrays.join_state(opt_state), arrays.join(params)
+
+
 def make_directed(
     row_losses: Callable[[Any, Any], jax.Array],
     optimizer: optax.GradientTransformation,
     order: int,
     is_joined: bool = False,
 ):
-    """``(params, opt_state, grads, val_rows) -> Directed``, to be jitted.
+    """``(params, opt_state, grads, joined updates, val_rows) -> Directed``, to be jitted.
 
     Args:
       order: 1 for validation gradients at the parameters, 2 for the midpoint of the update.
-      is_joined: whether to go through the optimizer by ``through_joined``.
+      is_joined: whether small arrays are one vector to the optimizer, which has to treat all
+        coordinates alike.
     """
-    through_fn = through_joined if is_joined else through_and_undefined
     loss_fn = mean_and_losses(row_losses)
 
-    def directed(params, opt_state, grads, val_rows):
+    def directed(params, opt_state, grads, joined_updates, val_rows):
+        arrays = Joined(params) if is_joined else Apart()
+        updates = arrays.split(joined_updates)
         val_rows = in_groups(val_rows)
         sets, groups = jax.tree.leaves(val_rows)[0].shape[:2]
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
 
         def of_group(rows):
             if order == 1:
-                return jax.grad(loss_fn, has_aux=True)(params, rows)
-            return directions.midpoint(loss_fn, params, updates, rows, has_aux=True)
+                found, losses = jax.grad(loss_fn, has_aux=True)(params, rows)
+            else:
+                found, losses = directions.midpoint(loss_fn, params, updates, rows, has_aux=True)
+            return arrays.join(found), losses
 
         def of_parts(leaf):
             leaf = leaf.reshape(sets * PARTS, -1, *leaf.shape[1:])
@@ -149,18 +171,21 @@ def make_directed(
             return sum(leaf[:, n] for n in range(leaf.shape[1])) / leaf.shape[1]
 
         each = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        by_group, losses = jax.lax.map(of_group, each)
-        predicted = jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))(by_group, updates)
-        predicted, losses = predicted.reshape(sets, groups), losses.reshape(sets, groups, -1)
+        by_group, losses = jax.lax.map(of_group, each, batch_size=groups)  # a set at a time
+        predict = jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))
+        predicted = predict(by_group, joined_updates).reshape(sets, groups)
+        losses = losses.reshape(sets, groups, -1)
         of_set, group = jnp.arange(sets), jnp.argmax(jnp.abs(predicted), axis=1)
         val_grads = jax.tree.map(of_parts, by_group)
+        own_grads, *own = _joined(arrays, params, opt_state, grads)
         with silent_micro_steps():
-            through, undefined = through_fn(optimizer, opt_state, params, grads)
+            _, new_opt_state = optimizer.update(own_grads, *own)
+            through, undefined = through_and_undefined(optimizer, *own, own_grads)
         return Directed(
             updates,
-            new_opt_state,
-            jax.vmap(through)(val_grads),
-            val_grads,
+            arrays.split_state(new_opt_state, opt_state),
+            jax.vmap(arrays.split)(arrays.each(through, val_grads)),
+            jax.vmap(arrays.split)(val_grads),
             losses.mean((1, 2)),
             group,
             predicted[of_set, group],

@@ -1,18 +1,16 @@
-"""Scores through an optimizer that treats all coordinates alike, with small arrays as one vector.
+"""An optimizer that treats all coordinates alike, with small arrays as one vector.
 
-The derivative of Adam's update is some twenty kernels for every array of the parameters, and most
-of the time that a step of a small model takes to compile.
+Adam's update and its derivative are some thirty kernels for every array of the parameters, and were
+most of the time that a step of a small model takes to compile.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-
-from ghostjax._through import through_and_undefined
 
 SMALL = 2**16  # elements: a copy of a larger array would cost more memory than compiling is worth
 
@@ -24,7 +22,7 @@ class Joined:
     as for clipping, is rounded array by array.
 
     Attributes:
-      is_idle: whether there are no two arrays to join.
+      count: of the arrays when joined.
     """
 
     def __init__(self, params: Any):
@@ -35,7 +33,7 @@ class Joined:
             is_joined = leaf.size <= SMALL and leaf.dtype.itemsize >= 4
             groups.setdefault(leaf.dtype if is_joined else n, []).append(n)
         self._groups = list(groups.values())
-        self.is_idle = len(groups) == len(leaves)
+        self.count = len(groups)
 
     def join(self, tree: Any) -> list[jax.Array]:
         leaves = jax.tree.leaves(tree)
@@ -60,24 +58,49 @@ class Joined:
 
     def join_state(self, opt_state: Any) -> Any:
         """With every tree in it that is like the parameters joined."""
+        return self._map_alike(self.join, opt_state)
 
+    def split_state(self, joined_state: Any, opt_state: Any) -> Any:
+        """``join_state`` undone; ``opt_state`` is what it was made of, or like it."""
+        alike = self._map_alike(lambda _: _ALIKE, opt_state)
+        return jax.tree.map(
+            lambda mark, node: self.split(node) if mark is _ALIKE else node, alike, joined_state
+        )
+
+    def each(self, function: Callable[[Any], Any], stacked: Any) -> Any:
+        """Of joined and stacked trees; a sum over a long vector is slow for several at once."""
+        return jax.lax.map(function, stacked)
+
+    def _map_alike(self, function: Callable[[Any], Any], opt_state: Any) -> Any:
         def is_alike(node):
             return jax.tree.structure(node) == self._structure and self._shapes == [
                 jnp.shape(leaf) for leaf in jax.tree.leaves(node)
             ]
 
         return jax.tree.map(
-            lambda node: self.join(node) if is_alike(node) else node, opt_state, is_leaf=is_alike
+            lambda node: function(node) if is_alike(node) else node, opt_state, is_leaf=is_alike
         )
 
 
-def through_joined(
-    optimizer: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any
-) -> tuple[Any, jax.Array]:
-    """As ``through_and_undefined``, of an optimizer to which the bounds of arrays mean nothing."""
-    joined = Joined(params)
-    if joined.is_idle:  # a scalar alone looks like a count of steps
-        return through_and_undefined(optimizer, opt_state, params, grads)
-    own = joined.join_state(opt_state), joined.join(params), joined.join(grads)
-    through, undefined = through_and_undefined(optimizer, *own)
-    return lambda val_grads: joined.split(through(joined.join(val_grads))), undefined
+_ALIKE = object()
+
+
+class Apart:
+    """Arrays as they are, with the methods of ``Joined``."""
+
+    def join(self, tree: Any) -> Any:
+        return tree
+
+    split = join_state = join
+
+    def split_state(self, state: Any, opt_state: Any) -> Any:
+        del opt_state
+        return state
+
+    def each(self, function: Callable[[Any], Any], stacked: Any) -> Any:
+        return jax.vmap(function)(stacked)
+
+
+def is_worth_joining(params: Any) -> bool:
+    """Whether there are two arrays to join: else a scalar may look like what is joined."""
+    return Joined(params).count < len(jax.tree.leaves(params))

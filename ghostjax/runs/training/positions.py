@@ -19,6 +19,7 @@ from ghostjax.runs.training.gradients import (
     gradient_in_parts,
     in_parts,
     make_directed,
+    make_update,
     mean_and_losses,
 )
 from ghostjax.runs.training.step import TrainState
@@ -112,13 +113,14 @@ def make_directions(
     stacked, [K * PARTS] on every leaf.
     """
 
-    directed = make_directed(row_losses, optimizer, order)
+    update, directed = make_update(optimizer), make_directed(row_losses, optimizer, order)
 
     @jax.jit
     def find(state: TrainState, train_rows: Any, val_rows: Any):
         params, opt_state = state.params, state.opt_state
         _, grads = gradient_in_parts(row_losses, params, in_parts(train_rows, microbatches))
-        return directed(params, opt_state, grads, val_rows).directions
+        updates = update(params, opt_state, grads)
+        return directed(params, opt_state, grads, updates, val_rows).directions
 
     return find
 

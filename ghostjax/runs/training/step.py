@@ -24,6 +24,7 @@ from ghostjax.runs.training.gradients import (
     in_groups,
     in_parts,
     make_directed,
+    make_update,
     mean_and_losses,
     mean_of,
 )
@@ -91,6 +92,7 @@ def make_step(
     to be redone by plain autodiff, [n], for all validation sets.
     """
     differentiate = jax.jit(_differentiate(row_losses, microbatches, remat))
+    update = jax.jit(make_update(optimizer, is_joined))
     directed = jax.jit(make_directed(row_losses, optimizer, order, is_joined), donate_argnums=1)
     score = jax.jit(_make_score(row_losses, kinds, microbatches))
     audit = jax.jit(_make_audit(row_losses))
@@ -111,7 +113,8 @@ def make_step(
     def step(state, train_rows, val_rows, audited=None):
         params = state.params
         losses, grads, late = differentiate(params, train_rows)
-        found = directed(params, state.opt_state, grads, val_rows)
+        updates = update(params, state.opt_state, grads)
+        found = directed(params, state.opt_state, grads, updates, val_rows)
         if audited is None:
             found = found._replace(val_grads=None)  # gives their memory back
         before = found.before

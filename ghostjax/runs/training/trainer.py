@@ -19,6 +19,7 @@ from ghostjax.runs.data.batches import VisitOrder, generator
 from ghostjax.runs.data.task import LoadedTask
 from ghostjax.runs.errors import StoppedError
 from ghostjax.runs.training.gradients import PARTS, make_norms
+from ghostjax.runs.training.joined import is_worth_joining
 from ghostjax.runs.training.optimizers import (
     check_optimizer,
     make_optimizer,
@@ -167,7 +168,7 @@ class Trainer:
         self.optimizer = placement.optimizer(optimizer)
         # Arrays that are split over devices would be gathered.
         is_alike = task.optimizer is None and treats_alike(config.optimizer)
-        is_joined = is_alike and placement.mesh is None
+        is_joined = is_alike and placement.mesh is None and is_worth_joining(shapes)
         row_losses = placement.losses(task.row_losses)
         found = [
             kind_of(jax.tree_util.keystr(path))

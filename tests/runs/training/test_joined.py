@@ -11,6 +11,7 @@ from ghostjax._jaxprs import inner_jaxprs
 from ghostjax._through import through_and_undefined
 from ghostjax.core.place_rules import ELEMENTWISE
 from ghostjax.runs.training import joined
+from ghostjax.runs.training.joined import Apart, Joined, is_worth_joining
 from ghostjax.runs.training.optimizers import ALIKE, treats_alike
 
 # optax.adamw raises a Python float to the power of an int32 count.
@@ -36,24 +37,33 @@ def test_joined_arrays_have_the_same_direction(monkeypatch):
     opt_state = (opt_state[0], (inner, *opt_state[1][1:]))
 
     @jax.jit
-    def both(*args):
-        found = [fn(optimizer, *args) for fn in (through_and_undefined, joined.through_joined)]
-        return [(jax.vmap(through)(val_grads), undefined) for through, undefined in found]
+    def both(opt_state, params, grads):
+        found = []
+        for arrays in (Apart(), Joined(params)):
+            own = arrays.join_state(opt_state), arrays.join(params)
+            own_grads = arrays.join(grads)
+            updates, new_state = optimizer.update(own_grads, *own)
+            through, undefined = through_and_undefined(optimizer, *own, own_grads)
+            pulled = arrays.each(through, jax.vmap(arrays.join)(val_grads))
+            new_state = arrays.split_state(new_state, opt_state)
+            trees = jax.vmap(arrays.split)(pulled), arrays.split(updates), new_state
+            found.append((trees, undefined))
+        return found
 
     (expected, count), (found, found_count) = both(opt_state, params, grads)
     assert count == found_count == 1
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected[:2]):
         assert np.abs(leaf).max() > 1e-3, path
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
     kinds = sorted((own.shape, own.dtype.name) for own in joined.Joined(params).join(params))
     assert kinds == [((2,), "float16")] * 2 + [((3, 3), "float32"), ((12,), "float32")]
 
 
-def test_a_scalar_alone_is_not_taken_for_the_count_of_steps():
-    optimizer, params = optax.sgd(lambda count: 0.5 / (count + 1)), jnp.float32(1)
-    args = optimizer, optimizer.init(params), params, params
-    through, _ = joined.through_joined(*args)
-    assert through(jnp.float32(3)) == 1.5
+def test_what_has_nothing_to_join_is_left_alone():
+    """A scalar alone looks like the count of steps in an optimizer's state."""
+    assert is_worth_joining({"a": jnp.ones(3), "b": jnp.ones(2)})
+    assert not is_worth_joining(jnp.float32(1))
+    assert not is_worth_joining({"a": jnp.ones(3), "b": jnp.ones(2, jnp.bfloat16)})
 
 
 def primitives(jaxpr):
