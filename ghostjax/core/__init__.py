@@ -9,6 +9,7 @@ from ghostjax.core import moved_rules as moved_rules
 from ghostjax.core import opaque as opaque
 from ghostjax.core import solves as solves
 from ghostjax.core.at_once import Found as Found
+from ghostjax.core.by_devices import splits_rows as splits_rows
 from ghostjax.core.clipped import Clipped as Clipped
 from ghostjax.core.directed import Directed as Directed
 from ghostjax.core.examples import Labels as Labels
@@ -32,7 +33,6 @@ from ghostjax.core.promises import RowRule as RowRule
 from ghostjax.core.push import Push as Push
 from ghostjax.core.reach import marked_where_unused as marked_where_unused
 from ghostjax.core.row_blocks import map_parts as map_parts
-from ghostjax.core.row_map import splits_rows as splits_rows
 from ghostjax.core.split import Split as Split
 from ghostjax.core.squares import DirectedSquares as DirectedSquares
 from ghostjax.core.squares import RowMeeting as RowMeeting

@@ -16,7 +16,7 @@ from ghostjax.core.gram import squares_cost_less
 from ghostjax.core.meeting import Meeting, wide_dtype
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import Sizes
-from ghostjax.core.row_map import map_rows
+from ghostjax.core.row_blocks import map_rows
 
 
 def is_unfolded(meeting: Meeting) -> bool:
@@ -103,9 +103,10 @@ def conv_squares(meeting: Meeting, inputs: jax.Array, cotangent: jax.Array) -> j
     def of_row(pair):
         """x [*places, i], c [*places, o]"""
         x, c = pair
+        # Features before places in a window: so merged, those that are split over devices stay so.
         x = _windows(x.astype(wide), eqn.params, window, places)
-        x = x.reshape(sizes.t, math.prod(window), groups, -1).swapaxes(1, 2)
-        x = jnp.moveaxis(x.reshape(sizes.t, groups, sizes.i), 1, 0)
+        x = x.reshape(sizes.t, math.prod(window), groups, -1).transpose(2, 0, 3, 1)
+        x = x.reshape(groups, sizes.t, sizes.i)
         c = jnp.moveaxis(c.astype(wide).reshape(sizes.t, groups, sizes.o), 1, 0)
         if squares_cost_less(sizes):
             first, second = (jnp.einsum("gtf,gsf->gts", a, a, precision="highest") for a in (x, c))

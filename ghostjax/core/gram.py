@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ghostjax.core.meeting import wide_dtype
 from ghostjax.core.routes import Sizes, operations_per_number
-from ghostjax.core.row_map import map_rows
+from ghostjax.core.row_blocks import map_rows
 
 
 def gram_costs_less(train: tuple[int, int, int], val: tuple[int, int, int]) -> bool:

@@ -129,6 +129,10 @@ def _custom_partitioning(eqn, operands, num_rows):
     return infer(eqn.params["call"], operands, num_rows)
 
 
+def _by_devices(eqn, operands, num_rows):
+    return infer(eqn.params["jaxpr"], operands, num_rows)
+
+
 def _fixed_point(body, carry: list[RowInfo]) -> tuple[list[RowInfo], list[RowInfo]]:
     """Infos that the body's first outputs do not change, and what it gives from them."""
     while True:
@@ -191,6 +195,7 @@ def _call_hi_primitive(eqn, operands, num_rows):
 
 
 CONTAINERS = {
+    "by_devices": _by_devices,
     "call_hi_primitive": _call_hi_primitive,
     "cond": _cond,
     "custom_partitioning": _custom_partitioning,

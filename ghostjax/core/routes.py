@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghostjax.core.by_devices import splits_rows
 from ghostjax.core.meeting import Meeting, Route, wide_dtype
 from ghostjax.core.places import Rows, rows_first
 from ghostjax.core.row_loop import row_loop, row_squares
-from ghostjax.core.row_map import splits_rows
 
 # How many multiply-adds take as long as reading or writing one float32 of what no cache holds.
 OPERATIONS_PER_NUMBER = {"cpu": 20}

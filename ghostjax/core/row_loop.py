@@ -19,7 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ghostjax.core.meeting import wide_dtype
-from ghostjax.core.row_map import differentiable, splits_rows
+from ghostjax.core.row_blocks import map_rows
 
 # Elements of all rows' parts: so small they are all made before any is used, without a loop.
 AT_ONCE = 2**20
@@ -139,27 +139,4 @@ def _(precision, operands, tangents):
 
 def row_squares(precision: Any, a: jax.Array, c: jax.Array) -> jax.Array:
     """sum_io (sum_t a_bti c_bto)^2, [B]: one row's part of the weight gradient at a time."""
-
-    def loop(a, c, positions=(), features=()):
-        def of_row(row):
-            part = _products(*row, precision)
-            if positions:
-                part = jax.lax.psum(part, positions)
-            square = jnp.sum(jnp.square(part))
-            return jax.lax.psum(square, features) if features else square
-
-        return jax.lax.map(of_row, (a, c))
-
-    if not splits_rows(a, c):
-        return loop(a, c)
-
-    def partition(mesh, operands, results):
-        del results
-        rows, positions, inputs, outputs = _axes(*operands)
-        local = functools.partial(loop, positions=positions, features=inputs + outputs)
-        operands = _placed(mesh, rows, positions, inputs), _placed(mesh, rows, positions, outputs)
-        return mesh, local, _placed(mesh, rows), operands
-
-    partitioned = custom_partitioning(lambda a, c: loop(a, c))
-    partitioned.def_partition(partition=partition, sharding_rule="b t i, b t o -> b")
-    return differentiable(partitioned, loop)(a, c)
+    return map_rows(lambda row: jnp.sum(jnp.square(_products(*row, precision))), (a, c))

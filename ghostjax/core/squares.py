@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ghostjax.core.at_once import AtOnce, Found
+from ghostjax.core.by_devices import splits_rows
 from ghostjax.core.channel import set_aside
 from ghostjax.core.convolutions import conv_squares
 from ghostjax.core.directed import Directed, through_channel, to_slots
@@ -23,7 +24,6 @@ from ghostjax.core.norm_routes import NormRoute, route_at_once
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.routes import Product, make_meeting
 from ghostjax.core.row_blocks import map_parts
-from ghostjax.core.row_map import splits_rows
 from ghostjax.core.row_parts import Part, has_split_rows
 from ghostjax.core.types import cotangent_as
 from ghostjax.core.uses import Use, pair_squares, use_of

@@ -20,7 +20,7 @@ from ghostjax.core.meeting import Meeting, wide_dtype
 from ghostjax.core.place_rules import Rows
 from ghostjax.core.places import rows_first
 from ghostjax.core.routes import Product, operations_per_number
-from ghostjax.core.row_map import map_rows
+from ghostjax.core.row_blocks import map_rows
 
 
 @dataclasses.dataclass(frozen=True)
