@@ -21,6 +21,13 @@ _WRITTEN = frozenset(
     random_bits random_wrap rev scatter sort threefry2x32 top_k
     """.split()  # noqa: SIM905
 ) | frozenset(COLLECTIVES)
+# What compilers do again rather than keep: elementwise operations without functions that take long.
+_CHEAP = frozenset(
+    """
+    add add_any and convert_element_type div eq ge gt integer_pow le lt max min mul ne neg not or
+    select_n square sub
+    """.split()  # noqa: SIM905
+)
 _VIEWS = (MOVING - _WRITTEN) | {"convert_element_type"}
 
 
@@ -90,6 +97,7 @@ def _peak(jaxpr, equations, bytes_of: dict[Any, int], inside: Sequence[int]) -> 
     born: dict[Any, int] = {}
     last: dict[Any, int] = {}
     for number, (eqn, kind) in enumerate(zip(equations, kinds)):
+        same, cheap = _made_again(eqn) if eqn.primitive.name == "shard_map" else ({}, {})
         reached = frozenset().union(
             *(roots.get(a, frozenset([a])) for a in eqn.invars if is_var(a))
         )
@@ -100,9 +108,14 @@ def _peak(jaxpr, equations, bytes_of: dict[Any, int], inside: Sequence[int]) -> 
                 and len(uses[var]) <= 1
                 and all(kinds[use] != "written" for use in uses[var])
             )
-            if is_fused and var not in results:
+            if var in results:
+                continue
+            if var in same or (var in cheap and len(uses[var]) <= 1):
+                own = same[var] if var in same else cheap[var]
+                roots[var] = frozenset().union(*(roots.get(a, frozenset([a])) for a in own))
+            elif is_fused:
                 roots[var] = reached
-            elif var not in results:
+            else:
                 born[var] = number
                 last.setdefault(var, number)
     ends: dict[int, list[Any]] = collections.defaultdict(list)
@@ -116,6 +129,41 @@ def _peak(jaxpr, equations, bytes_of: dict[Any, int], inside: Sequence[int]) -> 
         peak = max(peak, live + new - in_place + inside[number])
         live += new - sum(bytes_of[var] for var in ends[number])
     return peak
+
+
+def _made_again(eqn) -> tuple[dict[Any, list[Any]], dict[Any, list[Any]]]:
+    """Results of a ``shard_map`` that other variables hold: those that are another result or an
+    operand, in another shape; and those that cheap operations make of these, as compilers do where
+    they are needed."""
+    ((body, _),) = _bodies(eqn)
+    made = {var: own for own in body.eqns for var in own.outvars}
+    held = dict(zip(body.invars, eqn.invars))
+    same: dict[Any, list[Any]] = {}
+
+    def origin(var):
+        while var in made and _kind(made[var]) == "view" and is_var(made[var].invars[0]):
+            var = made[var].invars[0]
+        return var
+
+    pairs = [(origin(var), own) for var, own in zip(body.outvars, eqn.outvars) if is_var(var)]
+    for var, own in pairs:
+        if held.setdefault(var, own) is not own:
+            same[own] = [atom for atom in [held[var]] if is_var(atom)]
+
+    def sources(var) -> list[Any] | None:
+        """None where something else is needed."""
+        if var in held:
+            return [held[var]] if is_var(held[var]) else []
+        return from_operands(var)
+
+    def from_operands(var) -> list[Any] | None:
+        if var not in made or made[var].primitive.name not in _CHEAP:
+            return None
+        found = [sources(origin(atom)) for atom in made[var].invars if is_var(atom)]
+        return None if None in found else [atom for own in found for atom in own]
+
+    cheap = {own: from_operands(var) for var, own in pairs if own not in same}
+    return same, {own: found for own, found in cheap.items() if found is not None}
 
 
 def _kind(eqn) -> str:

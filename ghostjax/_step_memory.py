@@ -23,9 +23,8 @@ class StepMemory:
 
     Arguments, direction and gradient are exact. Scratch is what lives at a time, if elementwise
     operations are fused: within a factor of 1.5 of what XLA's compiler for CPUs says of a
-    transformer's step with dots, on one device and on meshes (``benchmarks/explained_memory.py``).
-    With ``shard_map`` and late directions it is up to 2.5 times XLA's figure, as all that is
-    returned from it counts.
+    transformer's step with dots, on one device and on meshes (``benchmarks/explained_memory.py``),
+    and of small models inside of ``shard_map``.
     What is sent is what partitioners do by the letter; they may find something else cheaper.
     """
 
