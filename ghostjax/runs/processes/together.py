@@ -3,8 +3,11 @@
 import atexit
 import collections
 import contextlib
+import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -93,6 +96,11 @@ def has_joined() -> bool:
 
 def _end() -> None:
     """The last farewell is said when JAX has said its own: until then a lost process is missed."""
+    if any(watch.is_abandoned for watch in _WATCHES):
+        # The others have ended: JAX would wait for them, and then abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     jax.distributed.shutdown()
     for watch in _WATCHES:
         watch.part()
@@ -102,8 +110,10 @@ def _initialize_through_tunnels(coordinator: str, count: int, index: int) -> Non
     host, _, port = coordinator.rpartition(":")
     address = host.strip("[]"), int(port)
     if index == 0:
-        server = gathering.open_server(address[1], count)
-        _WATCHES.append(Watch(0, gathering.gather(server, count)))
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(gathering.open_server(address[1], count))
+            _WATCHES.append(Watch(0, gathering.gather(server, count)))
+            stack.pop_all()  # open as long as the process
         entrance = service = tunnel.open_exit(server)
     else:
         _WATCHES.append(Watch(index, {0: gathering.join(address, index, count)}))
@@ -121,7 +131,7 @@ def _initialize_through_tunnels(coordinator: str, count: int, index: int) -> Non
         raise
 
 
-def _initialize(coordinator: str | None, count: int | None, index: int | None, **how: str) -> None:
+def _initialize(coordinator: str | None, count: int | None, index: int | None, **how: Any) -> None:
     # Its handler of SIGTERM would take the place of the run's own.
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -25,6 +25,7 @@ class Watch:
     def __init__(self, index: int, others: dict[int, socket.socket]):
         self.index = index
         self.is_over = False
+        self.is_abandoned = False  # ended by an error of this process
         self._others = others
         self._is_ending = threading.Event()
         self._lock = threading.Lock()
@@ -73,6 +74,7 @@ class Watch:
             mine = not self.is_over
             self.is_over = True
         if mine:
+            self.is_abandoned = True
             self._tell(ended(self.index, error))
             self._wait_for_others()
         while self._is_ending.is_set():

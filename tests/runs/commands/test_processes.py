@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from ghostjax.runs.commands import same_run
 from ghostjax.runs.commands.rank import RankConfig
 from ghostjax.runs.commands.rank import run as rank
 from ghostjax.runs.config import TrainConfig
@@ -19,12 +21,12 @@ from ghostjax.runs.processes import gathering
 from ghostjax.runs.report.page import make_report
 from ghostjax.runs.store import checkpoints
 from ghostjax.runs.store.run import read_run
-from tests.runs.commands.killed_task import HERE, MOMENT
+from tests.runs.commands.task_of_several import HERE, MOMENT, OTHERWISE
 from tests.runs.commands.test_devices import assert_same_log, assert_same_values
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, EVERY = 48, 4
-TASK = "tests.runs.commands.killed_task:make_task"
+TASK = "tests.runs.commands.task_of_several:make_task"
 ENVIRONMENT = {
     **os.environ,
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
@@ -41,9 +43,9 @@ def command(out, *more):
     return [sys.executable, "-m", "ghostjax", *argv, *(word for word in more if word != "--resume")]
 
 
-def start(out, *more, count=2, own=(), environment=(), only=None, port=None):
-    """The processes of a run, with their stderr; ``own`` are options of single ones, and
-    ``environment`` variables."""
+def start(out, *more, count=2, own=(), environment=(), before=(), only=None, port=None):
+    """The processes of a run, with their stderr; of single ones, ``own`` are options,
+    ``environment`` variables and ``before`` what starts the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = port or free.getsockname()[1]
@@ -51,7 +53,7 @@ def start(out, *more, count=2, own=(), environment=(), only=None, port=None):
     for index in range(count) if only is None else only:
         several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
         several += ["--process-id", str(index), *dict(own).get(index, [])]
-        argv = command(out, *more, *several)
+        argv = [*dict(before).get(index, []), *command(out, *more, *several)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = {**ENVIRONMENT, **dict(environment).get(index, {})}
         found.append(subprocess.Popen(argv, env=env, cwd=ROOT, **pipes))
@@ -217,6 +219,86 @@ def test_what_is_wrong_in_one_process_is_told_by_all(tmp_path):
     assert own == ["ghostjax: error: --clip must be positive, or 0 not to clip, got -1"]
     assert told[0].startswith("ghostjax: error: process 1 of the run ended: --clip must be pos")
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        (
+            OTHERWISE,
+            "another loss",
+            "the task's row_losses of process 1 are not those of process 0",
+        ),
+        (OTHERWISE, "fewer rows", "the data of process 1 are not those of process 0"),
+        (
+            "XLA_FLAGS",
+            "--xla_force_host_platform_device_count=2",
+            "process 1 has 2 devices, process 0 4: give all processes the same",
+        ),
+    ],
+)
+def test_what_differs_is_told_before_anything_waits(tmp_path, name, value, told):
+    processes = start(tmp_path / "run", environment={1: {name: value}})
+    found = ends(processes, timeout=120)
+    for code, lines in found:
+        assert (code, len(lines)) == (2, 1)
+        assert lines[0].startswith(f"ghostjax: error: {told}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_fault_in_one_process_has_its_traceback_there_and_one_line_elsewhere(tmp_path):
+    processes = start(tmp_path / "run", environment={1: {OTHERWISE: "a fault"}})
+    (first, told), (second, traceback) = ends(processes, timeout=120)
+    assert (first, second) == (1, 1)
+    reason = "the task is broken, here alone"
+    assert told == [f"ghostjax: error: process 1 of the run ended: {reason}"]
+    assert traceback[0] == "Traceback (most recent call last):"
+    # Nothing of JAX's comes after it.
+    assert traceback[-2:] == ["RuntimeError: the task is broken,", "here alone"]
+
+
+@pytest.mark.slow
+def test_a_fault_in_python_ends_as_that_of_the_command(tmp_path):
+    """JAX would wait for those that have ended, and abort."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for index, env in enumerate((ENVIRONMENT, {**ENVIRONMENT, OTHERWISE: "a fault"})):
+        options = {"coordinator": coordinator, "num_processes": 2, "process_id": index}
+        code = f"import ghostjax; ghostjax.run({TASK!r}, {str(tmp_path / 'run')!r}, **{options})"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        argv = [sys.executable, "-c", code]
+        processes.append(subprocess.Popen(argv, env=env, cwd=ROOT, **pipes))
+    (first, told), (second, traceback) = ends(processes, timeout=120)
+    assert (first, len(told), second) == (1, 1, 1)
+    assert traceback[-2:] == ["RuntimeError: the task is broken,", "here alone"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_one_process_ends_all(tmp_path):
+    full = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash"]
+    processes = start(tmp_path / "run", "--no-compilation-cache", before={1: full})
+    (first, told), (second, own) = ends(processes, timeout=120)
+    assert (first, second) == (1, 1)
+    reason = own[0].removeprefix("ghostjax: error: ")
+    assert reason.startswith(f"cannot write {tmp_path / 'run'}")
+    assert reason.endswith("put that right, then ghostjax train --resume goes on")
+    assert own[1:] == []
+    assert told == [f"ghostjax: error: process 1 of the run ended: {reason}"]
+
+
+def test_a_run_directory_that_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(same_run, "SEEN", 0.2)
+    with pytest.raises(UsageError, match="process 0 does not see"):
+        same_run.wait_until_seen(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    writing = threading.Timer(0.1, (tmp_path / "run" / "run.json").touch)
+    writing.start()
+    same_run.wait_until_seen(tmp_path / "run")
+    writing.join()
 
 
 @pytest.mark.slow

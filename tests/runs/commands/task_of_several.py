@@ -1,4 +1,4 @@
-"""A task whose processes tell where they are, and stay there for a while, to be killed."""
+"""A task of several processes, which one of them may do otherwise, or stay in, to be killed."""
 
 import dataclasses
 import os
@@ -8,6 +8,7 @@ import time
 from tests.runs.commands import test_devices
 
 HERE, MOMENT = "GHOSTJAX_TEST_HERE", "GHOSTJAX_TEST_MOMENT"
+OTHERWISE = "GHOSTJAX_TEST_OTHERWISE"
 
 
 def stay(moment):
@@ -21,10 +22,15 @@ def stay(moment):
 
 def make_task():
     stay("data")
-    task = test_devices.make_task()
+    task, otherwise = test_devices.make_task(), os.environ.get(OTHERWISE)
+    if otherwise == "fewer rows":
+        return dataclasses.replace(task, train=task.train[1:])
+    if otherwise == "a fault":
+        raise RuntimeError("the task is broken,\nhere alone")
 
     def row_losses(params, batch):
         stay("compiling")
-        return task.row_losses(params, batch)
+        losses = task.row_losses(params, batch)
+        return losses + params["in"].mean() if otherwise == "another loss" else losses
 
     return dataclasses.replace(task, row_losses=row_losses)
