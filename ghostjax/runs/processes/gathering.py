@@ -60,8 +60,8 @@ def open_server(port: int, backlog: int) -> socket.socket:
     try:
         options = both if socket.has_dualstack_ipv6() else {}
         return socket.create_server(("", port), backlog=backlog, **options)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise UsageError(
             f"process 0 cannot listen on port {port} ({reason}): give another one, to all processes"
         ) from error

@@ -332,6 +332,10 @@ def test_the_cluster_says_which_processes_there_are(tmp_path, one):
         ({"num_processes": 2, "process_id": 0}, "several processes need --coordinator, too"),
         ({"coordinator": "a:1", "distributed": True}, "--coordinator and --distributed exclude"),
         ({"coordinator": "a"}, "--coordinator a: expected HOST:PORT"),
+        (
+            {"coordinator": "a:65536", "process_id": 0},
+            "--coordinator a:65536: expected HOST:PORT, a port from 1 to 65535",
+        ),
         ({"coordinator": "a:1", "process_id": 2}, "--process-id 2 must be from 0 to 1, one less"),
     ],
 )
