@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 
@@ -39,10 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(argv)
     except KeyboardInterrupt:  # while modules are imported, too
-        return _fail("interrupted", 130)
-    if "ghostjax.runs.processes" in sys.modules:
-        sys.modules["ghostjax.runs.processes"].leave(code)
+        code = _fail("interrupted", 130)
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _is_one_of_several():
+        # The others have ended, or are about to: JAX would wait for them, and complain.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
+
+
+def _is_one_of_several() -> bool:
+    together = sys.modules.get("ghostjax.runs.processes.together")
+    return together is not None and together.has_joined()
 
 
 def _run(argv: list[str]) -> int:

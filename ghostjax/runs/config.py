@@ -232,8 +232,10 @@ class TrainConfig:
         if self.distributed:
             raise UsageError("--coordinator and --distributed exclude each other")
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise UsageError(f"--coordinator {self.coordinator}: expected HOST:PORT")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UsageError(
+                f"--coordinator {self.coordinator}: expected HOST:PORT, a port from 1 to 65535"
+            )
         if not 0 <= self.process_id < self.num_processes:
             raise UsageError(
                 f"--process-id {self.process_id} must be from 0 to {self.num_processes - 1}, one "

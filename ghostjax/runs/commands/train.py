@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -16,13 +15,19 @@ import numpy as np
 from ghostjax._task import IN_PYTHON, Task
 from ghostjax.runs.analysis.summary import write_summary
 from ghostjax.runs.commands.options import use_compilation_cache
+from ghostjax.runs.commands.same_run import (
+    check_same_programs,
+    check_same_run,
+    wait_until_seen,
+)
 from ghostjax.runs.commands.signals import SIGNALS, noted
 from ghostjax.runs.commands.unchanged import check_data, check_params, check_programs
 from ghostjax.runs.config import CHANGEABLE, TrainConfig
 from ghostjax.runs.data.load import load_task
 from ghostjax.runs.data.task import LoadedTask, Skipped
 from ghostjax.runs.errors import StoppedError, UsageError
-from ghostjax.runs.processes import check_same, is_first, largest, meet, part, together
+from ghostjax.runs.processes.collective import is_first, largest, meet
+from ghostjax.runs.processes.together import part, together
 from ghostjax.runs.report.output import make_console
 from ghostjax.runs.report.progress import Progress
 from ghostjax.runs.report.terminal import print_summary
@@ -86,12 +91,11 @@ def _run(
     task = load_task(config, own, folders)
     _check_optimizer_given(config, task, given)
     params, trainer, started = _prepare(config, task, resumed, placement)
-    options = {"the options": fingerprint(json.dumps(started["options"], sort_keys=True))}
-    check_same(options | {f"the {n}": own for n, own in started["fingerprints"].items()})
     with contextlib.ExitStack() as stack:
         if is_first():
             _begin(config, task, resumed, started, placement, stack)
         meet("the run has begun")
+        wait_until_seen(config.out)
         stack.enter_context(files.disk_errors(config.out, lambda: _way_out(config)))
         begin = time.perf_counter()
         cost = _train(read_run(config.out), config, task, trainer, params, placement)
@@ -156,15 +160,18 @@ def _prepare(
     trainer = Trainer(config, task, params, placement)
     metadata = _metadata(config, task, trainer, data, fingerprint(params))
     metadata["devices"] = [{"at": 0, **placement.as_json()}]
+    check_same_run(config.out, resumed, metadata)
     # Behind a checkpoint their shapes are enough.
     params = jax.eval_shape(lambda: params) if is_begun else placement.state(params)
     metadata["data"] = digests
     if is_own:
         batch = next(batches(config, task, placement=placement))
+        preflight.check_train_losses(task, params, batch)
+        metadata["programs"] = preflight.programs(task, trainer.like(params), batch.train_rows)
+        check_same_programs(metadata["programs"])
         if resumed is None:
             preflight.check_losses(task, params, batch, placement)
             preflight.check_micro_steps(trainer.optimizer, params, config.score_every)
-        metadata["programs"] = preflight.programs(task, trainer.like(params), batch.train_rows)
         metadata["folder"] = os.getcwd()
         if resumed is not None:
             check_programs(resumed, metadata["programs"], metadata["versions"], config.out)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.processes import is_first
+from ghostjax.runs.processes.collective import is_first
 from ghostjax.runs.store.files import read_json, sync_directory, write_json
 
 # Orbax takes half a second to import: only the functions that need it do.

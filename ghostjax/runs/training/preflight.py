@@ -18,6 +18,11 @@ from ghostjax.runs.training.placement import ONE_DEVICE, Placement
 from ghostjax.runs.training.step import TrainState
 
 
+def check_train_losses(task: LoadedTask, params: Any, batch: Any) -> None:
+    """Raises ``UsageError`` where the losses of training rows are not one per row."""
+    _check_shape(task, params, batch.train_rows, "training rows")
+
+
 def check_losses(
     task: LoadedTask,
     params: Any,
@@ -30,7 +35,6 @@ def check_losses(
       UsageError: one line: they are not one per row, or not finite, or rows are mixed.
     """
     rows = batch.train_rows
-    _check_shape(task, params, rows, "training rows")
     val_rows = placement.fetch(placement.val_rows(batch.val_rows))  # those of other processes, too
     sets = {
         name: jax.tree.map(lambda leaf, k=k: leaf[k].reshape(-1, *leaf.shape[3:]), val_rows)
