@@ -63,14 +63,15 @@ RANKS = {
 ROOMS = {
     "blocks": (),
     "listed": ("blocks",),
+    "mapped": ("errors",),
     "errors": (),
     "models": (),
     "processes": ("errors",),
-    "store": ("errors", "listed", "processes"),
+    "store": ("errors", "listed", "mapped", "processes"),
     "config": ("errors", "models", "store"),
-    "data": ("blocks", "errors", "listed", "models", "config"),
+    "data": ("blocks", "errors", "listed", "mapped", "models", "config"),
     "training": ("errors", "models", "config", "data", "analysis"),
-    "analysis": ("errors", "store"),
+    "analysis": ("errors", "mapped", "store"),
     "loop": ("errors", "listed", "store", "analysis"),
     "report": ("blocks", "errors", "config", "store", "data", "training", "analysis"),
     "commands": (

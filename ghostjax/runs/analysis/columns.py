@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_BLOCK = 2**12
+_BLOCK = 2**16
 
 
 class Column(Sequence[str]):
@@ -37,14 +37,19 @@ class Column(Sequence[str]):
         return Column(self._read, self.places[which])
 
     def __iter__(self) -> Iterator[str]:
-        texts = self.__arrow_array__()
-        for start in range(0, len(self), _BLOCK):
-            yield from texts.slice(start, _BLOCK).to_pylist()
+        for texts in self.parts():
+            yield from texts.to_pylist()
 
     def __eq__(self, text: Any) -> Any:
-        return pc.equal(self.__arrow_array__(), text).to_numpy(zero_copy_only=False)
+        found = [pc.equal(own, text).to_numpy(zero_copy_only=False) for own in self.parts()]
+        return np.concatenate(found or [np.zeros(0, bool)])
 
     __hash__ = None
+
+    def parts(self) -> Iterator[pa.Array]:
+        """All of them in order, some at a time."""
+        for start in range(0, len(self), _BLOCK):
+            yield self._read(self.places[start : start + _BLOCK])
 
     def __arrow_array__(self, type: Any = None) -> pa.Array:
         return self._read(self.places)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ghostjax.runs.store.run import Run, read_run
 from ghostjax.runs.store.schema import SCHEMA_VERSION, table_schema
 
 
-def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
-    """What ``summary.json`` and ``values.parquet`` hold.
+def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], Iterator[pa.Table]]:
+    """What ``summary.json`` and ``values.parquet`` hold, this some rows at a time.
 
     The loss is that of the last step, before its update; losses on validation sets are those of the
     last step that was scored, where its gradients were taken.
@@ -41,14 +42,15 @@ def make_summary(run: Run, seconds: float) -> tuple[dict[str, Any], pa.Table]:
         "warnings": run_warnings(run, found),
         "seconds": round(seconds, 1),
     }
-    return summary, _values_table(run, valued)
+    return summary, _values_tables(run, valued)
 
 
 def write_summary(out: Path, seconds: float, **further: Any) -> dict[str, Any]:
     """Writes the summary of a run that is over, with ``further`` entries, and the values."""
-    summary, values = make_summary(read_run(out), seconds)
+    run = read_run(out)
+    summary, values = make_summary(run, seconds)
     summary |= further
-    files.write_table(out / "values.parquet", values)
+    files.write_tables(out / "values.parquet", table_schema("values", run.sets), values)
     files.write_json(out / "summary.json", summary)
     return summary
 
@@ -108,19 +110,22 @@ def own_above(name: str, valued: Valued) -> float | None:
     return roc_auc(visited.values[own], visited.values[~own])
 
 
-def _values_table(run: Run, valued: dict[str, Valued]) -> pa.Table:
-    first = next(iter(valued.values()))
-    columns = {"id": first.ids, "domain": first.domains, "visits": first.visits}
-    for name, own in valued.items():
-        columns |= {f"value_{name}": own.values, f"error_{name}": own.errors}
-        columns[f"verdict_{name}"] = own.verdicts
-    schema = table_schema("values", run.sets)
-    arrays = [
-        # from_pandas: NaN is null.
-        pa.array(columns[field.name], field.type, from_pandas=field.nullable)
-        for field in schema
-    ]
-    return pa.table(arrays, schema=schema)
+def _values_tables(run: Run, valued: dict[str, Valued]) -> Iterator[pa.Table]:
+    schema, count = table_schema("values", run.sets), len(next(iter(valued.values())))
+    for start in range(0, count, files.ROW_GROUP):
+        rows = slice(start, start + files.ROW_GROUP)
+        some = {name: own.select(rows) for name, own in valued.items()}
+        first = next(iter(some.values()))
+        columns = {"id": first.ids, "domain": first.domains, "visits": first.visits}
+        for name, own in some.items():
+            columns |= {f"value_{name}": own.values, f"error_{name}": own.errors}
+            columns[f"verdict_{name}"] = own.verdicts
+        arrays = [
+            # from_pandas: NaN is null.
+            pa.array(columns[field.name], field.type, from_pandas=field.nullable)
+            for field in schema
+        ]
+        yield pa.table(arrays, schema=schema)
 
 
 def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from ghostjax.fidelity import step_weights
 from ghostjax.runs.analysis.columns import Column
 from ghostjax.runs.analysis.statistics import differs, freedom
 from ghostjax.runs.errors import UsageError
+from ghostjax.runs.mapped import mapped, mapped_range
 from ghostjax.runs.store.run import Run
 
 By = Literal["value", "mean"]
@@ -138,8 +139,8 @@ def sum_visits(run: Run) -> Sums:
     if not run.end:
         raise UsageError(f"{run.path}: no steps in the log yet, so there are no values")
     count = len(run.ids)
-    visits = np.zeros(count, np.int64)
-    values, squares, fourths = np.zeros((3, len(run.sets), count))
+    visits = mapped(count, np.int64)
+    values, squares, fourths = mapped((3, len(run.sets), count), np.float64)
     weights = [weights_of_steps(run, name) for name in run.sets]
     columns = [f"{what}_{name}" for name in run.sets for what in ("score", "error")]
     for some in run.visits(*columns):
@@ -153,7 +154,8 @@ def sum_visits(run: Run) -> Sums:
             for sums, own in ((values, score), (squares, error**2), (fourths, error**4)):
                 np.add.at(sums[k], place, own)
     errors = np.sqrt(squares, out=squares)
-    values[:, visits == 0] = errors[:, visits == 0] = np.nan
+    for each in (values, errors):
+        np.copyto(each, np.nan, where=visits == 0)
     return Sums(visits, values.T, errors.T, fourths.T)
 
 
@@ -164,7 +166,7 @@ def read_values(run: Run) -> dict[str, Valued]:
       UsageError: as ``sum_visits``.
     """
     visits, *sums = sum_visits(run)
-    places = np.arange(len(visits))
+    places = mapped_range(len(visits))
     texts = [Column(read, places) for read in (run.ids.take, run.domains.take, run.excerpts)]
     return {
         name: Valued(*texts, visits, *(each[:, k] for each in sums))

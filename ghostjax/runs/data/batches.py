@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ghostjax.runs.mapped import mapped_range
+
 
 class VisitOrder:
     """The example indices [B] of any step, in one shuffled epoch after another.
@@ -63,11 +65,16 @@ class VisitOrder:
         order, left = self._shuffled(epoch), self._left(epoch)
         if not left:
             return order
-        fresh = np.flatnonzero(~np.isin(order, before[-left:]))[: self._batch_size - left]
-        return np.concatenate([order[fresh], np.delete(order, fresh)])
+        first = order[: self._batch_size]  # in which all fresh ones are that are needed
+        fresh = np.flatnonzero(~np.isin(first, before[-left:]))[: self._batch_size - left]
+        first[:] = np.concatenate([first[fresh], np.delete(first, fresh)])
+        return order
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return generator(self._seed, "order", epoch).permutation(self._examples)
+        """As ``permutation`` has it, in a file that is mapped."""
+        order = mapped_range(self._examples)
+        generator(self._seed, "order", epoch).shuffle(order)
+        return order
 
 
 def generator(seed: int, use: str, number: int) -> np.random.Generator:

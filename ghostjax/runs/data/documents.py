@@ -1,6 +1,5 @@
 """Documents, and reading them from files, of which they are a part each."""
 
-import array
 import dataclasses
 import hashlib
 import itertools
@@ -16,12 +15,14 @@ from ghostjax.runs.data.shards import Fields, Recent, Shard, open_shard
 from ghostjax.runs.data.task import Skipped, check_stems
 from ghostjax.runs.errors import UsageError
 from ghostjax.runs.listed import is_unicode
+from ghostjax.runs.mapped import Growing
 
 MIN_BYTES = 2
 MIN_TOKENS = 2  # one token to read and one to predict
 
 EXCERPT = 120  # bytes
 BLOCK = 256  # documents that are measured together
+_ROWS, _PARTS = 2**16, 64  # of ids that are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ def is_long_enough(text: bytes, size: int) -> bool:
 
 class Documents(Sequence[Document]):
     """The documents of files, which are read again whenever one is asked for. Of each are kept 16
-    bytes: where it is, its index in its file, and its size. As PyGrain has it, a
-    ``RandomAccessDataSource``.
+    bytes, in files that are mapped: where it is, its index in its file, and its size. As PyGrain
+    has it, a ``RandomAccessDataSource``.
 
     Attributes:
       sizes: uint32 [n], as ``read_documents`` measured them.
@@ -62,11 +63,11 @@ class Documents(Sequence[Document]):
         self._shards, self._fields = shards, fields
         self._without: list[Path] = []  # the files without any
         self._ends: list[int] = []  # of each shard, how many documents there are up to its end
-        self._at, self._index, self._sizes = array.array("q"), array.array("I"), array.array("I")
+        self._growing = Growing("q"), Growing("I"), Growing("I")
 
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.frombuffer(self._sizes, np.uint32)
+    def _finish(self) -> None:
+        self._at, self._index, self.sizes = (each.whole() for each in self._growing)
+        del self._growing
 
     def __len__(self) -> int:
         return len(self._at)
@@ -75,7 +76,7 @@ class Documents(Sequence[Document]):
         if not 0 <= n < len(self):
             raise IndexError(n)
         shard = self._shard_of(n)
-        at, index = self._at[n], self._index[n]
+        at, index = int(self._at[n]), int(self._index[n])
         return _document(shard, f"document {index}", shard.read(at), self._fields, index)
 
     def __iter__(self) -> Iterator[Document]:
@@ -108,6 +109,7 @@ class Documents(Sequence[Document]):
     ) -> Iterator[str]:
         """Takes in a shard; yields the ids of all that is in it, of what is skipped, too."""
         index, filled = -1, 0
+        places, indices, all_sizes = self._growing
         for block in blocks(enumerate(shard.scan()), BLOCK):
             found = [
                 _document(shard, f"{shard.unit} {record.number}", record.fields, self._fields, n)
@@ -120,14 +122,14 @@ class Documents(Sequence[Document]):
                 if not is_long_enough(document.text, size):
                     skipped.add(shard.place(record.number))
                     continue
-                self._at.append(record.at)
-                self._index.append(index)
-                self._sizes.append(size)
+                places.append(record.at)
+                indices.append(index)
+                all_sizes.append(size)
         if index < 0:
             skipped.add(str(shard.path))
         if not filled:
             self._without.append(shard.path)
-        self._ends.append(len(self))
+        self._ends.append(len(places))
 
 
 def read_documents(
@@ -164,6 +166,7 @@ def read_documents(
         for own in found._add(shard, measure or (lambda texts: list(map(len, texts))), skipped):
             if fields.id is not None:
                 ids.add(own)
+    found._finish()
     if len(found._without) == len(shards):
         others = f", nor in {len(shards) - 1} other files" if len(shards) > 1 else ""
         raise UsageError(
@@ -185,14 +188,14 @@ def _steps(places: tuple[int, int]) -> tuple[int, int]:
 
 
 class Ids:
-    """Finds out whether of many ids one is there twice: 16 bytes of each are kept."""
+    """Finds out whether of many ids one is there twice: of each 16 bytes are in a file."""
 
     def __init__(self) -> None:
-        self._hashes = bytearray()
+        self._hashes = Growing("Q")
 
     def add(self, name: str) -> None:
         encoded = name.encode(errors="surrogatepass")
-        self._hashes += hashlib.blake2b(encoded, digest_size=16).digest()
+        self._hashes.add(hashlib.blake2b(encoded, digest_size=16).digest())
 
     def twice(self) -> tuple[int, int] | None:
         """The place of the first that was there before, behind the place where it was; or None.
@@ -203,13 +206,29 @@ class Ids:
         >>> ids.twice()
         (1, 3)
         """
-        first, second = np.frombuffer(self._hashes, np.uint64).reshape(-1, 2).T
-        order = np.lexsort((first, second))
-        same = np.flatnonzero(
-            (first[order[1:]] == first[order[:-1]]) & (second[order[1:]] == second[order[:-1]])
-        )
-        pairs = [(int(order[n]), int(order[n + 1])) for n in same[np.argsort(order[same + 1])[:1]]]
-        return pairs[0] if pairs else None
+        hashes = self._hashes.whole().reshape(-1, 2)
+        count = min(_PARTS, 1 + len(hashes) // _ROWS)
+        found = [pair for part in range(count) for pair in _twice(hashes, part, count)]
+        return min(found, key=lambda pair: pair[1], default=None)
+
+
+def _twice(hashes: np.ndarray, part: int, parts: int) -> list[tuple[int, int]]:
+    """As ``Ids.twice``, of those hashes alone that are in one of so many parts."""
+    own = np.concatenate(
+        [
+            start + np.flatnonzero(hashes[start : start + _ROWS, 0] % parts == part)
+            for start in range(0, len(hashes), _ROWS)
+        ]
+        or [np.zeros(0, np.int64)]
+    )
+    first, second = hashes[own].T
+    order = np.lexsort((first, second))
+    same = np.flatnonzero(
+        (first[order[1:]] == first[order[:-1]]) & (second[order[1:]] == second[order[:-1]])
+    )
+    return [
+        (int(own[order[n]]), int(own[order[n + 1]])) for n in same[np.argsort(order[same + 1])[:1]]
+    ]
 
 
 def _document(

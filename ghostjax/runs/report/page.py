@@ -30,6 +30,7 @@ from ghostjax.runs.report.charts import (
 from ghostjax.runs.report.html import Table, render
 from ghostjax.runs.report.output import progress_note
 from ghostjax.runs.report.windows import Window, Windows
+from ghostjax.runs.store.files import ROW_GROUP
 from ghostjax.runs.store.run import Run
 
 MAX_LISTED = 250  # of either end, in the table of examples
@@ -211,20 +212,31 @@ def _shown(values: dict[str, Valued], count: int) -> np.ndarray:
     """Which examples the page has: of each validation set those that are listed, a few hundred."""
     found = []
     for valued in values.values():
-        ranked, unvisited = valued.ranked(), valued.select(~valued.visited)
+        ranked = valued.ranked()
         found += [ranked.ids.places[own] for own in both_ends(ranked, max(MAX_LISTED, count))]
-        found += [unvisited.ids.places[:MAX_UNVISITED]]
+        found += [valued.ids.places[_not_visited(valued)]]
         found += [ranked.ids.places[own] for _, own in best_and_worst(ranked.values, count)]
     return np.concatenate(found)
+
+
+def _not_visited(valued: Valued) -> np.ndarray:
+    """Which examples without a visit the page has, the first of them."""
+    is_missing, found = ~valued.visited, np.zeros(0, np.int64)
+    for start in range(0, len(valued), ROW_GROUP):
+        if len(found) >= MAX_UNVISITED:
+            break
+        own = start + np.flatnonzero(is_missing[start : start + ROW_GROUP])
+        found = np.append(found, own)[:MAX_UNVISITED]
+    return found
 
 
 def _listing(
     source: Run, valued: Valued, examples: Callable[[Valued, np.ndarray], list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The table of examples: all of them, or both ends of the ranking and some not visited."""
-    ranked, unvisited = valued.ranked(), valued.select(~valued.visited)
+    ranked = valued.ranked()
     first, last = both_ends(ranked, MAX_LISTED)
-    some = unvisited.select(slice(0, MAX_UNVISITED))
+    some = valued.select(_not_visited(valued))
     rows = examples(ranked, np.concatenate([first, last[::-1]]))
     rows += examples(some, np.arange(len(some)))
     note = f"{len(rows)} of {len(valued)} examples"
@@ -232,7 +244,7 @@ def _listing(
         note += (
             f": up to {MAX_LISTED} of either end of the ranking and {MAX_UNVISITED} that were not "
             f"visited. Left out are {len(ranked) - len(first) - len(last)} between them and "
-            f"{len(unvisited) - len(some)} not visited; "
+            f"{len(valued) - len(ranked) - len(some)} not visited; "
         )
         note += (
             "values.parquet has all of them"

@@ -197,26 +197,39 @@ def read_table(
       UsageError: one line that names the file: it is missing, cannot be read, was changed since it
         was written, has other columns than a table of its schema version, or is of a newer one.
     """
+    with _opened(path, table, sets) as (source, fields):
+        wanted = [f for f in fields if columns is None or f.name in columns]
+        known = [f.name for f in wanted if f.name in source.schema_arrow.names]
+        rows = source.read(known)
+    found = [
+        rows[field.name] if field.name in known else pa.nulls(len(rows), field.type)
+        for field in wanted
+    ]
+    return pa.table(found, schema=pa.schema(wanted, fields.metadata))
+
+
+def read_column(path: Path, table: str, sets: Sequence[str], name: str) -> Iterator[pa.Array]:
+    """A column that every version has, in parts; raises as ``read_table``."""
+    with _opened(path, table, sets) as (source, _):
+        for batch in source.iter_batches(ROW_GROUP, columns=[name]):
+            yield batch[name]
+
+
+@contextlib.contextmanager
+def _opened(path: Path, table: str, sets: Sequence[str]) -> Iterator[tuple[Any, pa.Schema]]:
+    """A table's file, which is what its digest says, and the newest columns."""
     try:
         with path.open("rb") as file:
             has_digest = is_sealed(file)
             if has_digest and not is_intact(file):
                 raise UsageError(f"{path} cannot be read: {_CHANGED}")
             with pq.ParquetFile(file, page_checksum_verification=True) as source:
-                fields = _fields(path, source.schema_arrow, table, sets, has_digest)
-                wanted = [f for f in fields if columns is None or f.name in columns]
-                known = [f.name for f in wanted if f.name in source.schema_arrow.names]
-                rows = source.read(known)
+                yield source, _fields(path, source.schema_arrow, table, sets, has_digest)
     except FileNotFoundError:
         raise UsageError(f"{path} is missing") from None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{path} cannot be read: {reason}") from error
-    found = [
-        rows[field.name] if field.name in known else pa.nulls(len(rows), field.type)
-        for field in wanted
-    ]
-    return pa.table(found, schema=pa.schema(wanted, fields.metadata))
 
 
 def _fields(

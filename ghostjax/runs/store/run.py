@@ -12,11 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ghostjax.runs.errors import UsageError
-from ghostjax.runs.store.files import ROW_GROUP, read_json, read_table
+from ghostjax.runs.mapped import mapped, mapped_texts
+from ghostjax.runs.store.files import ROW_GROUP, read_column, read_json, read_table
 from ghostjax.runs.store.log import find_parts, missing_steps, read_part
 from ghostjax.runs.store.schema import LOG_TABLES, SCHEMA_VERSION, SET_NAME, newer, table_schema
 
 SMALL = 2**22  # bytes of a table's files
+_PARTS = 16  # of very many ids, which are looked up in one after another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Run:
     def ids(self) -> pa.Array:
         """Of the examples, each once."""
         found = self._column("id")
-        if len(found.unique()) < len(found):
+        if is_twice(found):
             raise UsageError(f"{self.path / 'examples.parquet'}: an id is there twice")
         return found
 
@@ -98,7 +100,7 @@ class Run:
         Raises:
           UsageError: an id is there twice, or the log has one that is not one of an example.
         """
-        for rows in self._parts("scores", ("step", "id", *columns), len(self.ids)):
+        for rows in self._parts("scores", ("step", "id", *columns), len(self.ids) // _PARTS):
             ids = _array(rows["id"])
             places = find(ids, self.ids)
             if (places < 0).any():
@@ -187,7 +189,7 @@ class Run:
         if "examples" in self.__dict__:
             return _array(self.examples[name])
         path = self.path / "examples.parquet"
-        return _array(read_table(path, "examples", self.sets, [name])[name])
+        return mapped_texts(read_column(path, "examples", self.sets, name))
 
 
 def read_run(path: Path) -> Run:
@@ -235,7 +237,40 @@ def find(ids: Any, among: Any) -> np.ndarray:
     [1, -1, 1]
     """
     ids, among = (pa.array(each, pa.string()) for each in (ids, among))
-    return pc.index_in(ids, value_set=among).fill_null(-1).to_numpy()
+    if len(among) <= ROW_GROUP:
+        return pc.index_in(ids, value_set=among).fill_null(-1).to_numpy()
+    # Tables of hashes take most: there is one of a part of the ids at a time.
+    places = mapped(len(ids), np.int64)
+    for own, start in _slices(ids, len(among)):
+        coded = own.dictionary_encode()
+        known = np.full(len(coded.dictionary), -1)
+        for others, first in _slices(among, len(among)):
+            found = pc.index_in(others, value_set=coded.dictionary)
+            at = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
+            known[found.drop_null().to_numpy()] = first + at
+        places[start : start + len(own)] = known[coded.indices.to_numpy()]
+    return places
+
+
+def is_twice(ids: pa.Array) -> bool:
+    """Whether an id is there more than once.
+
+    >>> is_twice(pa.array(["a", "b"])), is_twice(pa.array(["a", "b", "a"]))
+    (False, True)
+    """
+    for own, start in _slices(ids, len(ids)):
+        if len(own.unique()) < len(own):
+            return True
+        for others, _ in _slices(ids.slice(start + len(own)), len(ids)):
+            if pc.any(pc.is_in(others, value_set=own)).as_py():
+                return True
+    return False
+
+
+def _slices(ids: pa.Array, count: int) -> Iterator[tuple[pa.Array, int]]:
+    """Parts of ids and their places: as many at a time as are few of ``count``."""
+    size = max(ROW_GROUP, count // _PARTS)
+    return ((ids.slice(start, size), start) for start in range(0, len(ids), size))
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ghostjax.runs.analysis.summary import make_summary, own_above, values_by_domain
@@ -40,14 +41,16 @@ def test_an_auc_of_zero_is_in_the_summary(tmp_path):
     """Of a set whose own domain has the lowest values of all."""
     low = {f"noise:{n}": -1.0 for n in range(2, EXAMPLES, 3)}
     run = read_run(write_run(tmp_path / "run", sets=("noise", "code"), changes=low))
-    summary, table = make_summary(run, 1.0)
+    summary, tables = make_summary(run, 1.0)
+    table = pa.concat_tables(tables)
     assert summary["auc"] == {"noise": 0.0}
     assert table["verdict_noise"].to_pylist() == ["few visits"] * EXAMPLES
 
 
 def test_examples_without_a_visit_have_neither_value_nor_error(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=3, finished=False))
-    _, table = make_summary(run, 1.0)
+    _, tables = make_summary(run, 1.0)
+    table = pa.concat_tables(tables)
     unvisited = [visits == 0 for visits in table["visits"].to_pylist()]
     assert any(unvisited)
     for name in SETS:
