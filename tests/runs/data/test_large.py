@@ -14,15 +14,20 @@ DOCUMENTS, FEW, SHARDS = 1_000_000, 1_000, 20
 # A comparison has two runs, each of which is that much.
 BYTES = {"train": 300, "rank": 300, "report": 300, "tensorboard": 300, "diff": 400}
 PEAK = """
-import pathlib, resource, sys
+import pathlib, sys, threading
 from ghostjax.cli import main
+most, over = 0, threading.Event()
+def watch():
+    global most
+    while not over.wait(0.005):
+        status = pathlib.Path("/proc/self/status").read_text()
+        most = max(most, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
 code = main(sys.argv[1:])
-status = pathlib.Path("/proc/self/status")
-if status.exists():  # not getrusage, which begins with the peak of the process that started this
-    size = int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-else:
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(code, size, file=sys.stderr)
+over.set()
+watcher.join()
+print(code, most, file=sys.stderr)
 """
 
 
