@@ -46,7 +46,9 @@ class Valued:
         return len(self.ids)
 
     def select(self, which: np.ndarray) -> "Valued":
-        """The examples of a mask or of indices."""
+        """The examples of a mask or of indices; all of them need no copy."""
+        if isinstance(which, np.ndarray) and which.dtype == bool and which.all():
+            return self
         return Valued(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
     def measured(self, by: By) -> tuple[np.ndarray, np.ndarray]:

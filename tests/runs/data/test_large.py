@@ -9,10 +9,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
-DOCUMENTS, FEW, SHARDS = 1_000_000, 1_000, 20
-# Of a document, beside a run of few: that of all Python objects of its text, id and domain is 500.
-# A comparison has two runs, each of which is that much.
-BYTES = {"train": 300, "rank": 300, "report": 300, "tensorboard": 300, "diff": 400}
+DOCUMENTS, FEW, SHARDS = 1_000_000, 200_000, 20
+# Of anonymous memory, for a document more than few, behind which the blocks are full in which files
+# are read. Measured: none, 8, 17, 23 and 56; between runs they differ by ten.
+BYTES = {"train": 30, "rank": 30, "report": 40, "tensorboard": 50, "diff": 100}
 PEAK = """
 import pathlib, sys, threading
 from ghostjax.cli import main
@@ -40,7 +40,7 @@ def write_shards(folder, count):
 
 
 def peak(*argv):
-    """The largest resident set of a command, in bytes."""
+    """The most anonymous memory of a command, in bytes: mapped files do not count."""
     found = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, argv)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -55,10 +55,11 @@ def peak(*argv):
 
 
 @pytest.mark.slow
-def test_a_million_documents_take_a_few_hundred_bytes_each(tmp_path):
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_million_documents_take_hardly_more_memory_than_few(tmp_path):
     peaks = {}
     # The first compiles, which takes more than all else.
-    for name, count in (("first", FEW), ("few", FEW), ("many", DOCUMENTS)):
+    for name, count in (("first", 1_000), ("few", FEW), ("many", DOCUMENTS)):
         data, out = tmp_path / f"data-{name}", tmp_path / name
         write_shards(data, count)
         options = ["--model", "micro", "--length", 16, "--order", 1, "--steps", 4, "--quiet"]
@@ -74,7 +75,7 @@ def test_a_million_documents_take_a_few_hundred_bytes_each(tmp_path):
     of_each = {
         verb: (peaks["many"][verb] - peaks["few"][verb]) / (DOCUMENTS - FEW) for verb in BYTES
     }
-    assert all(0 < of_each[verb] <= most for verb, most in BYTES.items()), of_each
+    assert all(of_each[verb] <= most for verb, most in BYTES.items()), of_each
     begun = json.loads((tmp_path / "many" / "run.json").read_text())
     assert begun["examples"] == DOCUMENTS
     assert (tmp_path / "many" / "report.html").stat().st_size < 2**21
