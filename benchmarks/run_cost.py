@@ -1,7 +1,7 @@
 """What scores cost in ``ghostjax train``: its steps beside plain ones, on the default job.
 
     plain      a step of training without scores
-    floor      plain + the gradients of both validation sets, which any method needs
+    floor      plain + a gradient of each validation set, which any method needs
     order 1/2  a step with scores for both validation sets, their errors, the certificate, and the
                predicted and actual decrease of the loss of a group of each set
     every 4    order 2 at every fourth step
