@@ -132,6 +132,14 @@ def make_update(optimizer: optax.GradientTransformation, is_joined: bool = False
     return update
 
 
+def _each(function: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
+    """``jax.lax.map``, ``at_once`` of them vectorized if JAX can."""
+    if at_once > 1:
+        with contextlib.suppress(NotImplementedError):  # some operations have no batching rule
+            return jax.lax.map(function, rows, batch_size=at_once)
+    return jax.lax.map(function, rows)
+
+
 def _joined(arrays: Joined | Apart, params: Any, opt_state: Any, grads: Any) -> tuple[Any, ...]:
     """The arguments of ``optimizer.update``."""
     return arrays.join(grads), arrays.join_state(opt_state), arrays.join(params)
@@ -142,11 +150,14 @@ def make_directed(
     optimizer: optax.GradientTransformation,
     order: int,
     is_joined: bool = False,
+    is_saving: bool = False,
 ):
     """``(params, opt_state, grads, joined updates, val_rows) -> Directed``, to be jitted.
 
     Args:
       order: 1 for validation gradients at the parameters, 2 for the midpoint of the update.
+      is_saving: whether to save memory: to differentiate one group of rows after another, not all
+        of a set at once.
       is_joined: whether small arrays are one vector to the optimizer, which has to treat all
         coordinates alike.
     """
@@ -171,7 +182,7 @@ def make_directed(
             return sum(leaf[:, n] for n in range(leaf.shape[1])) / leaf.shape[1]
 
         each = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), val_rows)
-        by_group, losses = jax.lax.map(of_group, each, batch_size=groups)  # a set at a time
+        by_group, losses = _each(of_group, each, 1 if is_saving else groups)
         predict = jax.vmap(fidelity.predicted_decrease, in_axes=(0, None))
         predicted = predict(by_group, joined_updates).reshape(sets, groups)
         losses = losses.reshape(sets, groups, -1)

@@ -113,7 +113,8 @@ def make_directions(
     stacked, [K * PARTS] on every leaf.
     """
 
-    update, directed = make_update(optimizer), make_directed(row_losses, optimizer, order)
+    update = make_update(optimizer)
+    directed = make_directed(row_losses, optimizer, order, is_saving=microbatches > 1)
 
     @jax.jit
     def find(state: TrainState, train_rows: Any, val_rows: Any):

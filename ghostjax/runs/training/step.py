@@ -93,7 +93,9 @@ def make_step(
     """
     differentiate = jax.jit(_differentiate(row_losses, microbatches, remat))
     update = jax.jit(make_update(optimizer, is_joined))
-    directed = jax.jit(make_directed(row_losses, optimizer, order, is_joined), donate_argnums=1)
+    is_saving = remat or microbatches > 1
+    directed = make_directed(row_losses, optimizer, order, is_joined, is_saving)
+    directed = jax.jit(directed, donate_argnums=1)
     score = jax.jit(_make_score(row_losses, kinds, microbatches))
     audit = jax.jit(_make_audit(row_losses))
     correlation = jax.jit(fidelity.correlation)

@@ -15,7 +15,7 @@ from ghostjax.runs import models
 from ghostjax.runs.data.batches import make_rows
 from ghostjax.runs.data.text import Coder, Texts, TextTask
 from ghostjax.runs.models import GPT, SIZES
-from ghostjax.runs.training.gradients import GROUPS, PARTS, in_groups
+from ghostjax.runs.training.gradients import GROUPS, PARTS, in_groups, make_directed
 from ghostjax.runs.training.optimizers import make_optimizer, make_schedule
 from ghostjax.runs.training.step import (
     AUDITED_ONLY,
@@ -292,6 +292,38 @@ def test_groups_lie_within_parts(rows, groups):
     """Each of the sets has its own; those of odd parts are the parts themselves."""
     val_rows = np.arange(SETS * PARTS * rows).reshape(SETS, PARTS, rows)
     np.testing.assert_array_equal(in_groups(val_rows), val_rows.reshape(SETS, groups, -1))
+
+
+def loops_of(loss, is_saving):
+    """The lengths of loops in a program that makes directions; five rows in every group."""
+    optimizer, params = optax.sgd(0.1), {"w": jnp.ones(3)}
+    directed = make_directed(loss, optimizer, 2, is_saving=is_saving)
+    args = params, optimizer.init(params), params, params, jnp.ones((SETS, PARTS, 5 * GROUPS, 3))
+    program = str(jax.make_jaxpr(directed)(*args))
+    return [int(length) for length in re.findall(r"scan\[.*?length=(\d+)", program, re.DOTALL)]
+
+
+def test_groups_are_differentiated_a_set_at_once_unless_memory_is_saved():
+    def loss(params, rows):
+        return jnp.square(rows @ params["w"])
+
+    assert loops_of(loss, is_saving=False) == [SETS]
+    assert loops_of(loss, is_saving=True) == [SETS * PARTS * GROUPS]
+
+
+def test_a_loss_that_jax_cannot_vectorize_is_differentiated_group_by_group():
+    @jax.custom_batching.custom_vmap
+    def alone(x):
+        return x
+
+    @alone.def_vmap
+    def _(size, batched, x):
+        raise NotImplementedError
+
+    def loss(params, rows):
+        return jnp.square(alone(rows) @ params["w"])
+
+    assert loops_of(loss, is_saving=False) == [SETS * PARTS * GROUPS]
 
 
 def test_kinds_are_sums_over_their_parameters():
