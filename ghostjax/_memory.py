@@ -150,20 +150,20 @@ def _made_again(eqn) -> tuple[dict[Any, list[Any]], dict[Any, list[Any]]]:
         if held.setdefault(var, own) is not own:
             same[own] = [atom for atom in [held[var]] if is_var(atom)]
 
-    def sources(var) -> list[Any] | None:
-        """None where something else is needed."""
-        if var in held:
-            return [held[var]] if is_var(held[var]) else []
-        return from_operands(var)
-
-    def from_operands(var) -> list[Any] | None:
-        if var not in made or made[var].primitive.name not in _CHEAP:
-            return None
-        found = [sources(origin(atom)) for atom in made[var].invars if is_var(atom)]
-        return None if None in found else [atom for own in found for atom in own]
-
-    cheap = {own: from_operands(var) for var, own in pairs if own not in same}
-    return same, {own: found for own, found in cheap.items() if found is not None}
+    # By variable, what holds it or what it is made of again. In the order of the body, as a walk
+    # back from a result goes through what is used twice twice, and again behind it.
+    known = {var: {atom: None} if is_var(atom) else {} for var, atom in held.items()}
+    remade: dict[Any, dict[Any, None]] = {}
+    for own in body.eqns:
+        if own.primitive.name not in _CHEAP:
+            continue
+        operands = [origin(atom) for atom in own.invars if is_var(atom)]
+        found = [known.get(var, remade.get(var)) for var in operands]
+        if None not in found:
+            again = {atom: None for atoms in found for atom in atoms}
+            remade.update((var, again) for var in own.outvars)
+    cheap = {own: remade.get(var) for var, own in pairs if own not in same}
+    return same, {own: list(found) for own, found in cheap.items() if found is not None}
 
 
 def _kind(eqn) -> str:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import explain, testing, value_and_dots_fn, value_grad_and_dots
+from ghostjax._memory import needs
 from ghostjax._step_memory import StepMemory, in_bytes
 from models.arrays import mean_squares
 from models.flax import MODELS
@@ -310,3 +311,20 @@ def test_what_is_asked_for_must_make_sense():
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(other, PartitionSpec("rows")))
     with pytest.raises(ValueError, match=r"on one mesh, found .*'data': 4.* and .*'rows': 8"):
         explain(blocks.loss_fn)(params, x)
+
+
+def test_long_chains_of_cheap_operations_inside_of_shard_map():
+    """Each with its operand twice: there are 2**1500 ways back."""
+
+    def chain(x):
+        for _ in range(1500):
+            x = x + x
+        return x
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+    mapped = jax.shard_map(chain, mesh=mesh, in_specs=rows, out_specs=rows)
+    x = jax.ShapeDtypeStruct((64,), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda x: jnp.sum(mapped(x)))(x).jaxpr
+    # Parts of x, of the result, which is made again, and of the sum.
+    assert needs(jaxpr, [(("data",),)], {"data": 8}).scratch <= 3 * 4 * 64 // 8
