@@ -29,7 +29,9 @@ def by_devices(
     jaxpr = jax.make_jaxpr(one)(*arrays)
 
     def either(*arrays):
-        return _by_devices.bind(*arrays, jaxpr=jaxpr, several=several)
+        # ``several`` is traced when the program is lowered, which may be in another context.
+        wide = jax.config.jax_enable_x64
+        return _by_devices.bind(*arrays, jaxpr=jaxpr, several=several, wide=wide)
 
     return differentiable(either, one)(*arrays)
 
@@ -67,17 +69,18 @@ def _(*arrays, **params):
 
 
 @_by_devices.def_abstract_eval
-def _(*arrays, jaxpr, several):
-    del arrays, several
+def _(*arrays, jaxpr, several, wide):
+    del arrays, several, wide
     return jaxpr.out_avals
 
 
-def _lowered(context, *operands, jaxpr, several):
+def _lowered(context, *operands, jaxpr, several, wide):
     program = context.module_context.axis_context
     # Other contexts are those of manual axes, inside of ``shard_map``.
     devices = program.num_devices if isinstance(program, mlir.ShardingContext) else 1
     own = core.jaxpr_as_fun(jaxpr) if devices == 1 else functools.partial(several, devices)
-    return mlir.lower_fun(own)(context, *operands)
+    with jax.enable_x64(wide):
+        return mlir.lower_fun(own)(context, *operands)
 
 
 mlir.register_lowering(_by_devices, _lowered)

@@ -9,11 +9,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ghostjax import squared_norms, testing, value_and_clipped_grad
 from ghostjax.core.by_devices import by_devices
+from ghostjax.core.row_blocks import map_rows
 from models.arrays import draw, mean_squares
 from tests.dots.test_sharded import ROWS, mesh_of
 
@@ -213,3 +215,22 @@ def test_the_way_is_that_of_the_program():
     assert jax.device_get(split(x)).tolist() == [4.0] * 8
     testing.assert_dots_close(jax.grad(lambda x: jnp.sum(alone(x)))(x), jnp.cos(x))
     assert "custom_partitioning" not in split.lower(x).as_text().lower()
+
+
+def test_wide_numbers_are_lowered_as_they_were_traced():
+    """Where lowering is outside of the context that makes numbers wide."""
+
+    def squares(x):
+        return map_rows(lambda row: jnp.sum(jnp.square(row.T @ row)), x)
+
+    rows = NamedSharding(mesh_of(AxisType.Auto), ROWS)
+    with jax.enable_x64(True):
+        x = jnp.asarray(X, jnp.float64)
+        traced = jax.jit(squares, in_shardings=rows).trace(x)
+    compiled = traced.lower().compile()
+    with jax.enable_x64(True):
+        found = jax.device_get(compiled(jax.device_put(x, rows)))
+    assert found.dtype == np.float64
+    products = np.einsum("bti,bto->bio", x, x)
+    expected = np.square(products).sum((1, 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
